@@ -1,12 +1,12 @@
 /*
 JSON (RFC 8259), strict: what the RFC forbids is an error with line and column, never guessed at.
 
-A document becomes a tree of Json nodes in an arena that owns every byte of it, so that the text may be freed at
-once and a reader of JSON Lines resets one arena a line and allocates nothing. Members stand in file order. Strings
-must be UTF-8 without lone surrogates; \u0000 is kept, hence the sizes beside every text. Repeated keys are the
-caller's to refuse (json_duplicate_key). Deeper than 128 levels is an error. Little-endian machines.
+A document becomes a tree of Json nodes in an arena that owns every byte of it, so that the text may be freed
+at once and a reader of JSON Lines resets one arena a line and allocates nothing. Members stand in file order.
+Strings must be UTF-8 without lone surrogates; \u0000 is kept, hence the sizes beside every text. Repeated
+keys are the caller's to refuse (json_duplicate_key). At most 128 levels deep. Little-endian machines.
 
-Shapes: none. Errors: json_parse returns NULL and says "line 3, column 7: cause"; json_parse_file dies with it.
+Shapes: none. Errors: json_parse returns NULL and describes "line 3, column 7: cause"; json_parse_file dies.
 */
 #ifndef JSON_H
 #define JSON_H
@@ -208,7 +208,8 @@ static inline uint64_t json_special_bytes(uint64_t word) {
     const uint64_t ones = 0x0101010101010101u;
     uint64_t quote = word ^ ones * '"';
     uint64_t backslash = word ^ ones * '\\';
-    uint64_t found = ((quote - ones) & ~quote) | ((backslash - ones) & ~backslash) | (word - ones * 0x20) | word;
+    uint64_t found =
+        ((quote - ones) & ~quote) | ((backslash - ones) & ~backslash) | (word - ones * 0x20) | word;
     return found & ones * 0x80;
 }
 
@@ -418,14 +419,15 @@ static inline void json_describe_error(const JsonParser *s, const char *text, ch
 }
 
 // NULL on error, described in error; the text need not end with a 0
-static inline Json *json_parse(const char *text, size_t size, JsonArena *arena, char *error, size_t capacity) {
+static inline Json *json_parse(const char *text, size_t size, JsonArena *arena, char *error,
+                               size_t capacity) {
     JsonParser s;
     s.p = (const unsigned char *)text;
     s.end = s.p + size;
     s.arena = arena;
     s.cause = "";
-    // a string and its 0 need no more than it and its quotes in the file, a number and its 0 no more than it and
-    // what follows: one buffer holds all texts; 8 more for json_copy_plain
+    // a string and its 0 take no more than the string and its quotes in the file, a number and its 0 no more
+    // than the number and what follows: one buffer holds all texts; 8 more for json_copy_plain
     s.out = (char *)json_arena_take(arena, size + 1 + 8);
     Json *root = (Json *)json_arena_take(arena, sizeof(Json));
     memset(root, 0, sizeof(*root));
