@@ -128,16 +128,13 @@ ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, const float *
         }
         return;
     }
-    float edge[TILE_ROWS][TILE_COLS]; // the last columns: not whole vectors in C
-    UNROLL for (int r = 0; r < rows; r++) {
+    UNROLL for (int r = 0; r < rows; r++) { // the last columns: not whole vectors in C
         UNROLL for (int v = 0; v < vecs; v++) {
-            *(VecAnywhere *)(edge[r] + v * LANES) = sum[r][v];
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        for (int j = 0; j < cols; j++) {
-            float *to = c + r * ldc + j;
-            *to = accumulate ? *to + edge[r][j] : edge[r][j];
+            Vec edge = sum[r][v];
+            for (int j = v * LANES; j < cols && j < (v + 1) * LANES; j++) {
+                float *to = c + r * ldc + j;
+                *to = accumulate ? *to + edge[j % LANES] : edge[j % LANES];
+            }
         }
     }
 }
