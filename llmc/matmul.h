@@ -92,9 +92,9 @@ ALWAYS_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 // ----------------------------------------------------------------------------
 // the tile
 
-// rows x cols elements of C; op(A)[r,k] = a[r*a_row + k*a_k], op(B)[k,] = b[k*b_k]; rows and vecs are constants
+// rows x vecs vectors of C; op(A)[r,k] = a[r*a_row + k*a_k], op(B)[k,] = b[k*b_k]; rows and vecs are constants
 ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, const float *a, int64_t a_row, int64_t a_k,
-                        const float *b, int64_t b_k, float *c, int64_t ldc, int cols, int accumulate) {
+                        const float *b, int64_t b_k, float *c, int64_t ldc, int accumulate) {
     const Vec zero = {0};
     Vec sum[TILE_ROWS][TILE_VECS];
     UNROLL for (int r = 0; r < rows; r++) {
@@ -116,34 +116,22 @@ ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, const float *
         a += a_k;
         b += b_k;
     }
-    if (cols == vecs * LANES) {
-        UNROLL for (int r = 0; r < rows; r++) {
-            UNROLL for (int v = 0; v < vecs; v++) {
-                VecAnywhere *to = (VecAnywhere *)(c + r * ldc + v * LANES);
-                if (accumulate) {
-                    sum[r][v] += *to;
-                }
-                *to = sum[r][v];
-            }
-        }
-        return;
-    }
-    UNROLL for (int r = 0; r < rows; r++) { // the last columns: not whole vectors in C
+    UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int v = 0; v < vecs; v++) {
-            Vec edge = sum[r][v];
-            for (int j = v * LANES; j < cols && j < (v + 1) * LANES; j++) {
-                float *to = c + r * ldc + j;
-                *to = accumulate ? *to + edge[j % LANES] : edge[j % LANES];
+            VecAnywhere *to = (VecAnywhere *)(c + r * ldc + v * LANES);
+            if (accumulate) {
+                sum[r][v] += *to;
             }
+            *to = sum[r][v];
         }
     }
 }
 
-// a tile of any size, by one of TILE_ROWS * TILE_VECS loops that the compiler makes of the one above
-static inline void tile_any(int rows, int vecs, int64_t K, const float *a, int64_t a_row, int64_t a_k, const float *b,
-                            int64_t b_k, float *c, int64_t ldc, int cols, int accumulate) {
+// a tile of any number of rows and vectors, by one of TILE_ROWS * TILE_VECS loops that the compiler makes of that one
+static inline void tile_whole(int rows, int vecs, int64_t K, const float *a, int64_t a_row, int64_t a_k,
+                              const float *b, int64_t b_k, float *c, int64_t ldc, int accumulate) {
     switch (rows * 4 + vecs) {
-#define TILE_CASE(r, v) case (r) * 4 + (v): tile(r, v, K, a, a_row, a_k, b, b_k, c, ldc, cols, accumulate); break;
+#define TILE_CASE(r, v) case (r) * 4 + (v): tile(r, v, K, a, a_row, a_k, b, b_k, c, ldc, accumulate); break;
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TILE_CASES(r) TILE_CASE(r, 1) TILE_CASE(r, 2) TILE_CASE(r, 3)
     TILE_CASES(7) TILE_CASES(8)
@@ -153,6 +141,24 @@ static inline void tile_any(int rows, int vecs, int64_t K, const float *a, int64
     TILE_CASES(1) TILE_CASES(2) TILE_CASES(3) TILE_CASES(4) TILE_CASES(5) TILE_CASES(6)
 #undef TILE_CASES
 #undef TILE_CASE
+    }
+}
+
+// a tile of any number of columns: the last of C need not be whole vectors
+static inline void tile_any(int rows, int cols, int64_t K, const float *a, int64_t a_row, int64_t a_k, const float *b,
+                            int64_t b_k, float *c, int64_t ldc, int accumulate) {
+    int vecs = (cols + LANES - 1) / LANES;
+    if (cols == vecs * LANES) {
+        tile_whole(rows, vecs, K, a, a_row, a_k, b, b_k, c, ldc, accumulate);
+        return;
+    }
+    float edge[TILE_ROWS * TILE_COLS] = {0};
+    tile_whole(rows, vecs, K, a, a_row, a_k, b, b_k, edge, TILE_COLS, 0);
+    for (int r = 0; r < rows; r++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = edge[r * TILE_COLS + j];
+            c[r * ldc + j] = accumulate ? c[r * ldc + j] + sum : sum;
+        }
     }
 }
 
@@ -220,10 +226,10 @@ static inline void gemm_block(const Gemm *g, int64_t i0, int64_t M, int64_t j0, 
     }
     for (int64_t j = 0; j < N; j += TILE_COLS) {
         int cols = (int)smaller(TILE_COLS, N - j);
-        int vecs = (cols + LANES - 1) / LANES;
+        int width = (cols + LANES - 1) / LANES * LANES;
         for (int64_t i = 0; i < M; i += TILE_ROWS) {
-            tile_any((int)smaller(TILE_ROWS, M - i), vecs, K, a + i / TILE_ROWS * next_tile, a_row, a_k,
-                     packed_b + j * K, vecs * LANES, g->C + (i0 + i) * g->ldc + j0 + j, g->ldc, cols,
+            tile_any((int)smaller(TILE_ROWS, M - i), cols, K, a + i / TILE_ROWS * next_tile, a_row, a_k,
+                     packed_b + j * K, width, g->C + (i0 + i) * g->ldc + j0 + j, g->ldc,
                      g->accumulate || k0 > 0);
         }
     }
