@@ -58,7 +58,7 @@ static inline void newfile_sync_folder(const char *path) {
     }
 }
 
-static inline void newfile_commit(NewFile *f) {
+static inline void newfile_close(NewFile *f) {
     int special = strcmp(f->path, f->temporary) == 0;
     int failed = fflush(f->file) != 0 || ferror(f->file) || (!special && fsync(fileno(f->file)) != 0);
     if (failed || fclose(f->file) != 0) {

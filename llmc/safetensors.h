@@ -6,8 +6,8 @@ The safetensors format (Hugging Face), both ways: what checkpoints, exports and 
 
 A name "__metadata__" holds remarks, which are ignored. Begin and end count from the start of data; the
 tensors lie there without gap or overlap, up to the end of the file. All of that is checked when a file is
-opened. Sizes in 64 bits. The reader maps the file; the writer streams it: tensors are declared first, then their
-values follow in that order, in pieces of any size.
+opened. Sizes in 64 bits. The reader maps the file; the writer streams it: tensors are declared first, then
+their values follow in that order, in pieces of any size.
 
 Shapes: any up to 8 dimensions. Errors: a file that is no such file, or does not hold a tensor in the shape
 that is required, dies naming file, tensor, what was found and what was expected.
@@ -478,11 +478,11 @@ static inline void safetensors_write_f32(SafetensorsWriter *w, const float *x, s
 }
 
 // the file gets its name here, and only if it is whole
-static inline void safetensors_writer_close(SafetensorsWriter *w) {
+static inline void safetensors_writer_finish(SafetensorsWriter *w) {
     if (w->current != w->count) {
         die("%s: tensor %s was not written to its end", w->file.path, w->entries[w->current].name);
     }
-    newfile_commit(&w->file);
+    newfile_close(&w->file);
     free(w->entries);
     json_arena_free(&w->arena);
 }

@@ -80,7 +80,7 @@ static void st_write_sample(const float *x) {
     safetensors_write_f32(&w, x + 50, 55);
     safetensors_write_f32(&w, x + 7, 1);
     safetensors_write_f32(&w, x + 8, 1);
-    safetensors_writer_close(&w);
+    safetensors_writer_finish(&w);
 }
 
 static void test_safetensors_round_trip(void) {
@@ -129,7 +129,7 @@ static void test_safetensors_many(void) {
         float x = (float)(i % 256);
         safetensors_write_f32(&w, &x, 1);
     }
-    safetensors_writer_close(&w);
+    safetensors_writer_finish(&w);
     Safetensors *st = safetensors_open(ST_PATH, "");
     for (int i = 0; i < MANY; i++) {
         float x = -1.0f;
@@ -334,7 +334,7 @@ static void st_write_values(void *n) {
     safetensors_declare(&w, "w", "BF16", 1, shape);
     safetensors_write_header(&w);
     safetensors_write_f32(&w, x, *(size_t *)n);
-    safetensors_writer_close(&w);
+    safetensors_writer_finish(&w);
 }
 
 static void test_safetensors_misuse(void) {
@@ -365,7 +365,7 @@ static void st_fill_disk(void *path) {
     safetensors_declare(&w, "w", "F32", 1, shape);
     safetensors_write_header(&w);
     safetensors_write_f32(&w, x, 262144);
-    safetensors_writer_close(&w);
+    safetensors_writer_finish(&w);
 }
 
 static void test_safetensors_full_disk(void) {
