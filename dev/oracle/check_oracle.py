@@ -41,8 +41,8 @@ def open_fixture(folder, dtype=torch.float64):
 
 
 def check_differences(folder):
-    """d loss / d tensor along a random direction; f is piecewise constant, as the design has it. The two ends must
-    decide every route as the middle does, or the loss has a step between them."""
+    """d loss / d tensor along a random direction; f is piecewise constant, as the design has it. Both ends
+    must decide every route alike, or the loss has a step between them."""
     c, params, ids, targets, args, forced = open_fixture(folder)
     out, _ = oracle.dump(c, params, ids, targets, args["lambda"], args["aux_coeff"], forced)
     weight = oracle.reg_weight(c, args["lambda"], args["aux_coeff"])
@@ -54,7 +54,8 @@ def check_differences(folder):
         ends, active = [], []
         with torch.no_grad():
             for sign in (1, -1):
-                *_, loss, _, routing = oracle.loss_of(params | {name: t + sign * h * u}, c, ids, targets, weight, forced)
+                moved = params | {name: t + sign * h * u}
+                *_, loss, _, routing = oracle.loss_of(moved, c, ids, targets, weight, forced)
                 ends.append(float(loss))
                 active.append(routing.active)
         assert all(bool((a == b).all()) for a, b in zip(*active)), "a route flipped: use a smaller h"
@@ -64,7 +65,7 @@ def check_differences(folder):
 
 
 def check_llama(folder):
-    """As transformers computes it (norms and angles in fp32), then with its fp32 spots widened to float64 too."""
+    """As transformers computes it (norms and angles in fp32), then with its fp32 spots widened to float64."""
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -103,11 +104,13 @@ def check_adamw():
 def check_by_hand():
     o = {"lr": 1.0, "lr_min": 0.1, "warmup_steps": 2, "steps": 5}
     lrs = [oracle.learning_rate(i, o) for i in range(5)]  # progress of the cosine: 0, 1/2, 1
-    check("learning rate: 0.5 1 | 1 0.55 0.1", max(abs(a - b) for a, b in zip(lrs, [0.5, 1, 1, 0.55, 0.1])), 1e-12)
+    off = max(abs(a - b) for a, b in zip(lrs, [0.5, 1, 1, 0.55, 0.1]))
+    check("learning rate: 0.5 1 | 1 0.55 0.1", off, 1e-12)
 
     c = oracle.Config({"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9, "num_attention_heads": 2,
-                       "num_key_value_heads": 2, "intermediate_size": 4, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-                       "num_experts": 12, "num_experts_per_tok": 6, "granularity": 3, "router": "relu"})
+                       "num_key_value_heads": 2, "intermediate_size": 4, "rms_norm_eps": 1e-5,
+                       "rope_theta": 1e6, "num_experts": 12, "num_experts_per_tok": 6, "granularity": 3,
+                       "router": "relu"})
     one, a = np.float32(1), np.float32(1.2)
     equal = 2 * 10 * 6  # L * N * k_tot pairs are exactly 1 - S = k/E
     got = [oracle.next_lambda(one, a, equal + i, c, 10) for i in (-1, 0, 1)]
@@ -123,8 +126,10 @@ def check_float32(folder):
     want = oracle.load_file(str(folder / "expected.safetensors"))
     out, _ = oracle.dump(c, params, ids, targets, args["lambda"], args["aux_coeff"], forced)
     assert all(bool(((out[n] != 0) == (want[n] != 0)).all()) for n in want if n.startswith("gates."))
-    check(f"{folder.name}: float32 losses", max(relative(out[n], want[n]) for n in ["lm_loss", "reg_loss", "loss"]), 1e-6)
-    check(f"{folder.name}: float32 gradients", max(relative(out[n], want[n]) for n in want if "grad." in n), 1e-5)
+    losses = max(relative(out[n], want[n]) for n in ["lm_loss", "reg_loss", "loss"])
+    check(f"{folder.name}: float32 losses", losses, 1e-6)
+    gradients = max(relative(out[n], want[n]) for n in want if "grad." in n)
+    check(f"{folder.name}: float32 gradients", gradients, 1e-5)
     if (folder / "replay").exists():
         o = json.loads((folder / "replay" / "args.json").read_text())
         tokens = oracle.read_shard(folder / "shard.bin")
@@ -138,7 +143,8 @@ def check_float32(folder):
 
 
 def main():
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent / "test" / "fixtures")
+    here = Path(__file__).resolve().parent
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parent / "test" / "fixtures"
     check_adamw()
     check_by_hand()
     for folder in sorted(f for f in root.iterdir() if (f / "args.json").exists()):

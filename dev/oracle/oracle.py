@@ -36,7 +36,8 @@ def write_safetensors(path, tensors, metadata=None):
         header["__metadata__"] = metadata
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+        place = [offset, offset + size]
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": place}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -62,7 +63,7 @@ def read_shard(path):
 
 
 def rows(tokens, first, count, T):
-    """Rows first .. first+count of the shard: inputs and targets [count, T]; row r is tokens r*T .. r*T + T."""
+    """Rows first .. first+count-1: inputs and targets [count, T]; row r is tokens r*T .. r*T + T."""
     assert (first + count) * T + 1 <= len(tokens), "the shard is too short"
     starts = torch.arange(first, first + count)[:, None] * T + torch.arange(T)
     return tokens[starts], tokens[starts + 1]
@@ -149,7 +150,7 @@ class Routing:
 
 
 def route(x, ids, p, layer, c, routing, forced):
-    """x [N, d] -> gates [N, E], active [N, E]; `forced` replaces the active sets, gate values stay their own."""
+    """x [N, d] -> gates [N, E], active [N, E]; `forced` replaces the active set; the values stay their own."""
     N = x.shape[0]
     if c.router == "hash":
         chosen = (ids[:, None] * c.k + torch.arange(c.k)) % c.E  # [N, k]
@@ -217,7 +218,7 @@ def forward(p, c, ids, forced=None):
 
 
 def loss_of(p, c, ids, targets, weight, forced=None):
-    """-> lm, reg, loss = lm + weight * reg, logits, Routing; weight is lambda (relu) or the coefficient (topk)"""
+    """-> lm, reg, loss = lm + weight * reg, logits, Routing; weight: lambda (relu), the coefficient (topk)"""
     logits, routing = forward(p, c, ids, forced)
     lm = torch.nn.functional.cross_entropy(logits, targets.reshape(-1))
     return lm, routing.reg, lm + weight * routing.reg, logits, routing
@@ -229,6 +230,10 @@ def reg_weight(c, lam, aux_coeff):
 
 def with_grad(params):
     return {name: t.detach().clone().requires_grad_() for name, t in params.items()}
+
+
+def number(x):
+    return float(x.detach()) if torch.is_tensor(x) else float(x)
 
 
 def grad_of(t):
@@ -248,7 +253,7 @@ def dump(c, params, ids, targets, lam, aux_coeff, forced=None):
     active = sum(int(a.sum()) for a in routing.active)
     sparsity = 1 - active / (c.L * N * c.E) if c.E else 0.0
     scalars = {"lm_loss": lm, "reg_loss": reg, "loss": loss, "sparsity": sparsity}
-    out = {name: torch.as_tensor(float(torch.as_tensor(x).detach()), dtype=torch.float64).view(1) for name, x in scalars.items()}
+    out = {name: torch.tensor([number(x)], dtype=torch.float64) for name, x in scalars.items()}
     if N <= 256:
         out["logits"] = logits.detach()
     for l, gates in enumerate(routing.gates):
@@ -294,7 +299,7 @@ def next_lambda(lam, alpha, active, c, n_step):
 
 
 def replay(c, params, tokens, o):
-    """o: batch, seq_len, global_batch, steps, and REPLAY_DEFAULTS' -> params, exp_avg, exp_avg_sq, state, margin"""
+    """o: batch, seq_len, global_batch, steps, any of REPLAY_DEFAULTS -> params, m, v, state, margin"""
     o = REPLAY_DEFAULTS | o
     p = with_grad(params)
     m = {name: torch.zeros_like(t) for name, t in params.items()}
@@ -311,7 +316,7 @@ def replay(c, params, tokens, o):
             lm, reg, loss, _, routing = loss_of(p, c, ids, targets, reg_weight(c, lam, o["aux_coeff"]))
             (loss / (M // B)).backward()
             active += sum(int(a.sum()) for a in routing.active)
-            losses.append([float(torch.as_tensor(x).detach()) for x in (lm, reg)])
+            losses.append([number(lm), number(reg)])
             margin = min(margin, routing.margin)
         norm = math.sqrt(sum(float(grad_of(t).square().sum()) for t in p.values()))
         scale = min(1.0, o["grad_clip"] / (norm + 1e-6))
@@ -372,7 +377,8 @@ def main():
         tensors, _ = dump(c, params, ids, targets, o.lam, o.aux_coeff, forced)
         write_safetensors(o.dump, f32(tensors))
     else:
-        assert o.out and o.steps and o.global_batch and not o.shuffle, "give --dump, or --out --steps --global-batch"
+        if not (o.out and o.steps and o.global_batch) or o.shuffle:
+            a.error("give --dump FILE, or --out DIR --steps n --global-batch M with --shuffle 0")
         p, m, v, state, _ = replay(c, params, tokens, vars(o))
         write_replay(o.out, p, m, v, state)
 
