@@ -1,0 +1,74 @@
+# remoe.c: make train trains the tiny preset on the built-in sample, make test runs the CPU tests; make help lists the rest.
+
+CC ?= cc
+# fp-contract and the two no- flags let loops use fused multiply-adds and vector selects; none of them reorders a sum
+CFLAGS ?= -O3 -march=native
+CFLAGS += -std=c11 -D_GNU_SOURCE -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+LDLIBS += -lm -lpthread
+
+# OpenMP is used where the compiler has it (OPENMP=0 leaves it out); the loops' SIMD hints need no library
+OPENMP ?= $(shell printf 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo 1 || echo 0)
+ifeq ($(OPENMP),1)
+  CFLAGS += -fopenmp
+else
+  CFLAGS += -fopenmp-simd -Wno-unknown-pragmas
+endif
+# 512-bit registers where the machine has them: compilers are shy of them by default
+ifneq ($(findstring -march=native,$(CFLAGS)),)
+  ifeq ($(shell $(CC) -march=native -dM -E -x c /dev/null 2>/dev/null | grep -c __AVX512F__),1)
+    CFLAGS += -mprefer-vector-width=512
+  endif
+endif
+
+HEADERS := $(wildcard llmc/*.h data/*.h)
+SAMPLE := build/sample/manifest.json
+
+.PHONY: all train test bench sample sample-data fuzz clean help
+
+all: train_remoe data-tools
+
+train_remoe: train_remoe.c $(HEADERS) Makefile
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+
+test_remoe: test_remoe.c train_remoe.c $(HEADERS) $(wildcard dev/test/*.h) Makefile
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+
+build/%: data/%.c $(HEADERS) Makefile
+	@mkdir -p build
+	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS)
+
+.PHONY: data-tools
+data-tools: build/train_tokenizer build/tokenize
+
+# the built-in sample: a vocabulary of its own, and shards
+$(SAMPLE): data/sample.jsonl build/train_tokenizer build/tokenize
+	@mkdir -p build/sample
+	build/train_tokenizer --vocab-size 2048 --out build/sample data/sample.jsonl
+	build/tokenize --tokenizer build/sample --out build/sample data/sample.jsonl
+
+sample-data: $(SAMPLE)
+
+train: train_remoe $(SAMPLE)
+	./train_remoe
+
+test: test_remoe train_remoe $(SAMPLE)
+	./test_remoe
+
+build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
+	@mkdir -p build
+	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS) -ldl
+
+bench: build/bench_matmul train_remoe $(SAMPLE)
+	build/bench_matmul
+	./train_remoe --bench
+
+clean:
+	rm -rf build train_remoe train_remoecu test_remoe test_remoecu
+
+help:
+	@echo 'make train        train the tiny preset on the built-in sample, through the three stages, and show text'
+	@echo 'make test         the CPU tests'
+	@echo 'make bench        sgemm against OpenBLAS (where installed), and the trainer'
+	@echo 'make sample       remake data/sample.jsonl from the sources'
+	@echo 'make sample-data  its vocabulary and token shards, in build/sample'
+	@echo 'make clean        remove what was built; runs/ stays'

@@ -1,0 +1,83 @@
+/*
+The pair list: what every router emits, and all that the rest of the model knows of routing.
+
+For each token the experts that are active for it, with their gates: compressed sparse rows over tokens,
+    token t owns pairs row_start[t] .. row_start[t + 1] - 1;   expert[p] ascending within a token;   gate[p] = R(x_t)_e  (Eq. 1)
+N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membership in the list, not gate > 0: a softmax
+may underflow to a gate of 0 and its expert is still run. A token may own no pair at all.
+*/
+#ifndef PAIRS_H
+#define PAIRS_H
+
+#include "check.h"
+
+typedef struct {
+    int64_t tokens;     // N
+    int64_t num_pairs;  // P
+    int64_t *row_start; // [N + 1]
+    int *expert;        // [P]
+    float *gate;        // [P]
+    int64_t capacity;   // pairs that fit
+    int64_t token_capacity;
+} PairList;
+
+static inline void pairs_reserve(PairList *pairs, int64_t tokens, int64_t num_pairs) {
+    if (tokens + 1 > pairs->token_capacity) {
+        pairs->token_capacity = tokens + 1;
+        pairs->row_start = GROW(int64_t, pairs->row_start, pairs->token_capacity);
+    }
+    if (num_pairs > pairs->capacity) {
+        pairs->capacity = num_pairs;
+        pairs->expert = GROW(int, pairs->expert, num_pairs);
+        pairs->gate = GROW(float, pairs->gate, num_pairs);
+    }
+    pairs->tokens = tokens;
+    pairs->num_pairs = num_pairs;
+}
+
+static inline void pairs_free(PairList *pairs) {
+    free(pairs->row_start);
+    free(pairs->expert);
+    free(pairs->gate);
+}
+
+// active where mask[t, e] != 0 (mask [N, E]), gates taken from score [N, E] (or 1 everywhere when score is NULL)
+static inline void pairs_from_mask(PairList *pairs, const float *score, const float *mask, int64_t N, int E) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < N * E; i++) {
+        count += mask[i] != 0.0f;
+    }
+    pairs_reserve(pairs, N, count);
+    int64_t p = 0;
+    for (int64_t t = 0; t < N; t++) {
+        pairs->row_start[t] = p;
+        for (int e = 0; e < E; e++) {
+            if (mask[t * E + e] != 0.0f) {
+                pairs->expert[p] = e;
+                pairs->gate[p] = score != NULL ? score[t * E + e] : 1.0f;
+                p++;
+            }
+        }
+    }
+    pairs->row_start[N] = p;
+}
+
+// counts[e] = number of tokens of expert e; their sum is P
+static inline void pairs_count(int64_t *counts, const PairList *pairs, int E) {
+    memset(counts, 0, (size_t)E * sizeof(int64_t));
+    for (int64_t p = 0; p < pairs->num_pairs; p++) {
+        counts[pairs->expert[p]]++;
+    }
+}
+
+// dense [N, E] picture of the gates: 0 where not active
+static inline void pairs_to_dense(float *gates, const PairList *pairs, int E) {
+    memset(gates, 0, (size_t)(pairs->tokens * E) * sizeof(float));
+    for (int64_t t = 0; t < pairs->tokens; t++) {
+        for (int64_t p = pairs->row_start[t]; p < pairs->row_start[t + 1]; p++) {
+            gates[t * E + pairs->expert[p]] = pairs->gate[p];
+        }
+    }
+}
+
+#endif
