@@ -34,6 +34,7 @@ Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -42,7 +43,7 @@ Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors
 #elif defined(__ARM_FEATURE_FMA)
 #include <arm_neon.h>
 #endif
-// defines: int64_t, omp_get_num_threads, _mm512_fmadd_ps, _mm256_fmadd_ps, vfmaq_f32
+// defines: int64_t, memcpy, omp_get_num_threads, _mm512_fmadd_ps, _mm256_fmadd_ps, vfmaq_f32
 
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECS = 3 };
@@ -53,7 +54,7 @@ enum { LANES = 4, TILE_ROWS = 8, TILE_VECS = 3 };
 #else
 enum { LANES = 4, TILE_ROWS = 6, TILE_VECS = 2 };
 #endif
-enum { TILE_COLS = TILE_VECS * LANES, BLOCK_K = 384, BLOCK_M = 24 * TILE_ROWS, BLOCK_N = 768 };
+enum { TILE_COLS = TILE_VECS * LANES, BLOCK_K = 384, BLOCK_M = 24 * TILE_ROWS, BLOCK_N = 768, PAD_K = 2 };
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // in memory, unaligned
@@ -69,12 +70,32 @@ typedef struct {
     int64_t ldc;
 } Gemm;
 
+typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
+#if defined(__AVX512F__)
+#define LOWER_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#define LOWER_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define UPPER_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOWER_HALVES 0, 4, 1, 5
+#define UPPER_HALVES 2, 6, 3, 7
+#endif
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
+
+static inline int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static inline int64_t round_up(int64_t n, int64_t step) {
+    return (n + step - 1) / step * step;
+}
 
 // a b + c, rounded once where the machine can
 ALWAYS_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
@@ -163,27 +184,68 @@ static inline void tile_any(int rows, int cols, int64_t K, const float *a, int64
 }
 
 // ----------------------------------------------------------------------------
-// packing: n columns, width apart from one k to the next, zeros behind them
+// packing: n columns in panels of `width`, each panel k after k; the last panel is as many vectors as it needs
 
-static inline void pack(float *to, const float *from, int64_t ld, int64_t K, int n, int width) {
+// columns stand side by side: column j of step k is from[k*ld + j]
+ALWAYS_INLINE void pack(float *to, const float *from, int64_t ld, int64_t K, int64_t n, const int width,
+                        const int step) {
     for (int64_t k = 0; k < K; k++) {
-        for (int j = 0; j < n; j++) {
-            to[k * width + j] = from[k * ld + j];
+        int64_t j = 0;
+        for (; j + width <= n; j += width) {
+            memcpy(to + j * (K + PAD_K) + k * width, from + k * ld + j, sizeof(float) * width);
         }
-        for (int j = n; j < width; j++) {
-            to[k * width + j] = 0.0f;
+        if (j < n) {
+            int64_t last = round_up(n - j, step);
+            for (int64_t i = 0; i < last; i++) {
+                to[j * (K + PAD_K) + k * last + i] = j + i < n ? from[k * ld + j + i] : 0.0f;
+            }
         }
     }
 }
 
-// from holds k contiguously, column j at from + j*ld
-static inline void pack_transposed(float *to, const float *from, int64_t ld, int64_t K, int n, int width) {
-    for (int64_t k = 0; k < K; k++) {
-        for (int j = 0; j < n; j++) {
-            to[k * width + j] = from[j * ld + k];
+ALWAYS_INLINE Vec interleave(Vec a, Vec b, const int upper) {
+#ifdef __clang__
+    return upper ? __builtin_shufflevector(a, b, UPPER_HALVES) : __builtin_shufflevector(a, b, LOWER_HALVES);
+#else
+    const Lanes lower_halves = {LOWER_HALVES}, upper_halves = {UPPER_HALVES};
+    return __builtin_shuffle(a, b, upper ? upper_halves : lower_halves);
+#endif
+}
+
+// LANES x LANES elements: interleaving the first half of the rows with the second log2(LANES) times transposes them
+ALWAYS_INLINE void transpose(float *to, int64_t to_ld, const float *from, int64_t from_ld, int64_t rows) {
+    Vec x[LANES], y[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) {
+        x[i] = *(const VecAnywhere *)(from + (i < rows ? i : rows - 1) * from_ld);
+    }
+    UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = interleave(x[i], x[i + LANES / 2], 0);
+            y[2 * i + 1] = interleave(x[i], x[i + LANES / 2], 1);
         }
-        for (int j = n; j < width; j++) {
-            to[k * width + j] = 0.0f;
+        UNROLL for (int i = 0; i < LANES; i++) {
+            x[i] = y[i];
+        }
+    }
+    UNROLL for (int i = 0; i < LANES; i++) {
+        *(VecAnywhere *)(to + i * to_ld) = x[i];
+    }
+}
+
+// k stands side by side: column j of step k is from[j*ld + k]
+static inline void pack_transposed(float *to, const float *from, int64_t ld, int64_t K, int64_t n) {
+    for (int64_t j = 0; j < n; j += LANES) {
+        int64_t panel = j / TILE_COLS * TILE_COLS;
+        int64_t width = smaller(TILE_COLS, round_up(n - panel, LANES));
+        float *column = to + panel * (K + PAD_K) + j - panel;
+        int64_t k = 0;
+        for (; k + LANES <= K; k += LANES) {
+            transpose(column + k * width, width, from + j * ld + k, ld, smaller(LANES, n - j));
+        }
+        for (; k < K; k++) {
+            for (int i = 0; i < LANES; i++) {
+                column[k * width + i] = j + i < n ? from[(j + i) * ld + k] : 0.0f;
+            }
         }
     }
 }
@@ -194,12 +256,8 @@ static inline void pack_transposed(float *to, const float *from, int64_t ld, int
 // Packed blocks live in thread-local memory: too large for every stack, needed too often for malloc, of use to nobody
 // once a call has returned.
 ALWAYS_INLINE float *packing_memory(void) {
-    static __thread float memory[BLOCK_K * (BLOCK_N + BLOCK_M)] __attribute__((aligned(64)));
+    static __thread float memory[(BLOCK_K + PAD_K) * (BLOCK_N + BLOCK_M)] __attribute__((aligned(64)));
     return memory;
-}
-
-static inline int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
 }
 
 static inline void gemm_clear(const Gemm *g) {
@@ -216,20 +274,18 @@ static inline void gemm_block(const Gemm *g, int64_t i0, int64_t M, int64_t j0, 
     const float *a = g->A + i0 * g->lda + k0;
     int64_t a_row = g->lda, a_k = 1, next_tile = TILE_ROWS * g->lda;
     if (g->trans_a) {
-        for (int64_t i = 0; i < M; i += TILE_ROWS) {
-            pack(packed_a + i * K, g->A + k0 * g->lda + i0 + i, g->lda, K, (int)smaller(TILE_ROWS, M - i), TILE_ROWS);
-        }
+        pack(packed_a, g->A + k0 * g->lda + i0, g->lda, K, M, TILE_ROWS, TILE_ROWS);
         a = packed_a;
         a_row = 1;
         a_k = TILE_ROWS;
-        next_tile = TILE_ROWS * K;
+        next_tile = TILE_ROWS * (K + PAD_K);
     }
     for (int64_t j = 0; j < N; j += TILE_COLS) {
         int cols = (int)smaller(TILE_COLS, N - j);
         int width = (cols + LANES - 1) / LANES * LANES;
         for (int64_t i = 0; i < M; i += TILE_ROWS) {
             tile_any((int)smaller(TILE_ROWS, M - i), cols, K, a + i / TILE_ROWS * next_tile, a_row, a_k,
-                     packed_b + j * K, width, g->C + (i0 + i) * g->ldc + j0 + j, g->ldc,
+                     packed_b + j * (K + PAD_K), width, g->C + (i0 + i) * g->ldc + j0 + j, g->ldc,
                      g->accumulate || k0 > 0);
         }
     }
@@ -237,7 +293,7 @@ static inline void gemm_block(const Gemm *g, int64_t i0, int64_t M, int64_t j0, 
 
 static inline void gemm_serial(const Gemm *g) {
     float *packed_b = packing_memory();
-    float *packed_a = packed_b + BLOCK_K * BLOCK_N;
+    float *packed_a = packed_b + (BLOCK_K + PAD_K) * BLOCK_N;
     if (g->K == 0) {
         gemm_clear(g);
     }
@@ -245,14 +301,10 @@ static inline void gemm_serial(const Gemm *g) {
         int64_t N = smaller(BLOCK_N, g->N - j0);
         for (int64_t k0 = 0; k0 < g->K; k0 += BLOCK_K) {
             int64_t K = smaller(BLOCK_K, g->K - k0);
-            for (int64_t j = 0; j < N; j += TILE_COLS) {
-                int cols = (int)smaller(TILE_COLS, N - j);
-                int width = (cols + LANES - 1) / LANES * LANES;
-                if (g->trans_b) {
-                    pack_transposed(packed_b + j * K, g->B + (j0 + j) * g->ldb + k0, g->ldb, K, cols, width);
-                } else {
-                    pack(packed_b + j * K, g->B + k0 * g->ldb + j0 + j, g->ldb, K, cols, width);
-                }
+            if (g->trans_b) {
+                pack_transposed(packed_b, g->B + j0 * g->ldb + k0, g->ldb, K, N);
+            } else {
+                pack(packed_b, g->B + k0 * g->ldb + j0, g->ldb, K, N, TILE_COLS, LANES);
             }
             for (int64_t i0 = 0; i0 < g->M; i0 += BLOCK_M) {
                 gemm_block(g, i0, smaller(BLOCK_M, g->M - i0), j0, N, k0, K, packed_a, packed_b);
@@ -299,10 +351,6 @@ static inline Gemm gemm_of_expert(Gemm g, int by_k, const int64_t *offsets, int 
         g.M = offsets[e + 1] - offsets[e];
     }
     return g;
-}
-
-static inline int64_t round_up(int64_t n, int64_t step) {
-    return (n + step - 1) / step * step;
 }
 
 // where part i of n begins: equal parts, cut at multiples of step
