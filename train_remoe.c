@@ -447,6 +447,7 @@ typedef struct {
     RunState state;
     Schedule schedule;
     DataLoader train;
+    Prefetcher ahead;     // batches of `train`, assembled while a step computes
     Tokenizer *tokenizer; // NULL: no text can be shown
     char out[PATH_SIZE];
     char log_path[PATH_SIZE];
@@ -462,17 +463,6 @@ typedef struct {
 
 static int has_lambda(const Run *run) {
     return run->model.config.router.method == ROUTER_RELU;
-}
-
-// the sequences of a run in order: micro-batch m of step i takes B of them
-static void load_batch(Run *run, int micro_batch) {
-    const Options *o = &run->options;
-    int64_t first = run->state.sequences + (int64_t)micro_batch * o->batch;
-    for (int64_t b = 0; b < o->batch; b++) {
-        int64_t index = o->overfit_batch ? (int64_t)micro_batch * o->batch + b : first + b;
-        dataloader_sequence(&run->train, index, run->model.config.vocab_size, run->inputs + b * o->seq_len,
-                            run->targets + b * o->seq_len);
-    }
 }
 
 static int k_in_force(const Options *o, const Config *c, int64_t step) {
@@ -534,9 +524,9 @@ static int train_step(Run *run, StepRecord *record) {
     stats_reset(&run->stats, c);
     memset(m->grad, 0, (size_t)m->table.num_params * sizeof(float));
     for (int micro_batch = 0; micro_batch < run->micro_batches; micro_batch++) {
-        load_batch(run, micro_batch);
-        micro_step(m, &run->stats, run->inputs, run->targets, (int)o->batch, (int)o->seq_len, run->micro_batches,
-                   weight);
+        int *inputs, *targets;
+        prefetch_next(&run->ahead, &inputs, &targets);
+        micro_step(m, &run->stats, inputs, targets, (int)o->batch, (int)o->seq_len, run->micro_batches, weight);
     }
     double norm = gradient_norm(m);
     int finite = isfinite(run->stats.lm_loss) && isfinite(run->stats.reg_loss) && isfinite(norm);
@@ -596,28 +586,28 @@ static void validate(Run *run) {
     if (run->options.val_data[0] == '\0') {
         return;
     }
-    DataDomains domains;
-    dataloader_domains(&domains, run->options.val_data);
+    DataDomain *domains;
+    int count = dataloader_domains(run->options.val_data, &domains);
     double sum = 0.0;
     int64_t total = 0;
     run->model.k = run->model.config.router.active;
     printf("val  %5lld |", (long long)run->state.step);
-    for (int i = 0; i < domains.count; i++) {
+    for (int i = 0; i < count; i++) {
         int64_t tokens;
-        double loss = validate_file(run, domains.paths[i], &tokens);
+        double loss = validate_file(run, domains[i].path, &tokens);
         sum += loss * (double)tokens;
         total += tokens;
-        printf(" %s %.4f", domains.names[i], loss);
+        printf(" %s %.4f", domains[i].name, loss);
         fflush(stdout);
         if (run->log != NULL) {
-            log_validation(run->log, run->log_path, run->state.step, loss, domains.names[i]);
+            log_validation(run->log, run->log_path, run->state.step, loss, domains[i].name);
         }
     }
     printf(" | all %.4f\n", sum / (double)total);
     if (run->log != NULL) {
         log_validation(run->log, run->log_path, run->state.step, sum / (double)total, "all");
     }
-    dataloader_domains_free(&domains);
+    dataloader_free_domains(domains, count);
 }
 
 // ----------------------------------------------------------------------------
@@ -716,7 +706,9 @@ static void dump_write(Model *m, const char *path, int B, int T, const float *sc
         safetensors_declare(&writer, name, "F32", m->table.tensors[i].ndim, m->table.tensors[i].shape);
     }
     safetensors_write_header(&writer);
-    safetensors_write_f32(&writer, scalars, 4);
+    for (int i = 0; i < 4; i++) {
+        safetensors_write_f32(&writer, &scalars[i], 1);
+    }
     safetensors_write_f32(&writer, logits, logits != NULL ? (size_t)(N * c->vocab_size) : 0);
     float *gates = floats(N * E);
     for (int l = 0; l < c->layers && with_gates; l++) {
@@ -724,7 +716,9 @@ static void dump_write(Model *m, const char *path, int B, int T, const float *sc
         safetensors_write_f32(&writer, gates, (size_t)(N * E));
     }
     free(gates);
-    safetensors_write_f32(&writer, m->grad, (size_t)m->table.num_params);
+    for (int i = 0; i < m->table.count; i++) {
+        safetensors_write_f32(&writer, m->grad + m->table.tensors[i].offset, (size_t)m->table.tensors[i].size);
+    }
     safetensors_writer_finish(&writer);
 }
 
@@ -1071,6 +1065,10 @@ static void open_data(Run *run) {
         int shuffle = o->dump[0] == '\0' && o->shuffle;
         dataloader_open(&run->train, o->train_data, (int)o->seq_len, (uint64_t)o->seed, shuffle);
     }
+    if (wants_training(o)) { // micro-batch after micro-batch in the run's order, or the first one again and again
+        int64_t first = o->overfit_batch ? 0 : run->state.sequences;
+        prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first, o->overfit_batch ? 0 : o->batch);
+    }
     run->micro_batches = (int)(o->global_batch / o->batch);
 }
 
@@ -1090,7 +1088,7 @@ static void print_table(const Run *run) {
     printf("params    %lld total, %lld active | %.4g GFLOPs a sequence\n", (long long)run->model.table.num_params,
            (long long)config_params(c, r->active), 1e-9 * config_flops(c, o->seq_len, r->active));
     printf("memory    %.2f GB of weights, gradients and moments; %d threads\n", 4.0 * bytes / 1073741824.0, threads);
-    dataloader_print(&run->train);
+    dataloader_print(&run->train, stdout);
     printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n", (long long)o->steps,
            (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr, o->lr_min,
            (long long)run->schedule.warmup, (long long)o->seed);
@@ -1115,6 +1113,9 @@ static void close_run(Run *run) {
     }
     if (run->tokenizer != NULL) {
         tokenizer_free(run->tokenizer);
+    }
+    if (wants_training(&run->options)) {
+        prefetch_stop(&run->ahead);
     }
     dataloader_close(&run->train);
     free(run->inputs);
