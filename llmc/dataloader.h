@@ -280,9 +280,10 @@ static inline void dataloader_set_shares(DataLoader *loader) {
 }
 
 // Who takes slot t of a period? With w_s = share_s / MIX_PERIOD, let use j of source s be due in the slots
-// [floor(j / w_s), ceil((j + 1) / w_s)). Giving each source w_s of every slot would serve all uses in time: so
-// an undivided schedule exists too (bipartite flows are integral), and earliest deadline first finds it. Then
-// after n slots source s was used floor(n w_s) or ceil(n w_s) times; after a whole period, exactly share_s.
+// [floor(j / w_s), ceil((j + 1) / w_s)). Giving each source w_s of every slot serves all uses in time, so an
+// undivided schedule exists too (bipartite flows are integral), and earliest deadline first finds it. Then
+// after n slots source s was used floor(n w_s) or ceil(n w_s) times; after a whole period, exactly share_s
+// times.
 static inline void dataloader_mix(DataLoader *loader) {
     int64_t *used = NEW(int64_t, loader->num_sources);
     loader->mix_source = NEW(int, MIX_PERIOD);
@@ -371,8 +372,9 @@ static inline void dataloader_print(const DataLoader *loader, FILE *out) {
     }
 }
 
-// j's place in a permutation of [0, n) that key chooses: four Feistel rounds permute [0, 4^half), the least such
-// range that holds n, and walking on from every value that is not below n leaves a permutation of [0, n)
+// j's place in a permutation of [0, n) that key chooses: Feistel rounds permute [0, 4^half), the least such
+// range that holds n, and walking on from every value that is not below n leaves a permutation of [0, n).
+// Eight rounds: with four, a small n shows a bias
 static inline int64_t dataloader_permute(int64_t j, int64_t n, uint64_t key) {
     int half = 0;
     while (((int64_t)1 << (2 * half)) < n) {
@@ -382,7 +384,7 @@ static inline int64_t dataloader_permute(int64_t j, int64_t n, uint64_t key) {
     uint64_t x = (uint64_t)j;
     do {
         uint64_t left = x >> half, right = x & mask;
-        for (uint64_t round = 0; round < 4; round++) {
+        for (uint64_t round = 0; round < 8; round++) {
             uint64_t next = left ^ (rng_bits(key, round, right) & mask);
             left = right;
             right = next;
