@@ -12,8 +12,8 @@ A fixture is a folder:
     replay/                         only where training is replayed from the same checkpoint and shard:
         args.json                   batch, seq_len, global_batch, steps, lr, lr_min, warmup_steps, ...
         model.safetensors optimizer.safetensors state.json    after the last step; state.json logs every step
-Seeds are tried in order until every routing decision is at least MARGIN away from tipping, so that fp32 cannot flip
-one, and until the case shows what it is there to show (an expert that never fires, a lambda that goes both ways).
+Seeds are tried in order until every routing decision is at least MARGIN away from tipping, so that fp32 cannot
+flip one, and until the case shows its point (an expert that never fires, a lambda that goes both ways).
 """
 import argparse
 import json
@@ -44,8 +44,8 @@ def dims(d, H, KV, F, L):
 
 
 REPLAY = {"batch": 2, "seq_len": 9, "global_batch": 4, "steps": 10,
-          "lr": 0.01, "lr_min": 0.001, "warmup_steps": 3, "weight_decay": 0.1, "grad_clip": 1.0, "lambda_init": 0.02,
-          "alpha": 1.2, "aux_coeff": 0.05}
+          "lr": 0.01, "lr_min": 0.001, "warmup_steps": 3, "weight_decay": 0.1, "grad_clip": 1.0,
+          "lambda_init": 0.02, "alpha": 1.2, "aux_coeff": 0.05}
 
 CASES = {
     "relu": case("relu", replay=REPLAY, **dims(12, 6, 2, 7, 2)),
@@ -105,13 +105,14 @@ def tensor_shapes(c, moe, router):
 
 
 def random_weights(c, x, rng):
-    """In stored types. Scales differ from tensor to tensor; the order of the tensors is shuffled."""
+    """In stored types. Scales differ from tensor to tensor; the order of the tensors is shuffled. Wider models get
+    smaller weights, or attention saturates and even float32 against float64 is off by more than 1e-5."""
     names = tensor_shapes(c, x["router"] != "dense", x["router"])
     order = torch.randperm(len(names), generator=rng).tolist()
     params = {}
     for name, shape in (list(names.items())[i] for i in order):
         w = torch.randn(shape, generator=rng, dtype=torch.float64)
-        scale = 0.1 + 0.2 * float(torch.rand(1, generator=rng))
+        scale = (0.1 + 0.2 * float(torch.rand(1, generator=rng))) * min(1, 16 / c.d) ** 0.5
         w = 1 + 0.2 * w if "norm" in name else scale * w
         if "embed" in name:
             w = 2 * w  # tokens that differ route differently

@@ -150,7 +150,7 @@ class Routing:
 
 
 def route(x, ids, p, layer, c, routing, forced):
-    """x [N, d] -> gates [N, E], active [N, E]; `forced` replaces the active set; the values stay their own."""
+    """x [N, d] -> gates [N, E], active [N, E]; `forced` replaces the active set, not the values."""
     N = x.shape[0]
     if c.router == "hash":
         chosen = (ids[:, None] * c.k + torch.arange(c.k)) % c.E  # [N, k]
