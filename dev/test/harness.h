@@ -5,6 +5,7 @@ with the macros below: each failure prints file, line and figures and is counted
 
     CHECK(cond)                            a fact
     check_close(what, got, want, n, tol)   ||got - want|| / ||want|| <= tol over n floats; NaN never passes
+    check_close_to(what, got, want, n, tol)   the same against a reference in double
     check_dies(status, "text", fn, arg)    fn(arg), in a child process, ends with that status and says the text
 
 Comparisons are relative, per tensor: an absolute tolerance would hide a wrong small gradient.
@@ -18,7 +19,10 @@ Comparisons are relative, per tensor: an absolute tolerance would hide a wrong s
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-// defines: sqrt, printf, fork, pipe, dup2, read, waitpid
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+// defines: sqrt, printf, fork, pipe, dup2, read, waitpid, omp_set_num_threads
 
 typedef struct {
     int checks;   // made so far
@@ -64,6 +68,51 @@ static inline int check_close(const char *what, const float *got, const float *w
         printf("  FAILED %s: relative error %.3e > %.1e over %zu values\n", what, error, tolerance, n);
     }
     return ok;
+}
+
+// got in fp32 against a reference that was computed in double
+static inline int check_close_to(const char *what, const float *got, const double *want, size_t n,
+                                 double tolerance) {
+    double diff = 0.0, norm = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        diff += (got[i] - want[i]) * (got[i] - want[i]);
+        norm += want[i] * want[i];
+    }
+    double error = norm > 0.0 ? sqrt(diff / norm) : sqrt(diff);
+    tally.checks++;
+    if (!(error <= tolerance)) { // NaN fails too
+        tally.failures++;
+        printf("  FAILED %s: relative error %.3e > %.1e over %zu values\n", what, error, tolerance, n);
+        return 0;
+    }
+    return 1;
+}
+
+// gradient[i] = d f(context) / d x[i], for an f in double that reads x: central differences are then good to about 1e-9
+static inline void central_differences(double *gradient, double *x, size_t n, double (*f)(void *), void *context) {
+    for (size_t i = 0; i < n; i++) {
+        double here = x[i], h = 1e-5;
+        x[i] = here + h;
+        double above = f(context);
+        x[i] = here - h;
+        double below = f(context);
+        x[i] = here;
+        gradient[i] = (above - below) / (2.0 * h);
+    }
+}
+
+static inline void to_double(double *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        out[i] = x[i];
+    }
+}
+
+static inline void use_threads(int threads) {
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#else
+    (void)threads;
+#endif
 }
 
 // runs fn(arg) in a child with stdout and stderr caught; output (may be NULL) receives what it printed
