@@ -1,13 +1,14 @@
 """
-Checks a trainer from outside: random small models, checkpoints and shards, its dumps and replays against the oracle.
+Checks a trainer from outside: random small models, checkpoints and shards, its dumps and replays against the
+oracle.
 
     python dev/oracle/check.py [--trainer ./train_remoe] [--cases 40] [--replays 8] [--seed 0] [FIXTURE ...]
 
-Each case is written to a temporary folder, run through the trainer's command line, and compared tensor by tensor by
-||got - want|| / ||want||: losses within 1e-6, everything else 1e-5, active sets and lambda exactly; where the oracle
-has exact zeros the trainer must have them too. The column `float32` is the worst that the oracle itself shows when
-it computes in float32. With fixture folders given, those are run instead. `--trainer "python dev/oracle/oracle.py"`
-checks this script; `--keep DIR` leaves the cases there.
+Each case is written to a temporary folder, run through the trainer's command line, and compared tensor by
+tensor by ||got - want|| / ||want||: losses within 1e-6, everything else 1e-5, active sets and lambda exactly;
+where the oracle has exact zeros the trainer must have them too. The column `float32` is the worst that the
+oracle itself shows when it computes in float32. With fixture folders given, those are run instead.
+`--trainer "python dev/oracle/oracle.py"` checks this script; `--keep DIR` leaves the cases there.
 """
 import argparse
 import json
@@ -39,7 +40,7 @@ def relative(got, want):
 
 
 def compare(got, want):
-    """-> [(name, error, limit)], the worst first; a tensor that is missing or too many counts as infinitely wrong"""
+    """-> [(name, error, limit)], the worst first; a tensor missing or too many is infinitely wrong"""
     rows = []
     for name in want.keys() | got.keys():
         limit = LOSSES if "loss" in name else LIMIT
@@ -124,14 +125,15 @@ def wanted(folder, args, dtype=torch.float64):
 
 def options(args):
     """args.json's keys are the options' names."""
-    pairs = [("--" + name.replace("_", "-"), str(value)) for name, value in args.items() if name != "route_from"]
-    return [word for pair in pairs for word in pair]
+    names = [name for name in args if name != "route_from"]
+    return [word for name in names for word in ("--" + name.replace("_", "-"), str(args[name]))]
 
 
 def run(command):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
-        raise RuntimeError(f"exit {done.returncode}: {shlex.join(command)}\n{(done.stderr or done.stdout)[-1500:]}")
+        said = (done.stderr or done.stdout)[-1500:]
+        raise RuntimeError(f"exit {done.returncode}: {shlex.join(command)}\n{said}")
 
 
 def checkpoint_in(out):
@@ -164,8 +166,8 @@ def describe(folder, args):
     kind = f"{c.get('router', 'dense')}{'' if c.get('load_balance', True) else '-nolb'}"
     steps = f"{args['steps']}x{args['global_batch'] // args['batch']}" if "steps" in args else "dump"
     steps += "+route" if "route_from" in args else ""
-    return (f"{steps:10} {kind:10} {moe:14} B={args['batch']} T={args['seq_len']:<3} L={c['num_hidden_layers']} "
-            f"d={c['hidden_size']:<4}H={c['num_attention_heads']}/{c['num_key_value_heads']} "
+    return (f"{steps:10} {kind:10} {moe:14} B={args['batch']} T={args['seq_len']:<3} "
+            f"L={c['num_hidden_layers']} d={c['hidden_size']:<4}H={c['num_attention_heads']}/{c['num_key_value_heads']} "
             f"F={c['intermediate_size']:<3} V={c['vocab_size']:<4}")
 
 
@@ -196,7 +198,7 @@ def judge(trainer, folder, args, want, lam, verbose):
 
 def main():
     a = argparse.ArgumentParser()
-    a.add_argument("--trainer", default="./train_remoe", help="a command; its words are split as a shell would")
+    a.add_argument("--trainer", default="./train_remoe", help="a command line, quoted as for a shell")
     a.add_argument("--cases", type=int, default=40)
     a.add_argument("--replays", type=int, default=8)
     a.add_argument("--seed", type=int, default=0)

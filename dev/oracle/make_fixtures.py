@@ -12,8 +12,8 @@ A fixture is a folder:
     replay/                         only where training is replayed from the same checkpoint and shard:
         args.json                   batch, seq_len, global_batch, steps, lr, lr_min, warmup_steps, ...
         model.safetensors optimizer.safetensors state.json    after the last step; state.json logs every step
-Seeds are tried in order until every routing decision is at least MARGIN away from tipping, so that fp32 cannot
-flip one, and until the case shows its point (an expert that never fires, a lambda that goes both ways).
+Seeds are tried in order until every routing decision is at least MARGIN from tipping, so that fp32 cannot flip
+one, and until the case shows its point (an expert that never fires, a lambda that goes both ways).
 """
 import argparse
 import json
@@ -105,8 +105,8 @@ def tensor_shapes(c, moe, router):
 
 
 def random_weights(c, x, rng):
-    """In stored types. Scales differ from tensor to tensor; the order of the tensors is shuffled. Wider models get
-    smaller weights, or attention saturates and even float32 against float64 is off by more than 1e-5."""
+    """In stored types. Scales differ from tensor to tensor; the order of the tensors is shuffled. Wider models
+    get smaller weights, or attention saturates and float32 is off by more than 1e-5 whoever computes it."""
     names = tensor_shapes(c, x["router"] != "dense", x["router"])
     order = torch.randperm(len(names), generator=rng).tolist()
     params = {}

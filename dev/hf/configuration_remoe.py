@@ -1,0 +1,12 @@
+"""The configuration of a ReMoE checkpoint: LLaMA's, and how its experts are routed."""
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+class RemoeConfig(LlamaConfig):
+    model_type = "remoe"
+
+    num_experts: int = 8  # in all, granularity included
+    num_experts_per_tok: int = 1  # nominal, granularity included
+    granularity: int = 1
+    router: str = "relu"  # relu, topk, ec, hash
+    load_balance: bool = True  # concerns training alone

@@ -1,0 +1,99 @@
+"""
+ReMoE for transformers: LlamaForCausalLM with routed experts for its feed-forward layers, for inference.
+
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(EXPORTED, trust_remote_code=True)
+
+export_hf.py copies this file beside a checkpoint. Tensor names are the checkpoint's; nothing is converted.
+The router ec takes each token's k best when there is a cache: while generating, the batch is not all there.
+"""
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+from .configuration_remoe import RemoeConfig
+
+
+class RemoeExperts(nn.Module):
+    """SwiGLU experts; gate rows first, then up rows."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, F, d = config.num_experts, config.intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, d))
+        self.down_proj = nn.Parameter(torch.empty(E, d, F))
+
+    def forward(self, x, gates, active):
+        """x [N, d]; gates, active [N, E] -> sum over the active experts of gate * expert(x)"""
+        y = torch.zeros_like(x)
+        for e in active.any(0).nonzero()[:, 0].tolist():
+            t = active[:, e].nonzero()[:, 0]
+            gate, up = nn.functional.linear(x[t], self.gate_up_proj[e]).chunk(2, -1)
+            out = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[e])
+            y.index_add_(0, t, gates[t, e, None].to(x.dtype) * out)
+        return y
+
+
+class RemoeMoE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.router, self.E, self.k = config.router, config.num_experts, config.num_experts_per_tok
+        if config.router not in ("relu", "topk", "ec", "hash"):
+            raise ValueError(f"unknown router {config.router!r}: relu, topk, ec or hash expected")
+        if config.router != "hash":
+            self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = RemoeExperts(config)
+        self.input_ids, self.cached = None, False  # set by RemoeModel before each forward
+
+    def route(self, x):
+        """x [N, d] -> gates, active [N, E]"""
+        if self.router == "hash":
+            ids = self.input_ids.reshape(-1, 1)
+            chosen = (ids * self.k + torch.arange(self.k, device=ids.device)) % self.E
+            active = torch.zeros(len(ids), self.E, dtype=torch.bool, device=ids.device)
+            active = active.scatter(1, chosen, True)
+            return active.to(x.dtype), active
+        z = self.gate(x)
+        z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+        if self.router == "relu":
+            return z.relu(), z > 0
+        p = z.softmax(-1)
+        if self.router == "topk" or self.cached:
+            return p, largest(z, self.k)
+        return p, largest(p.T, p.shape[0] * self.k // self.E).T
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])  # [N, d]
+        return self.experts(flat, *self.route(flat)).view_as(x)
+
+
+def largest(scores, count):
+    """Membership of each row's `count` largest; equal scores go to the lower index."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+
+
+class RemoeModel(LlamaModel):
+    config_class = RemoeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.mlp = RemoeMoE(config)
+        self.post_init()
+
+    def forward(self, input_ids=None, *args, past_key_values=None, **kwargs):
+        # a decoder layer hands its mlp the hidden states alone, so what else routing needs is put there
+        for layer in self.layers:
+            layer.mlp.input_ids = input_ids
+            layer.mlp.cached = past_key_values is not None
+        return super().forward(input_ids, *args, past_key_values=past_key_values, **kwargs)
+
+
+class RemoeForCausalLM(LlamaForCausalLM):
+    config_class = RemoeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = RemoeModel(config)
+        self.post_init()
