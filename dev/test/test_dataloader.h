@@ -367,6 +367,28 @@ static void test_dataloader_faults(void) {
     dataloader_close(&loader);
 }
 
+static void dl_read_all(void *path) {
+    int inputs[3], targets[3];
+    DataLoader loader;
+    dataloader_open(&loader, (const char *)path, 3, 1, 1);
+    for (int64_t i = 0; i < dataloader_num_sequences(&loader); i++) {
+        dataloader_sequence(&loader, i, 50257, inputs, targets);
+    }
+    dataloader_close(&loader);
+}
+
+// what the fuzzer once found, and its seeds: read or refused
+static void test_dataloader_fuzz_corpus(void) {
+    glob_t found;
+    CHECK(glob("dev/fuzz/corpus/shard/*", 0, NULL, &found) == 0);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char output[1024];
+        int status = run_in_child(dl_read_all, found.gl_pathv[i], output, sizeof(output));
+        CHECK(status == 0 || (status == 1 && strncmp(output, "error: ", 7) == 0));
+    }
+    globfree(&found);
+}
+
 // ----------------------------------------------------------------------------
 // prefetch
 
@@ -456,6 +478,7 @@ static void test_dataloader(void) {
     test_dataloader_domains();
     test_dataloader_print();
     test_dataloader_faults();
+    test_dataloader_fuzz_corpus();
     test_prefetch();
     test_dataloader_real();
     CHECK(system("rm -rf " DL_FOLDER) == 0);

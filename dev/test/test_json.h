@@ -5,6 +5,8 @@ JSONTestSuite's rules), values read back, errors placed, an arena used again, an
 #ifndef TEST_JSON_H
 #define TEST_JSON_H
 
+#include <glob.h>
+// defines: glob
 #include "../../llmc/json.h"
 #include "harness.h"
 
@@ -353,6 +355,24 @@ static void test_json_files(void) {
     check_dies(1, "cannot read build/test", json_parse_file_of, folder);
 }
 
+// what the fuzzer once found, and its seeds: parsed or refused
+static void test_json_fuzz_corpus(void) {
+    glob_t found;
+    CHECK(glob("dev/fuzz/corpus/json/*", 0, NULL, &found) == 0);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char error[256] = "";
+        size_t size;
+        JsonArena arena;
+        json_arena_init(&arena);
+        char *text = check_read_file(found.gl_pathv[i], &size, "");
+        const Json *root = json_parse_exact(text, size, &arena, error, sizeof(error));
+        CHECK(root != NULL || strstr(error, "line ") == error);
+        json_arena_free(&arena);
+        free(text);
+    }
+    globfree(&found);
+}
+
 static void test_json(void) {
     test_json_table();
     test_json_prefixes();
@@ -365,6 +385,7 @@ static void test_json(void) {
     test_json_reuse();
     test_json_written();
     test_json_files();
+    test_json_fuzz_corpus();
 }
 
 #endif

@@ -5,10 +5,11 @@ beyond 4 GB, every kind of damaged or hostile header, and a disk that fills up.
 #ifndef TEST_SAFETENSORS_H
 #define TEST_SAFETENSORS_H
 
+#include <glob.h>
 #include <math.h>
 #include <signal.h>
 #include <sys/resource.h>
-// defines: ldexp, isnan, isinf, nextafter, signal, setrlimit
+// defines: glob, ldexp, isnan, isinf, nextafter, signal, setrlimit
 #include "../../llmc/safetensors.h"
 #include "harness.h"
 
@@ -383,6 +384,28 @@ static void test_safetensors_full_disk(void) {
     check_dies(1, "---> make its folder", st_fill_disk, nowhere);
 }
 
+static void st_read_all(void *path) {
+    Safetensors *st = safetensors_open((const char *)path, "");
+    for (size_t i = 0; i < st->count; i++) {
+        float *values = NEW(float, safetensors_num_elements(&st->entries[i]));
+        safetensors_read_f32(st, &st->entries[i], values);
+        free(values);
+    }
+    safetensors_close(st);
+}
+
+// what the fuzzer once found, and its seeds: read or refused
+static void test_safetensors_fuzz_corpus(void) {
+    glob_t found;
+    CHECK(glob("dev/fuzz/corpus/safetensors/*", 0, NULL, &found) == 0);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char output[1024];
+        int status = run_in_child(st_read_all, found.gl_pathv[i], output, sizeof(output));
+        CHECK(status == 0 || (status == 1 && strncmp(output, "error: ", 7) == 0));
+    }
+    globfree(&found);
+}
+
 static void test_safetensors(void) {
     CHECK(system("mkdir -p build/test") == 0);
     test_safetensors_bf16();
@@ -396,6 +419,7 @@ static void test_safetensors(void) {
     test_safetensors_truncated();
     test_safetensors_misuse();
     test_safetensors_full_disk();
+    test_safetensors_fuzz_corpus();
     unlink(ST_PATH);
 }
 
