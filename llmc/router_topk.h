@@ -54,9 +54,12 @@ static inline void router_softmax_backward(float *dlogits, const float *s, int64
 static inline void router_topk_choose(unsigned char *chosen, const float *score, int E, int k) {
     memset(chosen, 0, (size_t)E);
     for (int i = 0; i < k; i++) {
-        int best = -1;
-        for (int e = 0; e < E; e++) {
-            if (!chosen[e] && (best < 0 || score[e] > score[best])) {
+        int best = 0;
+        while (chosen[best]) {
+            best++;
+        }
+        for (int e = best + 1; e < E; e++) {
+            if (!chosen[e] && score[e] > score[best]) {
                 best = e;
             }
         }
