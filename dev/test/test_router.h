@@ -1,0 +1,159 @@
+/*
+router.h: each method reaches its own file with its own weight and normalisation (1/L for relu alone), and a forced active
+set replaces the method's.
+*/
+#ifndef TEST_ROUTER_H
+#define TEST_ROUTER_H
+
+#include "../../llmc/router.h"
+#include "harness.h"
+
+enum { ROUTER_TOKENS = 12, ROUTER_E = 4, ROUTER_K = 2, ROUTER_CELLS = ROUTER_TOKENS * ROUTER_E };
+
+typedef struct {
+    float logits[ROUTER_CELLS]; // what router_forward left
+    float gates[ROUTER_CELLS];
+    float dlogits[ROUTER_CELLS];
+    double loss;
+    PairList pairs;
+} RouterRun;
+
+static Router router_of(RouterMethod method, int load_balance) {
+    Router router;
+    router.method = method;
+    router.experts = method == ROUTER_DENSE ? 1 : ROUTER_E;
+    router.active = method == ROUTER_DENSE ? 1 : ROUTER_K;
+    router.load_balance = load_balance;
+    return router;
+}
+
+// forward, loss and backward of one layer of `layers`; gates' gradients are all 0.01
+static void router_run(RouterRun *run, Router router, const float *forced, int layers, double weight) {
+    int ids[ROUTER_TOKENS];
+    int64_t counts[ROUTER_E];
+    float dgate[ROUTER_CELLS];
+    memset(run, 0, sizeof(*run));
+    for (int t = 0; t < ROUTER_TOKENS; t++) {
+        ids[t] = 3 * t;
+    }
+    for (int i = 0; i < ROUTER_CELLS; i++) {
+        dgate[i] = 0.01f;
+    }
+    fill_uniform(run->logits, ROUTER_CELLS, 1, 1.0f);
+    router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, ids, forced, router, ROUTER_TOKENS);
+    pairs_count(counts, &run->pairs, router.experts);
+    pairs_to_dense(run->gates, &run->pairs, router.experts);
+    run->loss = router_loss(&run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers);
+    router_backward(run->dlogits, dgate, &run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers, weight);
+    pairs_free(&run->pairs);
+}
+
+static int router_all_zero(const float *x, int n) {
+    int zeros = 0;
+    for (int i = 0; i < n; i++) {
+        zeros += x[i] == 0.0f;
+    }
+    return zeros == n;
+}
+
+static void test_router_names(void) {
+    for (int method = 0; method < ROUTER_COUNT; method++) {
+        CHECK(router_from_name(router_name((RouterMethod)method)) == method);
+        CHECK(router_has_weights((RouterMethod)method) == (method != ROUTER_HASH && method != ROUTER_DENSE));
+    }
+    CHECK(router_from_name("relu") == ROUTER_RELU && router_from_name("topk") == ROUTER_TOPK);
+    CHECK(router_from_name("ec") == ROUTER_EC && router_from_name("hash") == ROUTER_HASH);
+    CHECK(router_from_name("dense") == ROUTER_DENSE);
+    CHECK(router_from_name("ReLU") == -1 && router_from_name("") == -1 && router_from_name("rel") == -1);
+}
+
+static void test_router_relu_switch(void) {
+    RouterRun run, many, plain;
+    router_run(&run, router_of(ROUTER_RELU, 1), NULL, 1, 0.5);
+    router_run(&many, router_of(ROUTER_RELU, 1), NULL, 3, 1.5); // loss a third of it, gradient the same
+    router_run(&plain, router_of(ROUTER_RELU, 0), NULL, 1, 0.5);
+    double sum = 0.0;
+    for (int i = 0; i < ROUTER_CELLS; i++) {
+        sum += run.gates[i];
+        CHECK(run.gates[i] == (run.logits[i] > 0.0f ? run.logits[i] : 0.0f));
+        CHECK(fabs(plain.dlogits[i] - (run.logits[i] > 0.0f ? 0.01 + 0.5 / ROUTER_TOKENS : 0.0)) < 1e-8);
+    }
+    CHECK(fabs(plain.loss - sum / ROUTER_TOKENS) < 1e-12);
+    CHECK(fabs(run.loss - plain.loss) > 1e-3); // the load does weigh
+    CHECK(many.loss == run.loss / 3);
+    check_close("relu dlogits of 3 layers", many.dlogits, run.dlogits, ROUTER_CELLS, 1e-7);
+}
+
+static void test_router_topk_switch(void) {
+    RouterRun run, many, plain;
+    router_run(&run, router_of(ROUTER_TOPK, 1), NULL, 1, 0.5);
+    router_run(&many, router_of(ROUTER_TOPK, 1), NULL, 3, 0.5); // no 1/L
+    router_run(&plain, router_of(ROUTER_TOPK, 0), NULL, 1, 0.5);
+    for (int t = 0; t < ROUTER_TOKENS; t++) {
+        double sum = 0.0;
+        int active = 0;
+        for (int e = 0; e < ROUTER_E; e++) {
+            sum += run.logits[t * ROUTER_E + e]; // the softmax by now
+            active += run.gates[t * ROUTER_E + e] != 0.0f;
+        }
+        CHECK(fabs(sum - 1.0) < 1e-6 && active == ROUTER_K);
+    }
+    CHECK(many.loss == run.loss && memcmp(many.dlogits, run.dlogits, sizeof(run.dlogits)) == 0);
+    CHECK(run.loss > 0.9 && plain.loss == 0.0); // about 1 when the load is even
+    CHECK(relative_error(plain.dlogits, run.dlogits, ROUTER_CELLS) > 1e-2);
+}
+
+static void test_router_others(void) {
+    RouterRun run;
+    router_run(&run, router_of(ROUTER_EC, 1), NULL, 2, 0.5);
+    CHECK(run.loss == 0.0 && !router_all_zero(run.dlogits, ROUTER_CELLS));
+    for (int e = 0; e < ROUTER_E; e++) {
+        int load = 0;
+        for (int t = 0; t < ROUTER_TOKENS; t++) {
+            load += run.gates[t * ROUTER_E + e] != 0.0f;
+        }
+        CHECK(load == ROUTER_TOKENS * ROUTER_K / ROUTER_E);
+    }
+    router_run(&run, router_of(ROUTER_HASH, 1), NULL, 2, 0.5);
+    CHECK(run.loss == 0.0 && router_all_zero(run.dlogits, ROUTER_CELLS));
+    CHECK(run.gates[0] == 1.0f && run.gates[1] == 1.0f && run.gates[2] == 0.0f);                // id 0: experts 0, 1
+    CHECK(run.gates[4] == 0.0f && run.gates[6] == 1.0f && run.gates[7] == 1.0f);                // id 3: experts 2, 3
+    router_run(&run, router_of(ROUTER_DENSE, 1), NULL, 2, 0.5);
+    CHECK(run.loss == 0.0 && run.gates[0] == 1.0f && run.gates[ROUTER_TOKENS - 1] == 1.0f);
+}
+
+// the set is the forced one, the values are the method's own: z itself for relu, negative ones too
+static void test_router_forced(void) {
+    const RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_EC};
+    float forced[ROUTER_CELLS], logits[ROUTER_CELLS];
+    fill_uniform(logits, ROUTER_CELLS, 1, 1.0f);
+    fill_uniform(forced, ROUTER_CELLS, 2, 1.0f);
+    for (int i = 0; i < ROUTER_CELLS; i++) {
+        forced[i] = forced[i] > 0.3f || i == 0 ? -forced[i] : 0.0f;
+    }
+    for (int m = 0; m < 3; m++) {
+        RouterRun run;
+        int wrong = 0, negative = 0;
+        router_run(&run, router_of(methods[m], 1), forced, 1, 0.5);
+        for (int i = 0; i < ROUTER_CELLS; i++) {
+            wrong += run.gates[i] != (forced[i] != 0.0f ? run.logits[i] : 0.0f);
+            wrong += methods[m] == ROUTER_RELU && run.logits[i] != logits[i];
+            wrong += methods[m] == ROUTER_RELU && (run.dlogits[i] != 0.0f) != (forced[i] != 0.0f);
+            negative += run.gates[i] < 0.0f;
+        }
+        CHECK(wrong == 0 && (negative > 0) == (methods[m] == ROUTER_RELU));
+    }
+    RouterRun hash;
+    router_run(&hash, router_of(ROUTER_HASH, 1), forced, 1, 0.5);
+    CHECK(hash.gates[0] == 1.0f && hash.gates[1] == 1.0f); // hash has no choice to replace
+}
+
+static void test_router(void) {
+    test_router_names();
+    test_router_relu_switch();
+    test_router_topk_switch();
+    test_router_others();
+    test_router_forced();
+}
+
+#endif
