@@ -1,0 +1,65 @@
+#!/bin/sh
+# The built-in sample: this project's own sources, tests and docs as JSON Lines, a few KB a document.
+#     data/make_sample.sh [FILE]          (default: data/sample.jsonl)
+# Long files are cut at blank lines before unindented ones, that is between functions or sections. What would exceed
+# 400 KB is thinned out evenly. Made files ("do not edit") and whatever is no source or doc are left out.
+set -eu
+cd "$(dirname "$0")/.."
+out=${1:-data/sample.jsonl}
+limit=400000
+tab=$(printf '\t')
+LC_ALL=C
+export LC_ALL
+
+if ! git rev-parse --git-dir >/dev/null 2>&1; then
+    echo "error: make sample lists this project's files with git, and this is no git checkout" >&2
+    echo "  ---> git clone the project, or use data/sample.jsonl as it is" >&2
+    exit 1
+fi
+
+domain_of() {
+    case $1 in
+    *.cu | *.cuh) echo cuda ;;
+    *.c | *.h) echo c ;;
+    *.py) echo python ;;
+    *.md) echo markdown ;;
+    Makefile | */Makefile | *.mk) echo make ;;
+    *.sh | .ci/run) echo shell ;;
+    esac
+}
+
+git ls-files | sort | while IFS= read -r path; do
+    domain=$(domain_of "$path")
+    if [ -z "$domain" ] || [ ! -s "$path" ] || head -n 5 "$path" | grep -q "do not edit"; then
+        continue
+    fi
+    sed -e 's/\\/\\\\/g' -e 's/"/\\"/g' -e "s/$tab/\\\\t/g" -e 's/[[:cntrl:]]//g' "$path" | awk -v domain="$domain" '
+        function flush() {
+            if (text != "") {
+                print "{\"text\": \"" text "\", \"meta\": {\"pile_set_name\": \"" domain "\"}}"
+            }
+            text = ""
+        }
+        {
+            if (length(text) > 3000 && blank && $0 ~ /^[^ \\})]/) {
+                flush()
+            }
+            blank = $0 == ""
+            text = text $0 "\\n"
+        }
+        END { flush() }'
+done >"$out.all"
+
+awk -v limit=$limit '
+    { line[NR] = $0; total += length($0) + 1 }
+    END {
+        for (i = 1; i <= NR; i++) {
+            if (limit >= total || int(i * limit / total) > int((i - 1) * limit / total)) {
+                size += length(line[i]) + 1
+                if (size <= limit) { print line[i] }
+            }
+        }
+    }' "$out.all" >"$out.tmp"
+rm "$out.all"
+mv "$out.tmp" "$out"
+echo "$out: $(wc -l <"$out") documents, $(wc -c <"$out") bytes"
