@@ -3,7 +3,7 @@ Makes a checkpoint folder loadable by transformers: the same tensors, and beside
 
     python dev/hf/export_hf.py CHECKPOINT OUT [--tokenizer DIR]
 
-A dense checkpoint is LLaMA's already; a MoE one gets the two files of this folder, and `auto_map` in config.json,
+A dense checkpoint is LLaMA's already; a MoE one gets this folder's two files, and `auto_map` in config.json
 by which AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) finds them.
 """
 import argparse

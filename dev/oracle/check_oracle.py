@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import oracle
+from compare import relative
 
 failures = 0
 
@@ -25,11 +26,6 @@ def check(what, value, limit):
     ok = value <= limit  # NaN fails
     failures += not ok
     print(f"{'ok    ' if ok else 'FAILED'} {what:58} {value:9.2e} <= {limit:.0e}")
-
-
-def relative(a, b):
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm()) if b.norm() > 0 else float((a - b).norm()) and float("inf")
 
 
 def open_fixture(folder, dtype=torch.float64):
