@@ -125,7 +125,7 @@ static inline int64_t shard_check(const char *path, const unsigned char *data, s
             SHARD_VERSION);
     }
     int64_t expected = SHARD_HEADER_BYTES + 2 * (int64_t)header[2];
-    if (header[2] < 0 || (int64_t)size != expected) {
+    if ((int64_t)size != expected) {
         die("%s %s: its header counts %d tokens, %lld bytes, but the file has %zu\n  ---> copy or make it "
             "again",
             path, (int64_t)size < expected ? "is truncated" : "is damaged", header[2], (long long)expected,

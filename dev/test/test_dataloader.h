@@ -106,19 +106,28 @@ static void test_dataloader_epochs(void) {
     }
 }
 
-// a permutation of any size, without bias: 0 comes to each place equally often
+// how far counts are from equal
+static double dl_chi_square(const int *count, int n) {
+    double chi = 0.0, mean = 0.0;
+    for (int i = 0; i < n; i++) {
+        mean += (double)count[i] / n;
+    }
+    for (int i = 0; i < n; i++) {
+        chi += (count[i] - mean) * (count[i] - mean) / mean;
+    }
+    return chi;
+}
+
+// a permutation of any size, without bias: 0 comes to each place equally often, and so does 1 as seen from 0
 static void test_dataloader_permutation(void) {
-    enum { PLACES = 10, KEYS = 20000 };
-    int count[PLACES] = {0}, outside = 0;
-    double chi = 0.0, distance = 0.0;
-    for (int key = 0; key < KEYS; key++) {
-        count[dataloader_permute(0, PLACES, (uint64_t)key)]++;
+    int place[10] = {0}, distance_of_five[5] = {0}, outside = 0;
+    double distance = 0.0;
+    for (uint64_t key = 0; key < 20000; key++) {
+        place[dataloader_permute(0, 10, key)]++;
+        distance_of_five[(dataloader_permute(1, 5, key) - dataloader_permute(0, 5, key) + 5) % 5]++;
     }
-    for (int i = 0; i < PLACES; i++) {
-        double excess = count[i] - (double)KEYS / PLACES;
-        chi += excess * excess / ((double)KEYS / PLACES);
-    }
-    CHECK(chi < 30.0); // 9 degrees of freedom: beyond 30 once in 2,000
+    CHECK(dl_chi_square(place, 10) < 30.0); // 9 degrees of freedom: more happens once in 2,000
+    CHECK(distance_of_five[0] == 0 && dl_chi_square(distance_of_five + 1, 4) < 18.0); // 3: once in 2,000
     const int64_t n = ((int64_t)1 << 40) + 1;
     int64_t before = 0;
     for (int64_t j = 0; j < 10000; j++) {
@@ -170,6 +179,42 @@ static void test_dataloader_mix(void) {
     test_dataloader_weights(DL_FOLDER "m_a1.bin:2," DL_FOLDER "m_b.bin:58," DL_FOLDER "m_c.bin:10," DL_FOLDER
                                       "m_a2.bin:29.99," DL_FOLDER "m_c.bin:0.01",
                             5, five);
+}
+
+// the same for random weights, and the shares of a period add up
+static void test_dataloader_shares(void) {
+    enum { SOURCES = 8 };
+    float weights[SOURCES];
+    int wrong = 0;
+    for (unsigned trial = 0; trial < 50; trial++) {
+        int64_t used[SOURCES] = {0}, total = 0;
+        DataSource sources[SOURCES];
+        DataLoader loader;
+        memset(sources, 0, sizeof(sources));
+        memset(&loader, 0, sizeof(loader));
+        loader.sources = sources;
+        loader.num_sources = 2 + (int)(trial % (SOURCES - 1));
+        fill_uniform(weights, SOURCES, trial, 1.0f);
+        for (int s = 0; s < loader.num_sources; s++) {
+            sources[s].weight = exp(4.0 * (double)weights[s]);
+        }
+        dataloader_set_shares(&loader);
+        dataloader_mix(&loader);
+        for (int64_t t = 0; t < MIX_PERIOD; t++) {
+            wrong += loader.mix_used[t] != used[loader.mix_source[t]]++;
+            for (int s = 0; s < loader.num_sources; s++) {
+                int64_t excess = used[s] * MIX_PERIOD - (t + 1) * sources[s].share;
+                wrong += excess >= MIX_PERIOD || excess <= -MIX_PERIOD;
+            }
+        }
+        for (int s = 0; s < loader.num_sources; s++) {
+            total += sources[s].share;
+        }
+        CHECK(total == MIX_PERIOD);
+        free(loader.mix_source);
+        free(loader.mix_used);
+    }
+    CHECK(wrong == 0);
 }
 
 // the same sequence for the same index, in whatever order they are asked for
@@ -345,11 +390,10 @@ static void dl_write_endlessly(const char *path) {
 
 // what stood under the name before stays, whatever happens to the writer
 static void test_dataloader_faults(void) {
-    char path[] = DL_FOLDER "fault.bin", device[] = "/dev/full";
+    char path[] = DL_FOLDER "fault.bin";
     DataLoader loader;
     dl_write(path, 500, 21);
     check_dies(1, "cannot write " DL_FOLDER "fault.bin", dl_write_much, path);
-    check_dies(1, "cannot write /dev/full", dl_write_much, device);
     pid_t pid = fork();
     if (pid == 0) {
         dl_write_endlessly(path);
@@ -471,6 +515,7 @@ static void test_dataloader(void) {
     test_dataloader_epochs();
     test_dataloader_permutation();
     test_dataloader_mix();
+    test_dataloader_shares();
     test_dataloader_pure();
     test_dataloader_damaged();
     test_dataloader_specs();

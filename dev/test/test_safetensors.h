@@ -63,13 +63,13 @@ static void test_safetensors_f16(void) {
 
 static const int64_t st_shape[8] = {3, 5, 7, 1, 1, 1, 1, 1};
 
-// tensors: "m" F32 [3,5,7], "empty" F32 [0,3], "half" BF16 [3,5,7,1,1,1,1,1], "scalar" F32 [1], "none" F32 []
+// tensors: "empty" F32 [0,3], "m" F32 [3,5,7], "half" BF16 [3,5,7,1,1,1,1,1], "scalar" F32 [1], "none" F32 []
 static void st_write_sample(const float *x) {
     const int64_t empty[2] = {0, 3}, one[1] = {1};
     SafetensorsWriter w;
     safetensors_writer_open(&w, ST_PATH);
-    safetensors_declare(&w, "m", "F32", 3, st_shape);
     safetensors_declare(&w, "empty", "F32", 2, empty);
+    safetensors_declare(&w, "m", "F32", 3, st_shape);
     safetensors_declare(&w, "half \"\xC3\xA9\"", "BF16", 8, st_shape);
     safetensors_declare(&w, "scalar", "F32", 1, one);
     safetensors_declare(&w, "none", "F32", 0, NULL);
@@ -285,6 +285,15 @@ static void test_safetensors_lengths(void) {
     check_dies(1, "it is empty", st_open, path);
 }
 
+// a header within the file, but longer than the format allows
+static void test_safetensors_long_header(void) {
+    char path[] = ST_PATH;
+    st_write_raw(SAFETENSORS_MAX_HEADER + 1, "{", "", 0);
+    if (truncate(ST_PATH, SAFETENSORS_MAX_HEADER + 9) == 0) {
+        check_dies(1, "truncated, or another format", st_open, path);
+    }
+}
+
 // a good file cut anywhere is refused
 static void test_safetensors_truncated(void) {
     char path[] = ST_PATH;
@@ -369,8 +378,30 @@ static void st_fill_disk(void *path) {
     safetensors_writer_finish(&w);
 }
 
+// ten thousand lines whose failures nobody looks at, on a disk that takes 1,000 bytes
+static void st_print_lines(void *path) {
+    struct rlimit limit = {1000, 1000};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    signal(SIGXFSZ, SIG_IGN);
+    NewFile file;
+    newfile_open(&file, (const char *)path);
+    for (int i = 0; i < 10000; i++) {
+        fprintf(file.file, "line %d\n", i);
+    }
+    fseek(file.file, 0, SEEK_SET); // what is in the buffer at the end has room
+    newfile_close(&file);
+}
+
+// a few bytes, to a device
+static void st_print_line(void *path) {
+    NewFile file;
+    newfile_open(&file, (const char *)path);
+    newfile_write(&file, "line\n", 1, 5);
+    newfile_close(&file);
+}
+
 static void test_safetensors_full_disk(void) {
-    char path[] = ST_PATH, device[] = "/dev/full", nowhere[] = "build/test/no/such/folder.safetensors";
+    char path[] = ST_PATH, device[] = "build/test/full", nowhere[] = "build/test/no/such/folder.safetensors";
     float x[105];
     fill_uniform(x, 105, 1, 3.0f);
     st_write_sample(x);
@@ -379,8 +410,12 @@ static void test_safetensors_full_disk(void) {
     Safetensors *st = safetensors_open(ST_PATH, ""); // the earlier file is untouched
     CHECK(st->count == 5);
     safetensors_close(st);
-    check_dies(1, "cannot write /dev/full", st_fill_disk, device);
-    CHECK(access("/dev/full.tmp", F_OK) != 0);
+    check_dies(1, "cannot write " ST_PATH, st_print_lines, path);
+    CHECK(symlink("/dev/full", device) == 0 ||
+          errno == EEXIST); // a link: should a rename hit it, no device is lost
+    check_dies(1, "cannot write build/test/full: No space left on device", st_print_line, device);
+    CHECK(access("build/test/full.tmp", F_OK) != 0);
+    unlink(device);
     check_dies(1, "---> make its folder", st_fill_disk, nowhere);
 }
 
@@ -416,6 +451,7 @@ static void test_safetensors(void) {
     test_safetensors_huge();
     test_safetensors_damaged();
     test_safetensors_lengths();
+    test_safetensors_long_header();
     test_safetensors_truncated();
     test_safetensors_misuse();
     test_safetensors_full_disk();
