@@ -482,7 +482,7 @@ static void fill_record(Run *run, StepRecord *r, double norm, double lr, double 
     r->step = run->state.step;
     r->lm_loss = s->lm_loss;
     r->reg_loss = s->reg_loss;
-    r->lambda = has_lambda(run) ? run->state.sparsity.lambda : 0.0;
+    r->lambda = run->state.sparsity.lambda;
     r->layers = c->layers;
     r->layer_sparsity = run->layer_sparsity;
     r->tokens_min = s->counts[0];
@@ -1146,7 +1146,6 @@ static Run *open_run(int argc, const char *const *argv) {
     return run;
 }
 
-#ifndef TESTING
 int main(int argc, char **argv) {
     Run *run = open_run(argc - 1, (const char *const *)(argv + 1));
     signal(SIGINT, request_stop);
@@ -1168,4 +1167,3 @@ int main(int argc, char **argv) {
     close_run(run);
     return 0;
 }
-#endif

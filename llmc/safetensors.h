@@ -401,7 +401,7 @@ static inline void safetensors_declare(SafetensorsWriter *w, const char *name, c
         entry->shape[i] = shape[i];
     }
     entry->offset = w->total;
-    entry->size = safetensors_num_elements(entry) * safetensors_dtype_size(entry->dtype);
+    entry->size = safetensors_num_elements(entry) * (is_bf16 ? 2 : 4);
     w->total += entry->size;
 }
 

@@ -1,0 +1,456 @@
+/*
+The whole trainer, from outside: what it dumps, trains, saves and refuses, against the oracle's fixtures
+(dev/oracle, PyTorch float64) and against itself.
+
+Each run of the trainer is a process of its own, this program with --train: it may exit, and a forked child could not use OpenMP.
+*/
+#include <signal.h>
+#include <sys/resource.h>
+// defines: setrlimit, kill
+
+enum { TRAINER_WORDS = 64 };
+
+typedef struct {
+    char text[4096];
+    char *words[TRAINER_WORDS];
+    rlim_t largest_file; // bytes, 0: no limit
+} TrainerCommand;
+
+// "--batch 2 --load DIR" split at spaces
+static void trainer_words(TrainerCommand *command, const char *text) {
+    int count = 0;
+    memset(command, 0, sizeof(*command));
+    check_format(command->text, sizeof(command->text), "test_remoe --train %s", text);
+    for (char *word = strtok(command->text, " "); word != NULL; word = strtok(NULL, " ")) {
+        command->words[count++] = word;
+    }
+}
+
+// becomes the trainer
+static void trainer_main(void *command) {
+    TrainerCommand *c = (TrainerCommand *)command;
+    if (c->largest_file > 0) {
+        struct rlimit limit = {c->largest_file, c->largest_file};
+        signal(SIGXFSZ, SIG_IGN); // the write fails with EFBIG instead
+        setrlimit(RLIMIT_FSIZE, &limit);
+    }
+    execv("/proc/self/exe", c->words);
+    die("cannot start the trainer: %s", strerror(errno));
+}
+
+static char trainer_output[1 << 16];
+
+// runs the words in a child; its exit status, and what it printed in trainer_output
+PRINTF_LIKE(1, 2) static int trainer_run(const char *fmt, ...) {
+    static TrainerCommand command;
+    char text[4096];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+    trainer_words(&command, text);
+    return run_in_child(trainer_main, &command, trainer_output, sizeof(trainer_output));
+}
+
+static int trainer_succeeds(int status, const char *what) {
+    tally.checks++;
+    if (status != 0) {
+        tally.failures++;
+        printf("  FAILED %s: exit %d: %s\n", what, status, trainer_output);
+    }
+    return status == 0;
+}
+
+// every tensor of `want` is in `got`, the same shape, within the tolerance; nothing else is in `got`
+static void trainer_compare(const char *what, const char *got_path, const char *want_path, double tolerance) {
+    Safetensors *got = safetensors_open(got_path, "");
+    Safetensors *want = safetensors_open(want_path, "");
+    CHECK(got->count == want->count);
+    for (size_t i = 0; i < want->count; i++) {
+        const SafetensorsEntry *w = &want->entries[i];
+        const SafetensorsEntry *g = safetensors_find(got, w->name);
+        size_t n = (size_t)safetensors_num_elements(w);
+        char label[256];
+        snprintf(label, sizeof(label), "%s %s", what, w->name);
+        if (!CHECK(g != NULL && safetensors_num_elements(g) == n && g->ndim == w->ndim)) {
+            continue;
+        }
+        float *x = NEW(float, n), *y = NEW(float, n);
+        safetensors_read_f32(got, g, x);
+        safetensors_read_f32(want, w, y);
+        int is_loss = strstr(w->name, "loss") != NULL || strcmp(w->name, "sparsity") == 0;
+        check_close(label, x, y, n, is_loss && tolerance > 0.0 ? 1e-6 : tolerance);
+        free(x);
+        free(y);
+    }
+    safetensors_close(got);
+    safetensors_close(want);
+}
+
+static int trainer_files_equal(const char *a, const char *b) {
+    size_t size_a, size_b;
+    char *x = check_read_file(a, &size_a, ""), *y = check_read_file(b, &size_b, "");
+    int equal = size_a == size_b && memcmp(x, y, size_a) == 0;
+    free(x);
+    free(y);
+    return equal;
+}
+
+static int trainer_checkpoints_equal(const char *a, const char *b) {
+    static const char *const files[] = {"config.json", "model.safetensors", "optimizer.safetensors"};
+    int equal = 1;
+    for (int i = 0; i < 3; i++) {
+        char x[PATH_SIZE], y[PATH_SIZE];
+        check_format(x, sizeof(x), "%s/%s", a, files[i]);
+        check_format(y, sizeof(y), "%s/%s", b, files[i]);
+        equal = equal && trainer_files_equal(x, y);
+    }
+    return equal;
+}
+
+// ----------------------------------------------------------------------------
+// against the oracle
+
+// fixtures' args.json: one object of numbers and names, whose keys are option names
+static void trainer_fixture_options(char *out, size_t capacity, const char *folder, const char *file) {
+    char path[PATH_SIZE];
+    JsonArena arena;
+    size_t used = 0;
+    json_arena_init(&arena);
+    check_format(path, sizeof(path), "%s/%s", folder, file);
+    const Json *json = json_parse_file(path, &arena, "");
+    for (const Json *member = json->child; member != NULL; member = member->next) {
+        const char *prefix = member->type == JSON_STRING ? folder : "";
+        used += (size_t)snprintf(out + used, capacity - used, " --%s %s%s%s", member->key, prefix,
+                                 prefix[0] != '\0' ? "/" : "", member->text);
+    }
+    json_arena_free(&arena);
+}
+
+static void trainer_fixture_dump(const char *folder, const char *name) {
+    char words[1024], expected[PATH_SIZE];
+    trainer_fixture_options(words, sizeof(words), folder, "args.json");
+    int status = trainer_run("--load %s --dump build/test/dump.safetensors --data %s/shard.bin%s", folder, folder, words);
+    check_format(expected, sizeof(expected), "%s/expected.safetensors", folder);
+    if (trainer_succeeds(status, name)) {
+        trainer_compare(name, "build/test/dump.safetensors", expected, 1e-5);
+    }
+}
+
+// lambda exactly; the losses of every step to 1e-5
+static void trainer_compare_logs(const char *log_path, const char *state_path) {
+    JsonArena arena;
+    json_arena_init(&arena);
+    const Json *state = json_parse_file(state_path, &arena, "");
+    const Json *row = json_get(state, "log")->child;
+    char *log = check_read_file(log_path, NULL, "");
+    char error[128];
+    for (char *line = log, *end; row != NULL && (end = strchr(line, '\n')) != NULL; line = end + 1, row = row->next) {
+        static const char *const keys[] = {"lm_loss", "reg_loss", "lambda", "sparsity", "grad_norm", "lr"};
+        const Json *got = json_parse(line, (size_t)(end - line), &arena, error, sizeof(error));
+        for (int i = 0; i < 6 && CHECK(got != NULL); i++) {
+            double x = 0.0, y = 0.0;
+            if (json_get(row, keys[i]) == NULL || json_get(row, keys[i])->type == JSON_NULL) {
+                continue;
+            }
+            CHECK(json_get(got, keys[i]) != NULL && json_double(json_get(got, keys[i]), &x));
+            json_double(json_get(row, keys[i]), &y);
+            int close = i == 2 ? (float)x == (float)y : fabs(x - y) <= 1e-5 * fabs(y);
+            if (!CHECK(close)) {
+                printf("    %s: %.9g, expected %.9g\n", keys[i], x, y);
+            }
+        }
+    }
+    CHECK(row == NULL);
+    free(log);
+    json_arena_free(&arena);
+}
+
+static void trainer_fixture_replay(const char *folder, const char *name) {
+    char words[1024], replay[PATH_SIZE], path[PATH_SIZE];
+    check_format(replay, sizeof(replay), "%s/replay", folder);
+    if (!path_exists(replay)) {
+        return;
+    }
+    trainer_fixture_options(words, sizeof(words), replay, "args.json");
+    int status = trainer_run("--load %s --data %s/shard.bin --shuffle 0 --out build/test/replay%s", folder, folder, words);
+    if (trainer_succeeds(status, name)) {
+        check_format(path, sizeof(path), "%s/model.safetensors", replay);
+        trainer_compare(name, "build/test/replay/latest/model.safetensors", path, 1e-5);
+        check_format(path, sizeof(path), "%s/optimizer.safetensors", replay);
+        trainer_compare(name, "build/test/replay/latest/optimizer.safetensors", path, 1e-5);
+        check_format(path, sizeof(path), "%s/state.json", replay);
+        trainer_compare_logs("build/test/replay/log.jsonl", path);
+    }
+}
+
+static void trainer_clear(const char *out) {
+    char path[PATH_SIZE], command[PATH_SIZE + 16];
+    check_format(path, sizeof(path), "build/test/%s", out);
+    check_format(command, sizeof(command), "rm -rf %s", path);
+    CHECK(system(command) == 0);
+}
+
+static void trainer_fixtures(void) {
+    struct dirent **names;
+    int n = scandir("dev/test/fixtures", &names, NULL, alphasort);
+    int seen = 0;
+    for (int i = 0; i < n; i++) {
+        char folder[PATH_SIZE], config[PATH_SIZE];
+        check_format(folder, sizeof(folder), "dev/test/fixtures/%s", names[i]->d_name);
+        check_format(config, sizeof(config), "%s/config.json", folder);
+        if (names[i]->d_name[0] != '.' && path_exists(config)) {
+            trainer_fixture_dump(folder, names[i]->d_name);
+            trainer_clear("replay");
+            trainer_fixture_replay(folder, names[i]->d_name);
+            seen++;
+        }
+        free(names[i]);
+    }
+    CHECK(seen >= 15); // a missing folder of fixtures must not look like success
+    free(names);
+}
+
+// ----------------------------------------------------------------------------
+// against itself
+
+// a shard of a small language that can be learned: each token mostly decides the next
+static void trainer_make_shard(const char *path, int tokens, int vocab) {
+    ShardWriter writer;
+    unsigned state = 12345;
+    uint16_t token = 1;
+    shard_writer_open(&writer, path);
+    for (int i = 0; i < tokens; i++) {
+        shard_writer_append(&writer, &token, 1);
+        state = state * 1664525u + 1013904223u;
+        token = (uint16_t)((state >> 28) < 13 ? (unsigned)(token * 7 + 3) % (unsigned)vocab : (state >> 16) % (unsigned)vocab);
+    }
+    shard_writer_close(&writer);
+}
+
+#define TRAINER_TINY                                                                                                  \
+    "--layers 2 --hidden 16 --heads 2 --kv-heads 1 --ffn-mult 2 --experts 4 --vocab-size 64 --seq-len 16 --batch 4 "   \
+    "--global-batch 8 --lr 1e-2 --lambda-init 1e-3 --data build/test/train.bin "
+
+// interrupted after 6 of 12 steps and resumed: the same bits as never stopped; the log reads as one
+static void trainer_resume(const char *router) {
+    trainer_clear("whole");
+    trainer_clear("halves");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --router %s --out build/test/whole", router), "whole run");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --router %s --save-every 6 --keep 0 --out build/test/halves", router),
+                     "run with checkpoints");
+    CHECK(trainer_checkpoints_equal("build/test/whole/latest", "build/test/halves/latest"));
+    trainer_succeeds(trainer_run("--resume build/test/halves/step_00000006"), "resumed run");
+    CHECK(trainer_checkpoints_equal("build/test/whole/latest", "build/test/halves/latest"));
+    char *log = check_read_file("build/test/halves/log.jsonl", NULL, "");
+    int rows = 0;
+    for (char *line = log; (line = strchr(line, '\n')) != NULL; line++) {
+        rows++;
+    }
+    CHECK(rows == 12);
+    free(log);
+}
+
+static void trainer_resume_stopped_in_the_middle(void) {
+    trainer_clear("stopped");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --max-minutes 1e-7 --out build/test/stopped"), "out of time");
+    CHECK(strstr(trainer_output, "stopped at step") != NULL);
+    trainer_succeeds(trainer_run("--resume latest --max-minutes 0 --out build/test/stopped"), "resumed run");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --out build/test/whole2"), "whole run");
+    CHECK(trainer_checkpoints_equal("build/test/whole2/latest", "build/test/stopped/latest"));
+    trainer_clear("whole2");
+}
+
+// an endless run in a child; SIGINT once it has trained a step
+static void trainer_ctrl_c(void) {
+    static TrainerCommand command;
+    int fds[2], status = 0;
+    size_t used = 0;
+    trainer_clear("interrupted");
+    trainer_words(&command, TRAINER_TINY "--steps 100000000 --out build/test/interrupted");
+    fflush(stdout);
+    CHECK(pipe(fds) == 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(fds[1], 1);
+        close(fds[0]);
+        trainer_main(&command);
+    }
+    close(fds[1]);
+    for (ssize_t got = 1; got > 0 && used + 1 < sizeof(trainer_output); used += (size_t)got) {
+        got = read(fds[0], trainer_output + used, sizeof(trainer_output) - 1 - used);
+        got = got < 0 ? 0 : got;
+        trainer_output[used + (size_t)got] = '\0';
+        if (strstr(trainer_output, "step     1/") != NULL) {
+            kill(pid, SIGINT);
+        }
+    }
+    close(fds[0]);
+    waitpid(pid, &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(strstr(trainer_output, "continue with --resume") != NULL);
+    CHECK(path_exists("build/test/interrupted/latest/optimizer.safetensors"));
+}
+
+static void trainer_threads(void) {
+    trainer_clear("one");
+    trainer_clear("two");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --threads 1 --out build/test/one"), "one thread");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --threads 2 --out build/test/two"), "two threads");
+    CHECK(trainer_checkpoints_equal("build/test/one/latest", "build/test/two/latest"));
+}
+
+// two micro-batches of 4 give nearly the gradient of one of 8 (f_le is counted a micro-batch: exactly so without it)
+static void trainer_accumulation(void) {
+    trainer_clear("micro");
+    trainer_clear("macro");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --out build/test/micro"), "two micro-batches");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --batch 8 --out build/test/macro"), "one");
+    trainer_compare("accumulation", "build/test/micro/latest/model.safetensors",
+                    "build/test/macro/latest/model.safetensors", 1e-5);
+}
+
+static void trainer_overfits(void) {
+    trainer_clear("overfit");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 300 --overfit-batch --global-batch 4 --out build/test/overfit"),
+                     "overfitting");
+    char *log = check_read_file("build/test/overfit/log.jsonl", NULL, "");
+    char *last = strrchr(log, '{') != NULL ? strstr(log, "\"step\": 299") : NULL;
+    double loss = last != NULL ? atof(strstr(last, "lm_loss") + 9) : 1e9;
+    if (!CHECK(loss < 0.5)) {
+        printf("    the loss on one batch is still %g after 300 steps\n", loss);
+    }
+    free(log);
+}
+
+// the gates of a dump, taken as its own route, change nothing
+static void trainer_route_from_itself(void) {
+    const char *base = "--load dev/test/fixtures/relu --data dev/test/fixtures/relu/shard.bin --batch 2 --seq-len 17";
+    trainer_succeeds(trainer_run("%s --dump build/test/free.safetensors", base), "free");
+    trainer_succeeds(trainer_run("%s --dump build/test/routed.safetensors --route-from build/test/free.safetensors", base),
+                     "routed");
+    CHECK(trainer_files_equal("build/test/free.safetensors", "build/test/routed.safetensors"));
+}
+
+// a trained model says the same of its validation data when it is loaded again
+static void trainer_eval(void) {
+    trainer_clear("eval");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 5 --val-data build/test/train.bin --out build/test/eval"), "train");
+    char *line = strstr(trainer_output, "val ");
+    char first[256];
+    snprintf(first, sizeof(first), "%.*s", (int)strcspn(line != NULL ? line : "", "\n"), line != NULL ? line : "");
+    trainer_succeeds(trainer_run("--load build/test/eval --eval --val-data build/test/train.bin --seq-len 16 --batch 4"),
+                     "eval");
+    line = strstr(trainer_output, "val ");
+    CHECK(line != NULL && strstr(first, "|") != NULL && strncmp(strchr(line, '|'), strchr(first, '|'), 20) == 0);
+}
+
+// every position's logits, computed one at a time with the key/value cache, equal the full forward bit for bit
+static void trainer_cached_sampling(void) {
+    enum { T = 40, V = 64 };
+    Options o;
+    options_defaults(&o, "tiny");
+    o.layers = 2;
+    o.hidden = 48;
+    o.heads = 4;
+    o.vocab_size = V;
+    o.seq_len = T;
+    Config c = config_from_options(&o);
+    Model *m = NEW(Model, 1);
+    int ids[T];
+    model_allocate_params(m, &c);
+    fill_uniform(m->params, (size_t)m->table.num_params, 7, 0.2f);
+    model_allocate_activations(m, 1, T);
+    for (int t = 0; t < T; t++) {
+        ids[t] = (t * 37 + 11) % V;
+    }
+    float *full = NEW(float, T * V);
+    model_forward(m, ids, 1, T, 0, NULL);
+    matmul_forward(full, m->normed, m->weights.head, T, c.hidden, V);
+    int equal = 1;
+    for (int n = 5, cached = 0; n <= T; cached = n, n += 1 + n % 3) {
+        float *logits = next_logits(m, ids, n, cached);
+        equal = equal && memcmp(logits, full + (n - 1) * V, V * sizeof(float)) == 0;
+    }
+    CHECK(equal);
+    free(full);
+    model_free(m);
+    free(m);
+}
+
+// ----------------------------------------------------------------------------
+// bad input
+
+static void trainer_refuses(int status, const char *text, const char *words) {
+    static TrainerCommand command;
+    trainer_words(&command, words);
+    if (!check_dies(status, text, trainer_main, &command)) {
+        printf("    words: %s\n", words);
+    }
+}
+
+static void trainer_bad_command_lines(void) {
+    trainer_refuses(2, "did you mean --global-batch", "--gloabl-batch 4");
+    trainer_refuses(2, "expects an integer", "--steps 10x");
+    trainer_refuses(2, "expects an integer from 1", "--layers 0");
+    trainer_refuses(2, "needs a value", "--steps");
+    trainer_refuses(2, "not an option", "steps 10");
+    trainer_refuses(2, "unknown", "--router softmax");
+    trainer_refuses(2, "unknown", "--preset huge");
+    trainer_refuses(2, "not a multiple of --batch", "--batch 3 --global-batch 8");
+    trainer_refuses(2, "need a model", "--eval");
+    trainer_refuses(2, "decides it", "--load dev/test/fixtures/relu --hidden 32");
+    trainer_refuses(2, "exclude each other", "--load a --resume b");
+    trainer_refuses(1, "even head size", "--hidden 100 --heads 3");
+    trainer_refuses(1, "not a multiple of 3 key/value heads", "--heads 4 --kv-heads 3");
+    trainer_refuses(1, "5 active experts of only 4", "--experts 4 --active 5");
+    trainer_refuses(1, "no checkpoint in build/test/nowhere", "--load build/test/nowhere --eval");
+    trainer_refuses(1, "build/test/nothing", TRAINER_TINY "--data build/test/nothing*.bin --out build/test/refused");
+    trainer_refuses(1, "already holds a run", TRAINER_TINY "--steps 1 --out build/test/whole");
+    trainer_refuses(1, "token", TRAINER_TINY "--vocab-size 8 --steps 1 --out build/test/refused");
+}
+
+// a weight that is not a number: three skipped updates, a saved checkpoint, exit 1
+static void trainer_nan_guard(void) {
+    trainer_clear("nan");
+    trainer_clear("nan_source");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 1 --out build/test/nan_source"), "source");
+    FILE *file = fopen("build/test/nan_source/step_00000001/model.safetensors", "r+b");
+    float nan = NAN;
+    fseek(file, -4, SEEK_END);
+    fwrite(&nan, 4, 1, file);
+    fclose(file);
+    trainer_refuses(1, "3 non-finite steps in a row",
+                    "--load build/test/nan_source --data build/test/train.bin --batch 4 --seq-len 16 --steps 9 --out build/test/nan");
+}
+
+// the disk fills up while the second checkpoint is written: the first one is whole and goes on
+static void trainer_full_disk(void) {
+    static TrainerCommand command;
+    trainer_clear("full");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 8 --max-minutes 1e-7 --out build/test/full"), "first part");
+    trainer_words(&command, "--resume build/test/full --max-minutes 0");
+    command.largest_file = 20000;
+    check_dies(1, "cannot write", trainer_main, &command);
+    trainer_succeeds(trainer_run("--resume build/test/full --max-minutes 0"), "after the disk was freed");
+    CHECK(path_exists("build/test/full/step_00000008/model.safetensors"));
+}
+
+static void test_trainer(void) {
+    trainer_make_shard("build/test/train.bin", 4000, 64);
+    trainer_fixtures();
+    trainer_resume("relu");
+    trainer_resume("topk --topk-warmup-steps 8 --topk-warmup-k 3");
+    trainer_resume("dense --experts 1");
+    trainer_resume_stopped_in_the_middle();
+    trainer_ctrl_c();
+    trainer_threads();
+    trainer_accumulation();
+    trainer_overfits();
+    trainer_route_from_itself();
+    trainer_eval();
+    trainer_cached_sampling();
+    trainer_bad_command_lines();
+    trainer_nan_guard();
+    trainer_full_disk();
+}
