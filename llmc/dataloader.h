@@ -253,7 +253,7 @@ static inline void dataloader_add_sources(DataLoader *loader, const char *spec) 
             DataSource *source = &loader->sources[loader->num_sources++];
             memset(source, 0, sizeof(*source));
             source->weight = weight;
-            source->pattern = dataloader_copy(item);
+            source->pattern = dataloader_copy(weight > 0.0 ? item : spec);
         }
         dataloader_add_files(&loader->sources[loader->num_sources - 1], item, loader->seq_len);
     }
