@@ -44,7 +44,8 @@ data-tools: build/train_tokenizer build/tokenize
 $(SAMPLE): data/sample.jsonl build/train_tokenizer build/tokenize
 	@mkdir -p build/sample
 	build/train_tokenizer --vocab-size 2048 --out build/sample data/sample.jsonl
-	build/tokenize --tokenizer build/sample --out build/sample data/sample.jsonl
+	rm -f build/sample/*.bin build/sample/manifest.json
+	build/tokenize --tokenizer build/sample --out build/sample --val-fraction 0.1 data/sample.jsonl
 
 sample-data: $(SAMPLE)
 
@@ -61,6 +62,16 @@ build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
 bench: build/bench_matmul train_remoe $(SAMPLE)
 	build/bench_matmul
 	./train_remoe --bench
+
+# one fuzz target (clang's libFuzzer) for FUZZ_SECONDS; a find goes to dev/fuzz/corpus, which the tests replay
+TARGET ?= fuzz_json
+FUZZ_SECONDS ?= 60
+fuzz:
+	@mkdir -p build/fuzz/$(TARGET)
+	clang -g -O1 -march=native -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas -I. -Illmc \
+		dev/fuzz/$(TARGET).c -o build/$(TARGET) -lm -lpthread
+	build/$(TARGET) -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=2 -max_len=65536 -detect_leaks=0 -rss_limit_mb=4096 \
+		-artifact_prefix=build/fuzz/ build/fuzz/$(TARGET) $(wildcard dev/fuzz/corpus/$(TARGET:fuzz_%=%))
 
 clean:
 	rm -rf build train_remoe train_remoecu test_remoe test_remoecu

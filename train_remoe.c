@@ -833,6 +833,9 @@ static void train(Run *run) {
             show_sample(run, "");
         }
     }
+    double seconds = seconds_now() - run->started;
+    printf("%lld steps in %.1f s; the loader was waited for %.2f %% of it\n", (long long)(run->state.step - run->first_step),
+           seconds, 0.1 * run->ahead.wait_ms / seconds);
     save(run); // before anything that could fail
     if (run->state.step < o->steps) {
         printf("stopped at step %lld of %lld\n  ---> continue with --resume %s\n", (long long)run->state.step,
@@ -1088,7 +1091,9 @@ static void print_table(const Run *run) {
     printf("params    %lld total, %lld active | %.4g GFLOPs a sequence\n", (long long)run->model.table.num_params,
            (long long)config_params(c, r->active), 1e-9 * config_flops(c, o->seq_len, r->active));
     printf("memory    %.2f GB of weights, gradients and moments; %d threads\n", 4.0 * bytes / 1073741824.0, threads);
+    printf("data      ");
     dataloader_print(&run->train, stdout);
+    printf(" | %.1f epochs\n", (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train));
     printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n", (long long)o->steps,
            (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr, o->lr_min,
            (long long)run->schedule.warmup, (long long)o->seed);
@@ -1150,6 +1155,7 @@ int main(int argc, char **argv) {
     Run *run = open_run(argc - 1, (const char *const *)(argv + 1));
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);
+    signal(SIGXFSZ, SIG_IGN); // a file at its size limit is then a failed write, with a message
     if (run->options.dump[0] != '\0') {
         dump(run);
     } else if (run->options.eval) {

@@ -19,57 +19,72 @@ before the user's; a resumed run starts from its saved options instead. Errors: 
 
 enum { OPTION_TEXT_SIZE = 1024 };
 
-#define OPTION_TABLE(OPTION)                                                                                          \
-    OPTION(TEXT, preset, "tiny", 0, 0, "tiny, small, medium or large: a set of the options below (DESIGN: Table 1)")   \
-    OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                                        \
-    OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                                 \
-    OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")                          \
-    OPTION(INT, granularity, "1", 1, 65536, "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")            \
-    OPTION(INT, layers, "4", 1, 1024, "L, transformer layers")                                                         \
-    OPTION(INT, hidden, "128", 2, 65536, "d, width of the residual stream")                                            \
-    OPTION(INT, heads, "4", 1, 1024, "H, query heads")                                                                 \
-    OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                                   \
-    OPTION(INT, ffn_mult, "4", 1, 1024, "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)") \
-    OPTION(INT, vocab_size, "2048", 1, 65536, "V, rows of the embedding; at least the tokenizer's ids")                \
-    OPTION(FLAG, load_balance, "1", 0, 1, "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")       \
-    OPTION(REAL, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                                         \
-    OPTION(REAL, lambda_init, "1e-8", 1e-30, 1e30, "lambda_0, the regulariser's first weight (also --lambda)")         \
-    OPTION(REAL, alpha, "1.2", 1, 1e3, "lambda's factor a step (Eq. 7)")                                               \
-    OPTION(INT, topk_warmup_steps, "0", 0, INT64_MAX, "topk: near-dense first steps (the paper's Appendix H)")         \
-    OPTION(INT, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                                            \
-    OPTION(TEXT, train_data, "build/sample/train_*.bin", 0, 0, "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)") \
-    OPTION(TEXT, val_data, "build/sample/val.*.bin", 0, 0, "validation shards, one a domain: val.DOMAIN.bin")          \
-    OPTION(TEXT, tokenizer, "build/sample", 0, 0, "folder with vocab.json and merges.txt, to show samples")            \
-    OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                                         \
-    OPTION(INT, seq_len, "128", 1, 1048576, "T, tokens a sequence")                                                    \
-    OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                                \
-    OPTION(INT, steps, "600", 1, INT64_MAX, "optimizer steps of the whole run")                                        \
-    OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                          \
-    OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                             \
-    OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")                   \
-    OPTION(REAL, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")                          \
-    OPTION(REAL, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                                    \
-    OPTION(INT, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")                          \
-    OPTION(FLAG, shuffle, "1", 0, 1, "visit the training windows in a seeded random order (0: shard order)")           \
-    OPTION(TEXT, out, "", 0, 0, "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")\
-    OPTION(INT, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")                         \
-    OPTION(INT, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                                        \
-    OPTION(TEXT, save_dtype, "f32", 0, 0, "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")     \
-    OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")                    \
-    OPTION(INT, val_batches, "20", 1, INT64_MAX, "micro-batches a validation and domain, at most")                     \
-    OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")                     \
-    OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                                     \
-    OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")                        \
-    OPTION(TEXT, load, "", 0, 0, "start from the weights of this checkpoint folder (moments and lambda if it has them)") \
-    OPTION(TEXT, dump, "", 0, 0, "write one micro-batch's losses, gates and gradients to this file; no training")      \
-    OPTION(TEXT, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")                  \
-    OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                                   \
-    OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                                      \
-    OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                             \
-    OPTION(INT, top_k, "50", 0, INT64_MAX, "sample among so many likeliest tokens (0: all)")                           \
-    OPTION(FLAG, overfit_batch, "0", 0, 1, "train on the first batch again and again: a check that learning works")    \
-    OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                                \
-    OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                                         \
+#define OPTION_TABLE(OPTION)                                                                                \
+    OPTION(TEXT, preset, "tiny", 0, 0,                                                                      \
+           "tiny, small, medium or large: a set of the options below (DESIGN: Table 1)")                    \
+    OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                             \
+    OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                      \
+    OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")               \
+    OPTION(INT, granularity, "1", 1, 65536,                                                                 \
+           "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")                                  \
+    OPTION(INT, layers, "4", 1, 1024, "L, transformer layers")                                              \
+    OPTION(INT, hidden, "128", 2, 65536, "d, width of the residual stream")                                 \
+    OPTION(INT, heads, "4", 1, 1024, "H, query heads")                                                      \
+    OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                        \
+    OPTION(INT, ffn_mult, "4", 1, 1024,                                                                     \
+           "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)")                   \
+    OPTION(INT, vocab_size, "2048", 1, 65536, "V, rows of the embedding; at least the tokenizer's ids")     \
+    OPTION(FLAG, load_balance, "1", 0, 1,                                                                   \
+           "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                           \
+    OPTION(REAL, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                              \
+    OPTION(REAL, lambda_init, "1e-8", 1e-30, 1e30,                                                          \
+           "lambda_0, the regulariser's first weight (also --lambda)")                                      \
+    OPTION(REAL, alpha, "1.2", 1, 1e3, "lambda's factor a step (Eq. 7)")                                    \
+    OPTION(INT, topk_warmup_steps, "0", 0, INT64_MAX,                                                       \
+           "topk: near-dense first steps (the paper's Appendix H)")                                         \
+    OPTION(INT, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                                 \
+    OPTION(TEXT, train_data, "build/sample/train_*.bin", 0, 0,                                              \
+           "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                         \
+    OPTION(TEXT, val_data, "build/sample/val.*.bin", 0, 0,                                                  \
+           "validation shards, one a domain: val.DOMAIN.bin")                                               \
+    OPTION(TEXT, tokenizer, "build/sample", 0, 0,                                                           \
+           "folder with vocab.json and merges.txt, to show samples")                                        \
+    OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                              \
+    OPTION(INT, seq_len, "128", 1, 1048576, "T, tokens a sequence")                                         \
+    OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                     \
+    OPTION(INT, steps, "600", 1, INT64_MAX, "optimizer steps of the whole run")                             \
+    OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                               \
+    OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                  \
+    OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")        \
+    OPTION(REAL, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")               \
+    OPTION(REAL, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                         \
+    OPTION(INT, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")               \
+    OPTION(FLAG, shuffle, "1", 0, 1,                                                                        \
+           "visit the training windows in a seeded random order (0: shard order)")                          \
+    OPTION(TEXT, out, "", 0, 0,                                                                             \
+           "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")          \
+    OPTION(INT, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")              \
+    OPTION(INT, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                             \
+    OPTION(TEXT, save_dtype, "f32", 0, 0,                                                                   \
+           "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                         \
+    OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")         \
+    OPTION(INT, val_batches, "20", 1, INT64_MAX, "micro-batches a validation and domain, at most")          \
+    OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")          \
+    OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                          \
+    OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")             \
+    OPTION(TEXT, load, "", 0, 0,                                                                            \
+           "start from the weights of this checkpoint folder (moments and lambda if it has them)")          \
+    OPTION(TEXT, dump, "", 0, 0,                                                                            \
+           "write one micro-batch's losses, gates and gradients to this file; no training")                 \
+    OPTION(TEXT, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")       \
+    OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                        \
+    OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                           \
+    OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                  \
+    OPTION(INT, top_k, "50", 0, INT64_MAX, "sample among so many likeliest tokens (0: all)")                \
+    OPTION(FLAG, overfit_batch, "0", 0, 1,                                                                  \
+           "train on the first batch again and again: a check that learning works")                         \
+    OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                     \
+    OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                              \
     OPTION(FLAG, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
 
 #define OPTION_FIELD_INT(field) int64_t field;
