@@ -26,11 +26,7 @@ static inline void attention_softmax(float *p, float *lse, int first, int rows, 
     for (int r = 0; r < rows; r++) {
         float *row = p + (int64_t)r * ld;
         int n = first + r + 1; // causal: keys 0 .. first + r
-        float max = row[0];
-#pragma omp simd reduction(max : max)
-        for (int j = 1; j < n; j++) {
-            max = row[j] > max ? row[j] : max;
-        }
+        float max = max_of(row, n);
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < n; j++) {

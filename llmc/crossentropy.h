@@ -21,11 +21,7 @@ static inline void crossentropy_forward_backward(float *losses, float *logits, c
     for (int64_t n = 0; n < N; n++) {
         float *z = logits + n * V;
         float target_logit = z[targets[n]];
-        float max = z[0];
-#pragma omp simd reduction(max : max)
-        for (int v = 1; v < V; v++) {
-            max = z[v] > max ? z[v] : max;
-        }
+        float max = max_of(z, V);
         float sum = 0.0f;
         if (scale == 0.0f) {
 #pragma omp simd reduction(+ : sum)

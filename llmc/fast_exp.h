@@ -5,18 +5,24 @@ is a call an element.
     exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2 in [-ln 2 / 2, ln 2 / 2]
 
 exp(r) is its Taylor polynomial of degree 7 (truncation 5e-9), 2^n is written into the exponent bits. Relative error below 2e-7
-on [-87.3, 88.7]; below that range it returns the smallest normal number (about 1e-38), above it exp(88.7); NaN in, NaN out.
+on [-87.3, 88]; below that range it returns the smallest normal number (about 1e-38), above it exp(88); NaN in, NaN out.
+
+max_of(x, n) is what a softmax subtracts first.
 */
 #ifndef FAST_EXP_H
 #define FAST_EXP_H
 
 #include <stdint.h>
 #include <string.h>
-// defines: int32_t, memcpy
+// defines: uint32_t, memcpy
+
+#ifdef __FAST_MATH__
+#error "-ffast-math (-Ofast) cancels the rounding that fast_exp relies on: errors of 10 %, silently"
+#endif
 
 static inline float fast_exp(float x) {
     float bounded = x < -87.3f ? -87.3f : x; // a NaN fails both tests and passes through
-    bounded = bounded > 88.7f ? 88.7f : bounded;
+    bounded = bounded > 88.0f ? 88.0f : bounded;
     const float shift = 12582912.0f; // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
     float shifted = bounded * 1.44269504f + shift;
     float n = shifted - shift;
@@ -30,17 +36,35 @@ static inline float fast_exp(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &shifted, sizeof(bits));
-    // 2^n in two halves, so that n = 128 (x near 88.7) does not overflow the exponent field
-    int32_t exponent = bits - 0x4B400000;
-    int32_t half = exponent >> 1;
-    int32_t bits_a = (half + 127) << 23;
-    int32_t bits_b = (exponent - half + 127) << 23;
-    float a, b;
-    memcpy(&a, &bits_a, sizeof(a));
-    memcpy(&b, &bits_b, sizeof(b));
-    return p * a * b;
+    bits = (bits - 0x4B400000u + 127u) << 23; // n in the exponent field: 1 .. 254
+    float power;
+    memcpy(&power, &bits, sizeof(power));
+    return p * power;
+}
+
+// the largest of x[0..n), n >= 1; in lanes, since clang makes no vectors of a reduction by maximum
+static inline float max_of(const float *x, int n) {
+    enum { WIDTH = 16 };
+    float lane[WIDTH];
+    int i = 0;
+    for (int l = 0; l < WIDTH; l++) {
+        lane[l] = x[0];
+    }
+    for (; i + WIDTH <= n; i += WIDTH) {
+#pragma omp simd
+        for (int l = 0; l < WIDTH; l++) {
+            lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+        }
+    }
+    for (; i < n; i++) {
+        lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+    }
+    for (int l = 1; l < WIDTH; l++) {
+        lane[0] = lane[l] > lane[0] ? lane[l] : lane[0];
+    }
+    return lane[0];
 }
 
 #endif
