@@ -232,7 +232,7 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     int64_t N = (int64_t)B * (T - start);
     int d = c->hidden, width = (int)config_qkv_width(c);
     float *qkv = a->qkv + (int64_t)start * width; // start > 0 has B = 1: its rows follow the cached ones
-    rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, c->norm_eps);
+    rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, (float)c->norm_eps);
     matmul_forward(qkv, a->attn_normed, w->qkv, N, d, width);
     rope_forward(qkv, m->rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width);
     attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size);
@@ -252,7 +252,7 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
     const LayerWeights *w = &m->weights.layers[l];
     LayerActs *a = &m->layers[l];
     int d = c->hidden, E = c->router.experts;
-    rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, c->norm_eps);
+    rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps);
     if (w->router != NULL) {
         matmul_forward(a->router_logits, a->ffn_normed, w->router, N, d, E); // z = W x
     }
@@ -275,7 +275,7 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, con
         attention_block_forward(m, l, B, T, start);
         moe_block_forward(m, l, out, ids, N, forced != NULL ? forced[l] : NULL);
     }
-    rmsnorm_forward(m->normed, m->rstd, m->x, m->weights.norm, N, c->hidden, c->norm_eps);
+    rmsnorm_forward(m->normed, m->rstd, m->x, m->weights.norm, N, c->hidden, (float)c->norm_eps);
 }
 
 // mean loss over N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the losses;
@@ -340,7 +340,7 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
     int64_t N = (int64_t)B * T;
     int d = c->hidden, width = (int)config_qkv_width(c);
     matmul_backward(m->datt, g->o, m->dx, a->att, w->o, N, d, d);
-    attention_backward(m->dqkv, m->datt, a->qkv, a->att, a->lse, B, T, c->heads, c->kv_heads, c->head_size);
+    attention_backward(m->dqkv, m->datt, a->qkv, a->lse, B, T, c->heads, c->kv_heads, c->head_size);
     rope_backward(m->dqkv, m->rope, B, T, 0, c->heads + c->kv_heads, c->head_size, width);
     matmul_backward(m->dnormed, g->qkv, m->dqkv, a->attn_normed, w->qkv, N, d, width);
     rmsnorm_backward(m->dx, g->attn_norm, m->dnormed, a->x, w->attn_norm, a->attn_rstd, N, d);
@@ -887,30 +887,24 @@ static int wants_training(const Options *o) {
     return o->dump[0] == '\0' && !o->eval && o->sample[0] == '\0';
 }
 
-// the run's folder: --out, the resumed run's, or the first free runs/PRESET-ROUTER[-2, -3, ...]
-static void choose_out(Run *run, int resuming) {
-    const Options *o = &run->options;
-    char base[PATH_SIZE], latest[PATH_SIZE], next[PATH_SIZE];
-    if (o->out[0] != '\0') {
-        check_format(run->out, PATH_SIZE, "%s", o->out);
-        check_format(latest, sizeof(latest), "%s/latest", run->out);
-        if (!resuming && path_exists(latest)) {
-            die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", run->out,
-                run->out);
+// the first free runs/NAME[-2, -3, ...], or, to resume, the last one that is taken
+static void default_out(char *out, const char *preset, const char *router, int resuming) {
+    char last[PATH_SIZE], latest[PATH_SIZE];
+    for (int i = 1;; i++) {
+        if (i == 1) {
+            check_format(out, PATH_SIZE, "runs/%s-%s", preset, router);
+            check_format(last, sizeof(last), "%s", out);
+        } else {
+            check_format(out, PATH_SIZE, "runs/%s-%s-%d", preset, router, i);
         }
-        return;
+        check_format(latest, sizeof(latest), "%.1900s/latest", out);
+        if (!path_exists(latest)) {
+            break;
+        }
+        check_format(last, sizeof(last), "%s", out);
     }
-    check_format(base, sizeof(base), "runs/%s-%s", o->preset, o->router);
-    check_format(run->out, PATH_SIZE, "%s", base);
-    for (int i = 2;; i++) {
-        check_format(next, sizeof(next), "%s/latest", run->out);
-        int taken = path_exists(next);
-        check_format(next, sizeof(next), "%.1900s-%d", base, i);
-        check_format(latest, sizeof(latest), "%.1900s/latest", next);
-        if (!taken || (resuming && !path_exists(latest))) {
-            return;
-        }
-        check_format(run->out, PATH_SIZE, "%s", next);
+    if (resuming) {
+        check_format(out, PATH_SIZE, "%s", last);
     }
 }
 
@@ -928,7 +922,73 @@ static void refuse_shape_options(int argc, const char *const *argv, const char *
     }
 }
 
-// options from the table, the preset, a resumed checkpoint and the command line, in this order
+// other data than the preset's: its validation shards and its vocabulary do not belong to them
+static void drop_foreign_data(Options *o, int argc, const char *const *argv) {
+    if (options_given(argc, argv, "train_data") && !options_given(argc, argv, "val_data")) {
+        o->val_data[0] = '\0';
+    }
+    if (options_given(argc, argv, "train_data") && !options_given(argc, argv, "tokenizer")) {
+        o->tokenizer[0] = '\0';
+    }
+}
+
+// the options that a checkpoint's run was started with, then the command line's
+static int inherit_options(Run *run, RunState *state, const char *folder, int argc, const char *const *argv) {
+    Options *o = &run->options;
+    options_defaults(o, "tiny");
+    int found = checkpoint_load_state(state, o, folder);
+    o->load[0] = o->resume[0] = '\0'; // that run's own beginnings
+    options_parse(o, argc, argv);
+    return found;
+}
+
+// --resume: the run goes on with its own options and folder, unless the command line says otherwise
+static void resume_options(Run *run, int argc, const char *const *argv) {
+    Options *o = &run->options;
+    char folder[PATH_SIZE], out[PATH_SIZE];
+    default_out(out, o->preset, o->router, 1);
+    checkpoint_find(folder, o->resume, o->out[0] != '\0' ? o->out : out);
+    refuse_shape_options(argc, argv, folder);
+    if (!inherit_options(run, &run->state, folder, argc, argv)) {
+        die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s", folder,
+            folder);
+    }
+    check_format(o->resume, sizeof(o->resume), "%s", folder);
+}
+
+// --load: another run's weights. To look at them (--eval, --sample), its data and vocabulary come along
+static void load_options(Run *run, int argc, const char *const *argv) {
+    Options *o = &run->options;
+    char folder[PATH_SIZE];
+    checkpoint_find(folder, o->load, "");
+    refuse_shape_options(argc, argv, folder);
+    if (o->eval || o->sample[0] != '\0') {
+        RunState unused;
+        inherit_options(run, &unused, folder, argc, argv);
+    }
+    check_format(o->load, sizeof(o->load), "%s", folder);
+}
+
+static void check_options(const Options *o) {
+    if (o->global_batch % o->batch != 0) {
+        die_usage("--global-batch %lld is not a multiple of --batch %lld", (long long)o->global_batch,
+                  (long long)o->batch);
+    }
+    if (strcmp(o->save_dtype, "f32") != 0 && strcmp(o->save_dtype, "bf16") != 0) {
+        die_usage("--save-dtype %s: expected f32 or bf16", o->save_dtype);
+    }
+    if (o->lr_min > o->lr) {
+        die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
+    }
+    if (!wants_training(o) && o->load[0] == '\0' && o->resume[0] == '\0') {
+        die_usage("--eval, --sample and --dump need a model\n  ---> name its folder with --load");
+    }
+    if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
+        die_usage("--route-from belongs to --dump");
+    }
+}
+
+// from the table, the preset, a checkpoint and the command line, each over the one before
 static void read_options(Run *run, int argc, const char *const *argv) {
     Options *o = &run->options;
     options_defaults(o, options_peek(argc, argv, "preset", "tiny"));
@@ -943,50 +1003,15 @@ static void read_options(Run *run, int argc, const char *const *argv) {
         die_usage("--resume and --load exclude each other\n  ---> --resume continues a run, --load starts one");
     }
     if (o->resume[0] != '\0') {
-        char folder[PATH_SIZE], named[OPTION_TEXT_SIZE];
-        check_format(named, sizeof(named), "%s", o->resume);
-        choose_out(run, 1);
-        checkpoint_find(folder, named, run->out);
-        refuse_shape_options(argc, argv, folder);
-        options_defaults(o, "tiny");
-        if (!checkpoint_load_state(&run->state, o, folder)) {
-            die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s",
-                folder, folder);
-        }
-        char out[OPTION_TEXT_SIZE];
-        check_format(out, sizeof(out), "%s", o->out);
-        options_parse(o, argc, argv);
-        check_format(o->resume, sizeof(o->resume), "%s", folder);
-        check_format(run->out, PATH_SIZE, "%s", o->out[0] != '\0' ? o->out : out);
+        resume_options(run, argc, argv);
     } else if (o->load[0] != '\0') {
-        char folder[PATH_SIZE];
-        checkpoint_find(folder, o->load, "");
-        refuse_shape_options(argc, argv, folder);
-        check_format(o->load, sizeof(o->load), "%s", folder);
+        load_options(run, argc, argv);
     }
-    if (options_given(argc, argv, "train_data")) { // other data than the preset's: its validation and text do not belong
-        o->val_data[options_given(argc, argv, "val_data") ? strlen(o->val_data) : 0] = '\0';
-        o->tokenizer[options_given(argc, argv, "tokenizer") ? strlen(o->tokenizer) : 0] = '\0';
-    }
+    drop_foreign_data(o, argc, argv);
     if (o->global_batch == 0 || o->dump[0] != '\0') {
         o->global_batch = o->batch;
     }
-    if (o->global_batch % o->batch != 0) {
-        die_usage("--global-batch %lld is not a multiple of --batch %lld", (long long)o->global_batch,
-                  (long long)o->batch);
-    }
-    if (strcmp(o->save_dtype, "f32") != 0 && strcmp(o->save_dtype, "bf16") != 0) {
-        die_usage("--save-dtype %s: expected f32 or bf16", o->save_dtype);
-    }
-    if (o->lr_min > o->lr) {
-        die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
-    }
-    if ((o->eval || o->sample[0] != '\0' || o->dump[0] != '\0') && o->load[0] == '\0' && o->resume[0] == '\0') {
-        die_usage("--eval, --sample and --dump need a model\n  ---> name its folder with --load");
-    }
-    if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
-        die_usage("--route-from belongs to --dump");
-    }
+    check_options(o);
 }
 
 // weights, moments and state: drawn from the seed, loaded, or resumed
@@ -1050,7 +1075,9 @@ static void open_data(Run *run) {
     const Config *c = &run->model.config;
     char vocab[PATH_SIZE];
     check_format(vocab, sizeof(vocab), "%s/vocab.json", o->tokenizer);
-    if (o->tokenizer[0] != '\0' && path_exists(vocab)) {
+    if (o->eval || o->dump[0] != '\0') {
+        run->tokenizer = NULL; // no text is shown
+    } else if (o->tokenizer[0] != '\0' && path_exists(vocab)) {
         run->tokenizer = tokenizer_load(o->tokenizer);
         if (run->tokenizer->vocab_size > c->vocab_size) {
             die("%s has %d tokens, the model's vocabulary only %d\n  ---> name the model's own --tokenizer", o->tokenizer,
@@ -1084,7 +1111,8 @@ static void print_table(const Run *run) {
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
-    printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", o->preset, c->layers, c->hidden,
+    const char *name = o->resume[0] != '\0' ? o->resume : o->load[0] != '\0' ? o->load : o->preset;
+    printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
            c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);
     printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active, r->experts,
            c->granularity, r->method == ROUTER_RELU && !r->load_balance ? ", no load balance" : "");
@@ -1131,22 +1159,36 @@ static void close_run(Run *run) {
     free(run);
 }
 
+// the folder that a new run writes to must not hold another one
+static void open_out(Run *run) {
+    Options *o = &run->options;
+    char latest[PATH_SIZE], out[PATH_SIZE];
+    if (o->out[0] == '\0') {
+        const char *name = o->load[0] != '\0' ? "loaded" : o->preset;
+        default_out(out, name, router_name(run->model.config.router.method), 0);
+        check_format(o->out, OPTION_TEXT_SIZE, "%s", out);
+    }
+    check_format(run->out, PATH_SIZE, "%s", o->out);
+    check_format(latest, sizeof(latest), "%.1900s/latest", run->out);
+    if (o->resume[0] == '\0' && path_exists(latest)) {
+        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", run->out, run->out);
+    }
+}
+
 static Run *open_run(int argc, const char *const *argv) {
     Run *run = NEW(Run, 1);
     read_options(run, argc, argv);
-    const Options *o = &run->options;
 #ifdef _OPENMP
-    if (o->threads > 0) {
-        omp_set_num_threads((int)o->threads);
+    if (run->options.threads > 0) {
+        omp_set_num_threads((int)run->options.threads);
     }
 #endif
-    if (wants_training(o) && run->out[0] == '\0') {
-        choose_out(run, 0);
-    }
     build_model(run);
     build_state(run, options_given(argc, argv, "lambda_init"));
+    if (wants_training(&run->options)) {
+        open_out(run);
+    }
     open_data(run);
-    check_format(run->options.out, OPTION_TEXT_SIZE, "%.1000s", run->out); // a resumed run goes on where it was
     run->started = seconds_now();
     return run;
 }

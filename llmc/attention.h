@@ -2,7 +2,7 @@
 Causal self-attention with grouped queries (Ainslie et al., 2023): head h reads key/value head h / (H / KV).
 
     forward   s_tj = q_t . k_j / sqrt(hd), j <= t;   p_tj = exp(s_tj - lse_t), lse_t = ln sum_j exp(s_tj);   out_t = sum_j p_tj v_j
-    backward  D_t = dout_t . out_t;   dp_tj = dout_t . v_j;   ds_tj = p_tj (dp_tj - D_t) / sqrt(hd)
+    backward  dp_tj = dout_t . v_j;   D_t = sum_j p_tj dp_tj (= dout_t . out_t);   ds_tj = p_tj (dp_tj - D_t) / sqrt(hd)
               dq_t = sum_j ds_tj k_j;   dk_j = sum_t ds_tj q_t;   dv_j = sum_t p_tj dout_t      (sums over the group's heads too)
 
 qkv [B, T, (H + 2 KV) hd]: a position's queries, then its keys, then its values, keys and queries already rotated (rope.h).
@@ -73,9 +73,9 @@ static inline void attention_forward(float *out, float *lse, const float *qkv, i
     }
 }
 
-// one block of rows: p holds scores and becomes p; ds holds dp and becomes ds
-static inline void attention_softmax_backward(float *p, float *ds, const float *out, const float *dout,
-                                              const float *lse, int first, int rows, int ld, int hd, int stride,
+// one block of rows: p holds scores and becomes p; ds holds dp and becomes ds. D is summed from the same dp that it is
+// subtracted from: where a token sees only itself, p = 1 and ds is exactly 0, not a rounding error that AdamW would blow up
+static inline void attention_softmax_backward(float *p, float *ds, const float *lse, int first, int rows, int ld,
                                               float scale) {
     for (int r = 0; r < rows; r++) {
         float *prow = p + (int64_t)r * ld;
@@ -83,11 +83,11 @@ static inline void attention_softmax_backward(float *p, float *ds, const float *
         int n = first + r + 1;
         float D = 0.0f;
 #pragma omp simd reduction(+ : D)
-        for (int c = 0; c < hd; c++) {
-            D += out[(int64_t)r * stride + c] * dout[(int64_t)r * stride + c];
-        }
         for (int j = 0; j < n; j++) {
             prow[j] = fast_exp(prow[j] * scale - lse[r]);
+            D += prow[j] * srow[j];
+        }
+        for (int j = 0; j < n; j++) {
             srow[j] = prow[j] * (srow[j] - D) * scale;
         }
         for (int j = n; j < ld; j++) {
@@ -98,8 +98,8 @@ static inline void attention_softmax_backward(float *p, float *ds, const float *
 }
 
 // dqkv [B, T, (H + 2 KV) hd] is overwritten. A thread owns a key/value head with all its query heads.
-static inline void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out,
-                                      const float *lse, int B, int T, int H, int KV, int hd) {
+static inline void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *lse, int B, int T,
+                                      int H, int KV, int hd) {
     int width = (H + 2 * KV) * hd;
     int stride = H * hd;
     int group = H / KV;
@@ -127,7 +127,7 @@ static inline void attention_backward(float *dqkv, const float *dout, const floa
                         const float *l = lse + ((int64_t)b * H + h) * T + first;
                         sgemm_serial(0, 1, rows, keys, hd, qkv + query, width, qkv + key, width, p, keys, 0);
                         sgemm_serial(0, 1, rows, keys, hd, dout + o, stride, qkv + value, width, ds, keys, 0);
-                        attention_softmax_backward(p, ds, out + o, dout + o, l, first, rows, keys, hd, stride, scale);
+                        attention_softmax_backward(p, ds, l, first, rows, keys, scale);
                         sgemm_serial(0, 0, rows, hd, keys, ds, keys, qkv + key, width, dqkv + query, width, 0);
                         sgemm_serial(1, 0, keys, hd, rows, ds, keys, qkv + query, width, dqkv + key, width, 1);
                         sgemm_serial(1, 0, keys, hd, rows, p, keys, dout + o, stride, dqkv + value, width, 1);

@@ -25,7 +25,7 @@ typedef struct {
     Router router;  // method, E_tot, k_tot, load balance
     int granularity;
     int max_seq_len;
-    float norm_eps;
+    double norm_eps;
     double rope_theta;
 } Config;
 
@@ -71,7 +71,7 @@ static inline Config config_from_options(const Options *o) {
     c.router.method = (RouterMethod)method;
     c.router.load_balance = (int)o->load_balance;
     c.max_seq_len = (int)o->seq_len;
-    c.norm_eps = 1e-5f;
+    c.norm_eps = 1e-5;
     c.rope_theta = 1e6;
     int64_t experts = dense ? 1 : o->experts * o->granularity;
     int64_t width = o->ffn_mult * o->hidden;
@@ -124,8 +124,8 @@ static inline void config_write(const Config *c, FILE *file) {
     fprintf(file, "  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->hidden, c->layers);
     fprintf(file, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", c->heads, c->kv_heads);
     fprintf(file, "  \"intermediate_size\": %d,\n  \"vocab_size\": %d,\n", c->ffn, c->vocab_size);
-    fprintf(file, "  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": %.9g,\n", c->max_seq_len, c->norm_eps);
-    fprintf(file, "  \"rope_theta\": %.17g,\n  \"hidden_act\": \"silu\",\n", c->rope_theta);
+    fprintf(file, "  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": %.15g,\n", c->max_seq_len, c->norm_eps);
+    fprintf(file, "  \"rope_theta\": %.15g,\n  \"hidden_act\": \"silu\",\n", c->rope_theta);
     if (!dense) {
         fprintf(file, "  \"num_experts\": %d,\n  \"num_experts_per_tok\": %d,\n", c->router.experts,
                 c->router.active);
@@ -259,7 +259,7 @@ static inline Config config_read(const char *path) {
     c.kv_heads = config_int(json, path, "num_key_value_heads", 65536, -1);
     c.ffn = config_int(json, path, "intermediate_size", 1 << 24, -1);
     c.max_seq_len = config_int(json, path, "max_position_embeddings", 1 << 24, 1024);
-    c.norm_eps = (float)config_real(json, path, "rms_norm_eps");
+    c.norm_eps = config_real(json, path, "rms_norm_eps");
     c.rope_theta = config_real(nested ? parameters : json, path, "rope_theta");
     c.head_size = c.hidden / c.heads;
     config_read_router(&c, json, path);
