@@ -3,7 +3,7 @@ Counter-based random numbers: a pure function of (seed, stream, counter), so tha
 ranks or sharding, and any element can be drawn alone.
 
     rng_bits(seed, stream, counter)     64 bits: three rounds of a multiply-xorshift mixer (Steele et al.'s SplitMix64)
-    rng_uniform(...)                    double in (0, 1), 53 bits, never 0 or 1
+    rng_uniform(...)                    double in (0, 1), 52 bits, never 0 or 1
     rng_normal(seed, stream, counter)   float, N(0, 1), by Box-Muller:
         z_{2i} = sqrt(-2 ln u_{2i}) cos(2 pi u_{2i+1}),   z_{2i+1} = sqrt(-2 ln u_{2i}) sin(2 pi u_{2i+1})
 
@@ -31,7 +31,8 @@ static inline uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t counter
 }
 
 static inline double rng_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
-    return ((double)(rng_bits(seed, stream, counter) >> 11) + 0.5) * (1.0 / 9007199254740992.0);
+    uint64_t bits = rng_bits(seed, stream, counter) >> 12; // with the half added they fill a double's 53: nothing rounds
+    return ((double)bits + 0.5) * (1.0 / 4503599627370496.0);
 }
 
 // the value itself, but opaque: the compiler cannot fuse the product that made it with the sum that takes it
@@ -119,7 +120,7 @@ static inline float rng_normal(uint64_t seed, uint64_t stream, uint64_t counter)
     return (float)(radius * (counter % 2 == 0 ? cosine : sine));
 }
 
-// x[0..n) = N(0, deviation), elements first, first + 1, ... of the stream
+// x[0..n) = N(0, deviation): elements 0 .. n-1 of the stream
 static inline void rng_fill_normal(float *x, int64_t n, float deviation, uint64_t seed, uint64_t stream) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {
