@@ -5,8 +5,9 @@ test_remoe.c: runs the CPU tests, one component a file in dev/test/test_X.h.
     ./test_remoe lambda ...  only these
     ./test_remoe --list      their names
 
-Prints a line a component and last "N passed, N failed" (components); exit 1 if any failed. The whole trainer is included, so that
-the tests can call any part of it; `./test_remoe --train OPTIONS` is that trainer, for the tests that watch it from outside.
+Prints a line a component and last "N passed, N failed" (components); exit 1 if any failed. The whole trainer
+is included, so that the tests can call any part of it; `./test_remoe --train OPTIONS` is that trainer, for
+the tests that watch it from outside.
 */
 #define main train_remoe_main
 #include "train_remoe.c"
@@ -127,8 +128,8 @@ int main(int argc, char **argv) {
         memset(&tally, 0, sizeof(tally));
         test_rows[row].run();
         int ok = tally.failures == 0 && tally.checks + tally.skipped > 0;
-        printf("%-14s %s  %6d checks, %d failed%s  %.1f s\n", test_rows[row].name, ok ? "ok    " : "FAILED", tally.checks,
-               tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin);
+        printf("%-14s %s  %6d checks, %d failed%s  %.1f s\n", test_rows[row].name, ok ? "ok    " : "FAILED",
+               tally.checks, tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin);
         fflush(stdout);
         passed += ok;
         failed += !ok;

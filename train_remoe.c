@@ -1,15 +1,17 @@
 /*
-train_remoe.c: the CPU reference trainer of ReMoE (mixture-of-experts language models with a ReLU router), fp32, OpenMP.
+train_remoe.c: the CPU reference trainer of ReMoE (mixture-of-experts language models with a ReLU router),
+fp32, OpenMP.
 
-One file, read top to bottom: the model's memory, forward, backward, update, and what a run does with them. The mathematics of each
-step stands in its own header under llmc/; the CUDA trainer has the same order and the same names.
+One file, read top to bottom: the model's memory, forward, backward, update, and what a run does with them.
+The mathematics of each step stands in its own header under llmc/; the CUDA trainer has the same order and the
+same names.
 
-    tokens -> embedding -> L x [ RMSNorm -> qkv -> RoPE -> attention -> o -> +                    x = x + Attn(RMSNorm(x))
-                                 RMSNorm -> router -> dispatch -> experts -> combine -> + ]       x = x + MoE(RMSNorm(x))
-           -> RMSNorm -> lm_head -> cross entropy -> loss, and back
+    tokens -> embedding -> L layers -> RMSNorm -> lm_head -> cross entropy -> loss, and back
+    a layer   x = x + Attn(RMSNorm(x))      RMSNorm -> qkv -> RoPE -> attention -> o -> +
+              x = x + MoE(RMSNorm(x))       RMSNorm -> router -> dispatch -> experts -> combine -> +
 
-Letters: B sequences, T tokens each, N = B T, d hidden, L layers, H heads, KV key/value heads, hd head size, V vocabulary,
-E = E_tot experts, k = k_tot active, F width of an expert, P active (token, expert) pairs.
+Letters: B sequences, T tokens each, N = B T, d hidden, L layers, H heads, KV key/value heads, hd head size, V
+vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active (token, expert) pairs.
 
     make train_remoe && ./train_remoe            the tiny preset on the built-in sample (make sample-data)
     ./train_remoe --help                         all options
@@ -44,7 +46,8 @@ E = E_tot experts, k = k_tot active, F width of an expert, P active (token, expe
 #include "llmc/embedding.h"
 #include "llmc/rmsnorm.h"
 #include "llmc/rope.h"
-// defines: PairList, router_forward, router_loss, router_backward; Dispatch, dispatch_sort; experts_forward, experts_backward
+// defines: PairList, router_forward, router_loss, router_backward; Dispatch, dispatch_sort; experts_forward,
+// experts_backward
 #include "llmc/dispatch.h"
 #include "llmc/experts.h"
 #include "llmc/router.h"
@@ -67,13 +70,13 @@ E = E_tot experts, k = k_tot active, F width of an expert, P active (token, expe
 
 // what one layer's forward leaves for its backward
 typedef struct {
-    float *x;             // [N, d] the residual stream that enters the layer
-    float *attn_normed;   // [N, d]
-    float *attn_rstd;     // [N]
-    float *qkv;           // [B, T, (H + 2 KV) hd], queries and keys rotated; also the key/value cache of sampling
-    float *att;           // [N, d] the heads' outputs
-    float *lse;           // [B, H, T]
-    float *mid;           // [N, d] the residual stream between attention and experts
+    float *x;           // [N, d] the residual stream that enters the layer
+    float *attn_normed; // [N, d]
+    float *attn_rstd;   // [N]
+    float *qkv; // [B, T, (H + 2 KV) hd], queries and keys rotated; also the key/value cache of sampling
+    float *att; // [N, d] the heads' outputs
+    float *lse; // [B, H, T]
+    float *mid; // [N, d] the residual stream between attention and experts
     float *ffn_normed;    // [N, d]
     float *ffn_rstd;      // [N]
     float *router_logits; // [N, E] (the softmax for topk and ec)
@@ -96,14 +99,14 @@ typedef struct {
     float *logits;                               // [chunk, V]
     int64_t logit_rows;                          // chunk
     float *losses;                               // [N]
-    float *dx, *dnormed, *datt, *dqkv;           // gradients of the residual stream, a norm's output, att, qkv
-    float *drouter;                              // [N, E]
-    float *dgate;                                // [P]
+    float *dx, *dnormed, *datt, *dqkv; // gradients of the residual stream, a norm's output, att, qkv
+    float *drouter;                    // [N, E]
+    float *dgate;                      // [P]
     int64_t dgate_capacity;
-    float *scratch;                              // the experts' rows: P (d + F + 1) floats; grows with P
+    float *scratch; // the experts' rows: P (d + F + 1) floats; grows with P
     int64_t scratch_capacity;
-    int B, T;                                    // the largest micro-batch
-    int k;                                       // k_tot in force (the near-dense warm-up of topk raises it)
+    int B, T; // the largest micro-batch
+    int k;    // k_tot in force (the near-dense warm-up of topk raises it)
 } Model;
 
 static float *floats(int64_t n) {
@@ -181,8 +184,8 @@ static void model_allocate_activations(Model *m, int B, int T) {
 static void model_free(Model *m) {
     for (int l = 0; l < m->config.layers && m->layers != NULL; l++) {
         LayerActs *a = &m->layers[l];
-        float *buffers[] = {a->x, a->attn_normed, a->attn_rstd, a->qkv, a->att, a->lse, a->mid, a->ffn_normed,
-                            a->ffn_rstd, a->router_logits, a->h};
+        float *buffers[] = {a->x,   a->attn_normed, a->attn_rstd, a->qkv,           a->att, a->lse,
+                            a->mid, a->ffn_normed,  a->ffn_rstd,  a->router_logits, a->h};
         for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) {
             free(buffers[i]);
         }
@@ -190,8 +193,9 @@ static void model_free(Model *m) {
         pairs_free(&a->pairs);
         dispatch_free(&a->dispatch);
     }
-    float *buffers[] = {m->params, m->grad, m->exp_avg, m->exp_avg_sq, m->rope, m->x, m->normed, m->rstd, m->logits,
-                        m->losses, m->dx, m->dnormed, m->datt, m->dqkv, m->drouter, m->dgate, m->scratch};
+    float *buffers[] = {m->params, m->grad, m->exp_avg, m->exp_avg_sq, m->rope,   m->x,
+                        m->normed, m->rstd, m->logits,  m->losses,     m->dx,     m->dnormed,
+                        m->datt,   m->dqkv, m->drouter, m->dgate,      m->scratch};
     for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) {
         free(buffers[i]);
     }
@@ -261,11 +265,12 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
     dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
     memcpy(out, a->mid, (size_t)(N * d) * sizeof(float));
-    experts_forward(out, a->h, a->ffn_normed, w->gate_up, w->down, &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
+    experts_forward(out, a->h, a->ffn_normed, w->gate_up, w->down, &a->pairs, &a->dispatch, E, d, c->ffn,
+                    m->scratch);
 }
 
-// ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv buffers).
-// forced: NULL, or for each layer an active set [N, E] that replaces the router's own
+// ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
+// buffers). forced: NULL, or for each layer an active set [N, E] that replaces the router's own
 static void model_forward(Model *m, const int *ids, int B, int T, int start, const float *const *forced) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * (T - start);
@@ -278,8 +283,8 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, con
     rmsnorm_forward(m->normed, m->rstd, m->x, m->weights.norm, N, c->hidden, (float)c->norm_eps);
 }
 
-// mean loss over N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the losses;
-// all_logits: NULL, or [N, V] to keep them
+// mean loss over N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the
+// losses; all_logits: NULL, or [N, V] to keep them
 static double classifier(Model *m, const int *targets, int64_t N, float grad_scale, float *all_logits) {
     int d = m->config.hidden, V = m->config.vocab_size;
     for (int64_t first = 0; first < N; first += m->logit_rows) {
@@ -291,7 +296,8 @@ static double classifier(Model *m, const int *targets, int64_t N, float grad_sca
         }
         crossentropy_forward_backward(m->losses + first, m->logits, targets + first, rows, V, grad_scale);
         if (grad_scale != 0.0f) {
-            matmul_backward(m->dnormed + first * d, m->grads.head, m->logits, normed, m->weights.head, rows, d, V);
+            matmul_backward(m->dnormed + first * d, m->grads.head, m->logits, normed, m->weights.head, rows,
+                            d, V);
         }
     }
     double sum = 0.0;
@@ -321,8 +327,8 @@ static void moe_block_backward(Model *m, int l, int64_t N, double reg_weight) {
     LayerActs *a = &m->layers[l];
     int d = c->hidden, E = c->router.experts;
     memset(m->dnormed, 0, (size_t)(N * d) * sizeof(float));
-    experts_backward(m->dnormed, m->dgate, g->gate_up, g->down, m->dx, a->ffn_normed, a->h, w->gate_up, w->down,
-                     &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
+    experts_backward(m->dnormed, m->dgate, g->gate_up, g->down, m->dx, a->ffn_normed, a->h, w->gate_up,
+                     w->down, &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
     if (w->router != NULL) {
         router_backward(m->drouter, m->dgate, &a->pairs, a->router_logits, a->counts, router_in_force(m), N,
                         c->layers, reg_weight);
@@ -346,7 +352,8 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
     rmsnorm_backward(m->dx, g->attn_norm, m->dnormed, a->x, w->attn_norm, a->attn_rstd, N, d);
 }
 
-// after model_forward and classifier (which left dnormed): adds to all gradients. reg_weight: of the regulariser
+// after model_forward and classifier (which left dnormed): adds to all gradients. reg_weight: of the
+// regulariser
 static void model_backward(Model *m, const int *ids, int B, int T, double reg_weight) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * T;
@@ -364,10 +371,10 @@ static void model_backward(Model *m, const int *ids, int B, int T, double reg_we
 
 // what a step learned of routing, over its micro-batches
 typedef struct {
-    int64_t tokens;       // N of the step
-    int64_t *counts;      // [L, E] tokens of each expert
-    int64_t zero_expert;  // (layer, token) pairs without an expert
-    int64_t active;       // pairs
+    int64_t tokens;      // N of the step
+    int64_t *counts;     // [L, E] tokens of each expert
+    int64_t zero_expert; // (layer, token) pairs without an expert
+    int64_t active;      // pairs
     double lm_loss, reg_loss;
 } StepStats;
 
@@ -401,8 +408,8 @@ static double regulariser_weight(const Config *c, double lambda, double aux_coef
 }
 
 // adds the gradient of one of `micro_batches` to m->grad, and its losses and routing to the step's
-static void micro_step(Model *m, StepStats *s, const int *inputs, const int *targets, int B, int T, int micro_batches,
-                       double reg_weight) {
+static void micro_step(Model *m, StepStats *s, const int *inputs, const int *targets, int B, int T,
+                       int micro_batches, double reg_weight) {
     int64_t N = (int64_t)B * T;
     model_forward(m, inputs, B, T, 0, NULL);
     s->lm_loss += classifier(m, targets, N, (float)(1.0 / ((double)N * micro_batches)), NULL) / micro_batches;
@@ -424,8 +431,8 @@ static void model_update(Model *m, double lr, double weight_decay, float grad_sc
     for (int i = 0; i < m->table.count; i++) {
         const Tensor *tensor = &m->table.tensors[i];
         int64_t at = tensor->offset;
-        adamw_update(m->params + at, m->exp_avg + at, m->exp_avg_sq + at, m->grad + at, tensor->size, adamw, lr,
-                     tensor->decay ? weight_decay : 0.0, grad_scale, t);
+        adamw_update(m->params + at, m->exp_avg + at, m->exp_avg_sq + at, m->grad + at, tensor->size, adamw,
+                     lr, tensor->decay ? weight_decay : 0.0, grad_scale, t);
     }
 }
 
@@ -512,7 +519,8 @@ static void fill_record(Run *run, StepRecord *r, double norm, double lr, double 
     r->mem_gb = peak_memory_gb();
 }
 
-// one optimizer step: gradients, clipping, AdamW, then lambda. Fills the record; returns 0 when the step was skipped
+// one optimizer step: gradients, clipping, AdamW, then lambda. Fills the record; returns 0 when the step was
+// skipped
 static int train_step(Run *run, StepRecord *record) {
     Model *m = &run->model;
     const Options *o = &run->options;
@@ -526,7 +534,8 @@ static int train_step(Run *run, StepRecord *record) {
     for (int micro_batch = 0; micro_batch < run->micro_batches; micro_batch++) {
         int *inputs, *targets;
         prefetch_next(&run->ahead, &inputs, &targets);
-        micro_step(m, &run->stats, inputs, targets, (int)o->batch, (int)o->seq_len, run->micro_batches, weight);
+        micro_step(m, &run->stats, inputs, targets, (int)o->batch, (int)o->seq_len, run->micro_batches,
+                   weight);
     }
     double norm = gradient_norm(m);
     int finite = isfinite(run->stats.lm_loss) && isfinite(run->stats.reg_loss) && isfinite(norm);
@@ -570,8 +579,8 @@ static double validate_file(Run *run, const char *path, int64_t *tokens) {
         int B = (int)(sequences - first < o->batch ? sequences - first : o->batch);
         int64_t N = (int64_t)B * o->seq_len;
         for (int b = 0; b < B; b++) {
-            dataloader_sequence(&loader, first + b, run->model.config.vocab_size, run->inputs + b * o->seq_len,
-                                run->targets + b * o->seq_len);
+            dataloader_sequence(&loader, first + b, run->model.config.vocab_size,
+                                run->inputs + b * o->seq_len, run->targets + b * o->seq_len);
         }
         model_forward(&run->model, run->inputs, B, (int)o->seq_len, 0, NULL);
         sum += classifier(&run->model, run->targets, N, 0.0f, NULL) * (double)N;
@@ -613,7 +622,8 @@ static void validate(Run *run) {
 // ----------------------------------------------------------------------------
 // sampling
 
-// logits of the last of the positions start .. n-1, whose ids are given; the earlier positions are in the cache
+// logits of the last of the positions start .. n-1, whose ids are given; the earlier positions are in the
+// cache
 static float *next_logits(Model *m, const int *ids, int n, int start) {
     model_forward(m, ids + start, 1, n, start, NULL);
     matmul_forward(m->logits, m->normed + (int64_t)(n - 1 - start) * m->config.hidden, m->weights.head, 1,
@@ -717,7 +727,8 @@ static void dump_write(Model *m, const char *path, int B, int T, const float *sc
     }
     free(gates);
     for (int i = 0; i < m->table.count; i++) {
-        safetensors_write_f32(&writer, m->grad + m->table.tensors[i].offset, (size_t)m->table.tensors[i].size);
+        safetensors_write_f32(&writer, m->grad + m->table.tensors[i].offset,
+                              (size_t)m->table.tensors[i].size);
     }
     safetensors_writer_finish(&writer);
 }
@@ -759,8 +770,8 @@ static void dump(Run *run) {
     double sparsity = dense ? 0.0 : sparsity_of(run->stats.active, N * c->layers * c->router.experts);
     float scalars[] = {(float)lm_loss, (float)reg, (float)(lm_loss + weight * reg), (float)sparsity};
     dump_write(m, o->dump, B, T, scalars, logits);
-    printf("lm_loss %.7f reg_loss %.7f loss %.7f sparsity %.7f -> %s\n", lm_loss, reg, lm_loss + weight * reg, sparsity,
-           o->dump);
+    printf("lm_loss %.7f reg_loss %.7f loss %.7f sparsity %.7f -> %s\n", lm_loss, reg, lm_loss + weight * reg,
+           sparsity, o->dump);
     for (int l = 0; l < c->layers && routes != NULL; l++) {
         free((void *)routes[l]);
     }
@@ -799,8 +810,8 @@ static void guard_finite(Run *run, int finite) {
          (long long)run->state.step - 1);
     if (run->bad_steps == BAD_STEPS_LIMIT) {
         save(run);
-        die("%d non-finite steps in a row\n  ---> --resume %s with a smaller --lr, or look at the data", BAD_STEPS_LIMIT,
-            run->out);
+        die("%d non-finite steps in a row\n  ---> --resume %s with a smaller --lr, or look at the data",
+            BAD_STEPS_LIMIT, run->out);
     }
 }
 
@@ -816,7 +827,8 @@ static void train(Run *run) {
         announce_stages(run, stage);
         int64_t done = run->state.step - run->first_step;
         if (now - last_print > 1.0 || done <= 3 || run->state.step == o->steps) {
-            print_step(&record, o->steps, (now - run->started) / (double)done * (double)(o->steps - run->state.step));
+            print_step(&record, o->steps,
+                       (now - run->started) / (double)done * (double)(o->steps - run->state.step));
             last_print = now;
         }
         guard_finite(run, finite);
@@ -834,8 +846,8 @@ static void train(Run *run) {
         }
     }
     double seconds = seconds_now() - run->started;
-    printf("%lld steps in %.1f s; the loader was waited for %.2f %% of it\n", (long long)(run->state.step - run->first_step),
-           seconds, 0.1 * run->ahead.wait_ms / seconds);
+    printf("%lld steps in %.1f s; the loader was waited for %.2f %% of it\n",
+           (long long)(run->state.step - run->first_step), seconds, 0.1 * run->ahead.wait_ms / seconds);
     save(run); // before anything that could fail
     if (run->state.step < o->steps) {
         printf("stopped at step %lld of %lld\n  ---> continue with --resume %s\n", (long long)run->state.step,
@@ -874,10 +886,12 @@ static void bench(Run *run) {
     double sequences = (double)run->stats.tokens / (double)run->options.seq_len;
     double nominal = config_flops(c, run->options.seq_len, c->router.active) * sequences / seconds;
     double measured = config_flops(c, run->options.seq_len, active) * sequences / seconds;
-    printf("bench: %lld tokens a step, median %.1f ms (%.1f to %.1f) | %.0f tok/s | %.1f GFLOP/s nominal, %.1f active | "
+    printf("bench: %lld tokens a step, median %.1f ms (%.1f to %.1f) | %.0f tok/s | %.1f GFLOP/s nominal, "
+           "%.1f active | "
            "S %.4f (target %.4f) | %.2f GB\n",
            (long long)run->stats.tokens, 1e3 * seconds, times[0], times[TIMED_STEPS - 1],
-           (double)run->stats.tokens / seconds, 1e-9 * nominal, 1e-9 * measured, sparsity, target, peak_memory_gb());
+           (double)run->stats.tokens / seconds, 1e-9 * nominal, 1e-9 * measured, sparsity, target,
+           peak_memory_gb());
 }
 
 // ----------------------------------------------------------------------------
@@ -910,14 +924,16 @@ static void default_out(char *out, const char *preset, const char *router, int r
 
 // options that a loaded model has already decided
 static void refuse_shape_options(int argc, const char *const *argv, const char *folder) {
-    static const char *const decided[] = {"preset", "router", "experts", "active", "granularity", "layers", "hidden",
-                                          "heads", "kv_heads", "ffn_mult", "vocab_size", "load_balance"};
+    static const char *const decided[] = {"preset",      "router",   "experts",    "active",
+                                          "granularity", "layers",   "hidden",     "heads",
+                                          "kv_heads",    "ffn_mult", "vocab_size", "load_balance"};
     for (size_t i = 0; i < sizeof(decided) / sizeof(decided[0]); i++) {
         if (options_given(argc, argv, decided[i])) {
             char spelled[64];
             option_spell(spelled, sizeof(spelled), decided[i]);
-            die_usage("--%s cannot be combined with --load or --resume: %s/config.json decides it\n  ---> drop it",
-                      spelled, folder);
+            die_usage(
+                "--%s cannot be combined with --load or --resume: %s/config.json decides it\n  ---> drop it",
+                spelled, folder);
         }
     }
 }
@@ -950,8 +966,8 @@ static void resume_options(Run *run, int argc, const char *const *argv) {
     checkpoint_find(folder, o->resume, o->out[0] != '\0' ? o->out : out);
     refuse_shape_options(argc, argv, folder);
     if (!inherit_options(run, &run->state, folder, argc, argv)) {
-        die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s", folder,
-            folder);
+        die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s",
+            folder, folder);
     }
     check_format(o->resume, sizeof(o->resume), "%s", folder);
 }
@@ -1000,7 +1016,8 @@ static void read_options(Run *run, int argc, const char *const *argv) {
     }
     options_parse(o, argc, argv);
     if (o->resume[0] != '\0' && o->load[0] != '\0') {
-        die_usage("--resume and --load exclude each other\n  ---> --resume continues a run, --load starts one");
+        die_usage(
+            "--resume and --load exclude each other\n  ---> --resume continues a run, --load starts one");
     }
     if (o->resume[0] != '\0') {
         resume_options(run, argc, argv);
@@ -1028,7 +1045,8 @@ static void build_model(Run *run) {
     } else {
         config = config_from_options(o);
     }
-    config.max_seq_len = o->seq_len > config.max_seq_len || folder[0] == '\0' ? (int)o->seq_len : config.max_seq_len;
+    config.max_seq_len =
+        o->seq_len > config.max_seq_len || folder[0] == '\0' ? (int)o->seq_len : config.max_seq_len;
     model_allocate_params(m, &config);
     if (training || o->dump[0] != '\0') {
         model_allocate_training(m, training);
@@ -1054,8 +1072,8 @@ static void build_state(Run *run, int lambda_given) {
     }
     if (wants_training(o)) {
         const char *folder = resuming ? o->resume : o->load;
-        int found = folder[0] != '\0' && checkpoint_load_moments(run->model.exp_avg, run->model.exp_avg_sq, folder,
-                                                                 &run->model.table);
+        int found = folder[0] != '\0' && checkpoint_load_moments(run->model.exp_avg, run->model.exp_avg_sq,
+                                                                 folder, &run->model.table);
         if (!found) {
             state->optimizer_step = 0; // zero moments: their bias correction starts anew
         }
@@ -1080,11 +1098,13 @@ static void open_data(Run *run) {
     } else if (o->tokenizer[0] != '\0' && path_exists(vocab)) {
         run->tokenizer = tokenizer_load(o->tokenizer);
         if (run->tokenizer->vocab_size > c->vocab_size) {
-            die("%s has %d tokens, the model's vocabulary only %d\n  ---> name the model's own --tokenizer", o->tokenizer,
-                run->tokenizer->vocab_size, c->vocab_size);
+            die("%s has %d tokens, the model's vocabulary only %d\n  ---> name the model's own --tokenizer",
+                o->tokenizer, run->tokenizer->vocab_size, c->vocab_size);
         }
     } else if (o->sample[0] != '\0') {
-        die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make sample-data`", vocab);
+        die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
+            "sample-data`",
+            vocab);
     } else if (o->tokenizer[0] != '\0') {
         warn("no samples will be shown: there is no %s\n  ---> name a folder with --tokenizer", vocab);
     }
@@ -1095,9 +1115,11 @@ static void open_data(Run *run) {
         int shuffle = o->dump[0] == '\0' && o->shuffle;
         dataloader_open(&run->train, o->train_data, (int)o->seq_len, (uint64_t)o->seed, shuffle);
     }
-    if (wants_training(o)) { // micro-batch after micro-batch in the run's order, or the first one again and again
+    if (wants_training(
+            o)) { // micro-batch after micro-batch in the run's order, or the first one again and again
         int64_t first = o->overfit_batch ? 0 : run->state.sequences;
-        prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first, o->overfit_batch ? 0 : o->batch);
+        prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first,
+                       o->overfit_batch ? 0 : o->batch);
     }
     run->micro_batches = (int)(o->global_batch / o->batch);
 }
@@ -1114,17 +1136,21 @@ static void print_table(const Run *run) {
     const char *name = o->resume[0] != '\0' ? o->resume : o->load[0] != '\0' ? o->load : o->preset;
     printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
            c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);
-    printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active, r->experts,
-           c->granularity, r->method == ROUTER_RELU && !r->load_balance ? ", no load balance" : "");
-    printf("params    %lld total, %lld active | %.4g GFLOPs a sequence\n", (long long)run->model.table.num_params,
-           (long long)config_params(c, r->active), 1e-9 * config_flops(c, o->seq_len, r->active));
-    printf("memory    %.2f GB of weights, gradients and moments; %d threads\n", 4.0 * bytes / 1073741824.0, threads);
+    printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active,
+           r->experts, c->granularity,
+           r->method == ROUTER_RELU && !r->load_balance ? ", no load balance" : "");
+    printf("params    %lld total, %lld active | %.4g GFLOPs a sequence\n",
+           (long long)run->model.table.num_params, (long long)config_params(c, r->active),
+           1e-9 * config_flops(c, o->seq_len, r->active));
+    printf("memory    %.2f GB of weights, gradients and moments; %d threads\n", 4.0 * bytes / 1073741824.0,
+           threads);
     printf("data      ");
     dataloader_print(&run->train, stdout);
-    printf(" | %.1f epochs\n", (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train));
-    printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n", (long long)o->steps,
-           (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr, o->lr_min,
-           (long long)run->schedule.warmup, (long long)o->seed);
+    printf(" | %.1f epochs\n",
+           (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train));
+    printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n",
+           (long long)o->steps, (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr,
+           o->lr_min, (long long)run->schedule.warmup, (long long)o->seed);
     if (r->method == ROUTER_RELU) {
         printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
                (double)run->state.sparsity.lambda, o->alpha);
@@ -1171,7 +1197,8 @@ static void open_out(Run *run) {
     check_format(run->out, PATH_SIZE, "%s", o->out);
     check_format(latest, sizeof(latest), "%.1900s/latest", run->out);
     if (o->resume[0] == '\0' && path_exists(latest)) {
-        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", run->out, run->out);
+        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", run->out,
+            run->out);
     }
 }
 

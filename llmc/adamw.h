@@ -5,7 +5,8 @@ AdamW with decoupled weight decay (Loshchilov and Hutter, 2019) and clipping by 
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2;   m' = m / (1 - b1^t);   v' = v / (1 - b2^t)
     w <- w - lr (m' / (sqrt(v') + eps) + decay w)
 
-t = 1 at the first update. Elementwise; the norm is a sum over fixed blocks, so that its bits do not depend on threads or sharding.
+t = 1 at the first update. Elementwise; the norm is a sum over fixed blocks, so that its bits do not depend on
+threads or sharding.
 */
 #ifndef ADAMW_H
 #define ADAMW_H
@@ -48,13 +49,13 @@ typedef struct {
     double beta1, beta2, eps;
 } AdamW;
 
-static inline void adamw_update(float *w, float *m, float *v, const float *grad, int64_t n, AdamW adamw, double lr,
-                                double decay, float grad_scale, int64_t t) {
+static inline void adamw_update(float *w, float *m, float *v, const float *grad, int64_t n, AdamW adamw,
+                                double lr, double decay, float grad_scale, int64_t t) {
     float beta1 = (float)adamw.beta1;
     float beta2 = (float)adamw.beta2;
     float one_minus_beta1 = (float)(1.0 - adamw.beta1);
     float one_minus_beta2 = (float)(1.0 - adamw.beta2);
-    float step = (float)(lr / (1.0 - pow(adamw.beta1, (double)t)));           // lr and m's bias correction
+    float step = (float)(lr / (1.0 - pow(adamw.beta1, (double)t)));              // lr and m's bias correction
     float inverse_root = (float)(1.0 / sqrt(1.0 - pow(adamw.beta2, (double)t))); // v's, taken out of the root
     float eps = (float)adamw.eps;
     float shrink = (float)(lr * decay);

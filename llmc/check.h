@@ -6,7 +6,8 @@ Every failure says what was wrong, in which file or flag, what was expected, and
 prints "error: ..." on stderr and exits with status 1; die_usage() is for a bad command line and exits with 2.
 The functions below return only on success, so callers read as the straight path.
 
-Shapes: none. Errors: exit 1 (die) or 2 (die_usage). A fuzz target defines DIE_EXIT to leave by longjmp instead.
+Shapes: none. Errors: exit 1 (die) or 2 (die_usage). A fuzz target defines DIE_EXIT to leave by longjmp
+instead.
 */
 #ifndef CHECK_H
 #define CHECK_H
@@ -68,7 +69,8 @@ PRINTF_LIKE(1, 2) static inline void warn(const char *fmt, ...) {
 static inline void *check_calloc(size_t n, size_t size) {
     void *p = calloc(n ? n : 1, size);
     if (p == NULL) {
-        die("out of memory: cannot allocate %zu x %zu bytes\n  ---> use a smaller --batch, --seq-len or model",
+        die("out of memory: cannot allocate %zu x %zu bytes\n  ---> use a smaller --batch, --seq-len or "
+            "model",
             n, size);
     }
     return p;
@@ -82,7 +84,8 @@ static inline void *check_realloc(void *p, size_t n, size_t size) {
     size_t bytes = n * size;
     void *grown = realloc(p, bytes > 0 ? bytes : 1);
     if (grown == NULL) {
-        die("out of memory: cannot allocate %zu x %zu bytes\n  ---> use a smaller --batch, --seq-len or model",
+        die("out of memory: cannot allocate %zu x %zu bytes\n  ---> use a smaller --batch, --seq-len or "
+            "model",
             n, size);
     }
     return grown;

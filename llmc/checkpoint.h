@@ -6,9 +6,10 @@ Checkpoints: a folder step_00001000/ a checkpoint, in the formats of Hugging Fac
     optimizer.safetensors  AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
     state.json             step, AdamW's t, loader position, lambda and stage, random state, all options
 
-Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last; then the oldest are removed (--keep).
-So a full disk or a kill at any moment leaves the earlier checkpoints as they were. A folder with config.json and
-model.safetensors alone loads too, in F32 or BF16, its tensors in any order, whoever made it.
+Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last; then the oldest
+are removed (--keep). So a full disk or a kill at any moment leaves the earlier checkpoints as they were. A
+folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any order,
+whoever made it.
 
 Errors: whatever is missing or does not fit is named with its file, and exit 1.
 */
@@ -93,7 +94,8 @@ static inline void save_tensors(const char *path, const TensorTable *table, cons
     safetensors_write_header(&writer);
     for (int b = 0; b < count; b++) {
         for (int i = 0; i < table->count; i++) {
-            safetensors_write_f32(&writer, buffers[b] + table->tensors[i].offset, (size_t)table->tensors[i].size);
+            safetensors_write_f32(&writer, buffers[b] + table->tensors[i].offset,
+                                  (size_t)table->tensors[i].size);
         }
     }
     safetensors_writer_finish(&writer);
@@ -105,12 +107,13 @@ static inline void save_state(const char *path, const RunState *state, const Opt
     newfile_open(&file, path);
     fprintf(file.file, "{\n  \"step\": %lld,\n  \"optimizer_step\": %lld,\n  \"sequences\": %lld,\n",
             (long long)state->step, (long long)state->optimizer_step, (long long)state->sequences);
-    fprintf(file.file, "  \"lambda\": %.9g,\n  \"stage\": %d,\n  \"min_sparsity\": %.17g,\n", s->lambda, s->stage,
-            s->min_sparsity);
+    fprintf(file.file, "  \"lambda\": %.9g,\n  \"stage\": %d,\n  \"min_sparsity\": %.17g,\n", s->lambda,
+            s->stage, s->min_sparsity);
     fprintf(file.file, "  \"rising_steps\": %d,\n  \"stage2_step\": %lld,\n  \"stage3_step\": %lld,\n",
             s->rising_steps, (long long)s->stage2_step, (long long)s->stage3_step);
     // every draw is a function of (seed, stream, counter): the seed and the step are the random state
-    fprintf(file.file, "  \"rng\": {\"seed\": %lld, \"counter\": %lld},\n  \"options\": ", (long long)options->seed,
+    fprintf(file.file,
+            "  \"rng\": {\"seed\": %lld, \"counter\": %lld},\n  \"options\": ", (long long)options->seed,
             (long long)state->step);
     options_write_json(file.file, options);
     fprintf(file.file, "\n}\n");
@@ -124,7 +127,8 @@ static inline void remove_oldest(const char *out, int64_t keep) {
     int64_t seen = 0;
     for (int i = n - 1; i >= 0; i--) {
         char path[PATH_SIZE];
-        int temporary = strncmp(names[i]->d_name, ".tmp_step_", 10) == 0; // of a run that was killed while saving
+        int temporary =
+            strncmp(names[i]->d_name, ".tmp_step_", 10) == 0; // of a run that was killed while saving
         int checkpoint = strncmp(names[i]->d_name, "step_", 5) == 0;
         check_format(path, sizeof(path), "%s/%s", out, names[i]->d_name);
         if (temporary || (checkpoint && ++seen > keep)) {
@@ -204,12 +208,14 @@ static inline void checkpoint_find(char *folder, const char *named, const char *
     }
 }
 
-static inline void load_tensors(float *buffer, const Safetensors *st, const TensorTable *table, const char *prefix) {
+static inline void load_tensors(float *buffer, const Safetensors *st, const TensorTable *table,
+                                const char *prefix) {
     for (int i = 0; i < table->count; i++) {
         const Tensor *tensor = &table->tensors[i];
         char name[128];
         check_format(name, sizeof(name), "%s%s", prefix, tensor->name);
-        safetensors_read_f32(st, safetensors_require(st, name, tensor->ndim, tensor->shape), buffer + tensor->offset);
+        safetensors_read_f32(st, safetensors_require(st, name, tensor->ndim, tensor->shape),
+                             buffer + tensor->offset);
     }
 }
 
@@ -240,7 +246,8 @@ static inline int64_t state_int(const Json *json, const char *path, const char *
     int64_t value = 0;
     const Json *member = json_get(json, key);
     if (member == NULL || !json_int64(member, &value) || value < least) {
-        die("%s: \"%s\" is missing or unusable\n  ---> --load the folder instead of --resume to use its weights alone",
+        die("%s: \"%s\" is missing or unusable\n  ---> --load the folder instead of --resume to use its "
+            "weights alone",
             path, key);
     }
     return value;
@@ -250,7 +257,8 @@ static inline double state_real(const Json *json, const char *path, const char *
     double value = 0.0;
     const Json *member = json_get(json, key);
     if (member == NULL || !json_double(member, &value) || !isfinite(value)) {
-        die("%s: \"%s\" is missing or unusable\n  ---> --load the folder instead of --resume to use its weights alone",
+        die("%s: \"%s\" is missing or unusable\n  ---> --load the folder instead of --resume to use its "
+            "weights alone",
             path, key);
     }
     return value;

@@ -1,8 +1,9 @@
 /*
-The shape of a model: from the options, from and to config.json (Hugging Face's keys), its parameters and FLOPs.
+The shape of a model: from the options, from and to config.json (Hugging Face's keys), its parameters and
+FLOPs.
 
-    E_tot = E G experts of width F = ffn_mult d / G, k_tot = k G of them active                          (Eq. 12, 13)
-    FLOPs a sequence, forward and backward, without causal halving (Narayanan et al., 2021; the paper's Table 1):
+    E_tot = E G experts of width F = ffn_mult d / G, k_tot = k G of them active          (Eq. 12, 13)
+    FLOPs a sequence, forward and backward, no causal halving (Narayanan et al., 2021; the paper's Table 1):
         12 T L d^2 [(1 + KV/H + T/d) + 1.5 (F/d) k_tot + V / (2 L d)]
 
 Errors: an impossible or unsupported shape is refused by the name of its key or flag.
@@ -33,23 +34,25 @@ typedef struct {
 static inline void config_check(const Config *c, const char *where) {
     const Router *r = &c->router;
     if (c->hidden % c->heads != 0 || c->head_size % 2 != 0) {
-        die("%s: hidden size %d over %d heads must give an even head size\n  ---> change one of the two", where,
-            c->hidden, c->heads);
+        die("%s: hidden size %d over %d heads must give an even head size\n  ---> change one of the two",
+            where, c->hidden, c->heads);
     }
     if (c->heads % c->kv_heads != 0) {
-        die("%s: %d query heads are not a multiple of %d key/value heads\n  ---> change one of the two", where,
-            c->heads, c->kv_heads);
+        die("%s: %d query heads are not a multiple of %d key/value heads\n  ---> change one of the two",
+            where, c->heads, c->kv_heads);
     }
     if (r->active > r->experts) {
-        die("%s: %d active experts of only %d\n  ---> use fewer active experts, or more experts", where, r->active,
-            r->experts);
+        die("%s: %d active experts of only %d\n  ---> use fewer active experts, or more experts", where,
+            r->active, r->experts);
     }
     if (r->experts % c->granularity != 0 || r->active % c->granularity != 0) {
-        die("%s: %d experts and %d active ones are not multiples of the granularity %d\n  ---> change one of them",
+        die("%s: %d experts and %d active ones are not multiples of the granularity %d\n  ---> change one of "
+            "them",
             where, r->experts, r->active, c->granularity);
     }
     if (r->method == ROUTER_DENSE && (r->experts != 1 || r->active != 1)) {
-        die("%s: a dense model has no experts to choose from\n  ---> drop the experts, or name a router", where);
+        die("%s: a dense model has no experts to choose from\n  ---> drop the experts, or name a router",
+            where);
     }
 }
 
@@ -80,8 +83,8 @@ static inline Config config_from_options(const Options *o) {
                   (long long)o->granularity);
     }
     if (width % c.granularity != 0) {
-        die_usage("--granularity %d does not divide the width %lld of a dense feed-forward layer", c.granularity,
-                  (long long)width);
+        die_usage("--granularity %d does not divide the width %lld of a dense feed-forward layer",
+                  c.granularity, (long long)width);
     }
     c.router.experts = (int)experts;
     c.router.active = dense ? 1 : (int)(o->active * o->granularity);
@@ -124,7 +127,8 @@ static inline void config_write(const Config *c, FILE *file) {
     fprintf(file, "  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->hidden, c->layers);
     fprintf(file, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", c->heads, c->kv_heads);
     fprintf(file, "  \"intermediate_size\": %d,\n  \"vocab_size\": %d,\n", c->ffn, c->vocab_size);
-    fprintf(file, "  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": %.15g,\n", c->max_seq_len, c->norm_eps);
+    fprintf(file, "  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": %.15g,\n", c->max_seq_len,
+            c->norm_eps);
     fprintf(file, "  \"rope_theta\": %.15g,\n  \"hidden_act\": \"silu\",\n", c->rope_theta);
     if (!dense) {
         fprintf(file, "  \"num_experts\": %d,\n  \"num_experts_per_tok\": %d,\n", c->router.experts,
@@ -133,19 +137,21 @@ static inline void config_write(const Config *c, FILE *file) {
                 router_name(c->router.method));
         fprintf(file, "  \"load_balance\": %s,\n", c->router.load_balance ? "true" : "false");
     }
-    fprintf(file, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  \"tie_word_embeddings\": false\n}\n");
+    fprintf(file,
+            "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  \"tie_word_embeddings\": false\n}\n");
 }
 
 // an integer key from 1 to `most`; fallback < 0: the key is required
-static inline int config_int(const Json *json, const char *path, const char *key, int64_t most, int fallback) {
+static inline int config_int(const Json *json, const char *path, const char *key, int64_t most,
+                             int fallback) {
     const Json *value = json_get(json, key);
     int64_t integer = 0;
     if (value == NULL && fallback >= 0) {
         return fallback;
     }
     if (value == NULL || !json_int64(value, &integer) || integer < 1 || integer > most) {
-        die("%s: \"%s\" is %s; expected an integer from 1 to %lld\n  ---> write the model's value there", path, key,
-            value == NULL ? "missing" : "unusable", (long long)most);
+        die("%s: \"%s\" is %s; expected an integer from 1 to %lld\n  ---> write the model's value there",
+            path, key, value == NULL ? "missing" : "unusable", (long long)most);
     }
     return (int)integer;
 }
@@ -168,9 +174,11 @@ static inline int config_is_text(const Json *value, const char *text) {
     return value != NULL && value->type == JSON_STRING && strcmp(value->text, text) == 0;
 }
 
-__attribute__((noreturn)) static inline void config_refuse(const char *path, const char *key, const char *expected) {
+__attribute__((noreturn)) static inline void config_refuse(const char *path, const char *key,
+                                                           const char *expected) {
     die("%s: \"%s\" asks for what this trainer does not compute; expected %s\n  ---> use a checkpoint of a "
-        "model without it", path, key, expected);
+        "model without it",
+        path, key, expected);
 }
 
 // what the model lacks is refused by name, never silently computed wrong
@@ -216,7 +224,8 @@ static inline void config_read_router(Config *c, const Json *json, const char *p
     int64_t flag = 1;
     if (json_get(json, "num_experts") == NULL) {
         if (name != NULL && !config_is_text(name, "dense")) {
-            die("%s: a \"router\" without \"num_experts\"\n  ---> write both, or neither for a dense model", path);
+            die("%s: a \"router\" without \"num_experts\"\n  ---> write both, or neither for a dense model",
+                path);
         }
         c->router.method = ROUTER_DENSE;
         c->router.experts = c->router.active = c->granularity = 1;
@@ -224,8 +233,10 @@ static inline void config_read_router(Config *c, const Json *json, const char *p
     }
     int method = name != NULL && name->type == JSON_STRING ? router_from_name(name->text) : -1;
     if (method < 0 || method == ROUTER_DENSE || config_is_text(json_get(json, "model_type"), "llama")) {
-        die("%s: \"num_experts\" needs \"router\": \"relu\", \"topk\", \"ec\" or \"hash\", and \"model_type\": \"remoe\"\n"
-            "  ---> write them, or drop the experts' keys of a dense model", path);
+        die("%s: \"num_experts\" needs \"router\": \"relu\", \"topk\", \"ec\" or \"hash\", and "
+            "\"model_type\": \"remoe\"\n"
+            "  ---> write them, or drop the experts' keys of a dense model",
+            path);
     }
     c->router.method = (RouterMethod)method;
     c->router.experts = config_int(json, path, "num_experts", 65536, -1);
@@ -248,10 +259,12 @@ static inline Config config_read(const char *path) {
     json_arena_init(&arena);
     const Json *json = json_parse_file(path, &arena, "name a checkpoint folder with --load");
     if (json->type != JSON_OBJECT || json_duplicate_key(json) != NULL) {
-        die("%s: expected one JSON object without repeated keys\n  ---> name another checkpoint folder", path);
+        die("%s: expected one JSON object without repeated keys\n  ---> name another checkpoint folder",
+            path);
     }
     const Json *parameters = json_get(json, "rope_parameters"); // where newer configurations keep rope_theta
-    int nested = json_get(json, "rope_theta") == NULL && parameters != NULL && parameters->type == JSON_OBJECT;
+    int nested =
+        json_get(json, "rope_theta") == NULL && parameters != NULL && parameters->type == JSON_OBJECT;
     c.vocab_size = config_int(json, path, "vocab_size", 1 << 24, -1);
     c.hidden = config_int(json, path, "hidden_size", 65536, -1);
     c.layers = config_int(json, path, "num_hidden_layers", 1024, -1);

@@ -3,9 +3,9 @@ Softmax cross entropy, in nats, forward and backward in one pass over the logits
 
     loss_n = ln sum_v exp(z_nv) - z_n,target;     dz_nv = scale (softmax(z_n)_v - 1{v = target})
 
-logits [N, V], targets [N], losses [N]. With scale != 0 the logits are overwritten by their gradient (scale = 1 / number of
-targets of the step, so that the mean's gradient comes out); with scale = 0 they stay as they are (evaluation).
-All V rows take part in the softmax, the padded ones too (DESIGN: they are never targets).
+logits [N, V], targets [N], losses [N]. With scale != 0 the logits are overwritten by their gradient (scale =
+1 / number of targets of the step, so that the mean's gradient comes out); with scale = 0 they stay as they
+are (evaluation). All V rows take part in the softmax, the padded ones too (DESIGN: they are never targets).
 */
 #ifndef CROSSENTROPY_H
 #define CROSSENTROPY_H
@@ -15,8 +15,8 @@ All V rows take part in the softmax, the padded ones too (DESIGN: they are never
 #include <stdint.h>
 // defines: logf, int64_t
 
-static inline void crossentropy_forward_backward(float *losses, float *logits, const int *targets, int64_t N, int V,
-                                                 float scale) {
+static inline void crossentropy_forward_backward(float *losses, float *logits, const int *targets, int64_t N,
+                                                 int V, float scale) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
         float *z = logits + n * V;

@@ -1,12 +1,12 @@
 /*
-Dispatch: from the pair list (token-major) to the experts' rows (expert-major) and back. Dropless: every pair gets a row,
-there is no capacity and no padding.
+Dispatch: from the pair list (token-major) to the experts' rows (expert-major) and back. Dropless: every pair
+gets a row, there is no capacity and no padding.
 
     count    n_e = number of tokens of expert e
     sort     offsets = exclusive prefix sum of n_e; a stable counting sort gives pair p the row
-             row_of_pair[p] = offsets[e] + (number of earlier pairs of e), so an expert sees its tokens in ascending order
+             row_of_pair[p] = offsets[e] + (number of earlier pairs of e): an expert's tokens ascend
     gather   X'[row] = x[token_of_row[row]]
-    combine  y_t = sum over t's pairs, ascending expert, of gate_p Y[row_of_pair[p]]                       (Eq. 1)
+    combine  y_t = sum over t's pairs, ascending expert, of gate_p Y[row_of_pair[p]]   (Eq. 1)
 
 Backward: gather's is the combine without gates, dx_t += sum_p dX'[row_of_pair[p]]; combine's is in experts.h.
 x, y [N, d]; X', Y [P, d]. The sums have a fixed order, so the result does not depend on threads.
@@ -52,7 +52,8 @@ static inline void dispatch_sort(Dispatch *dispatch, const PairList *pairs, int 
     for (int e = 0; e < E; e++) {
         offsets[e + 1] += offsets[e];
     }
-    // offsets[e] serves as expert e's cursor while its rows are handed out; afterwards it stands at offsets[e + 1]
+    // offsets[e] serves as expert e's cursor while its rows are handed out; afterwards it stands at offsets[e
+    // + 1]
     for (int64_t t = 0; t < pairs->tokens; t++) {
         for (int64_t p = pairs->row_start[t]; p < pairs->row_start[t + 1]; p++) {
             int64_t row = offsets[pairs->expert[p]]++;

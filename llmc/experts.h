@@ -1,15 +1,17 @@
 /*
 SwiGLU experts over the dispatched rows (Shazeer, 2020).
 
-    forward   H = X' W_gate_up^T = [G | U];   A = silu(G) * U;   Y = A W_down^T;   y_t += sum_p gate_p Y[row_of_pair p]   (Eq. 1)
+    forward   H = X' W_gate_up^T = [G | U];   A = silu(G) * U;   Y = A W_down^T
+              y_t += sum_p gate_p Y[row_of_pair p]                                                 (Eq. 1)
     backward  dA' = dO' W_down            with dO' the gathered rows of dy, not yet multiplied by their gates
               dgate_p = <dA', A>          = <dy_t, Y>, so that Y need not be kept: only X and H are
               dW_down += (gate A)^T dO';    dA = gate dA'
-              dG = dA U silu'(G);  dU = dA silu(G);   dW_gate_up += dH^T X';   dX' = dH W_gate_up;   dx_t += sum_p dX'[row_of_pair p]
+              dG = dA U silu'(G);  dU = dA silu(G);   dW_gate_up += dH^T X';   dX' = dH W_gate_up
+              dx_t += sum_p dX'[row_of_pair p]
 
-with silu(g) = g sigmoid(g), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g))).
-x, y, dx, dy [N, d]; h [P, 2F] (gate columns first); w_gate_up [E, 2F, d]; w_down [E, d, F]; P rows sorted by expert (dispatch.h).
-Without routing (one expert, every gate 1) this is the dense SwiGLU layer.
+with silu(g) = g sigmoid(g), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g))). x, y, dx, dy [N, d]; h [P, 2F]
+(gate columns first); w_gate_up [E, 2F, d]; w_down [E, d, F]; P rows sorted by expert (dispatch.h). Without
+routing (one expert, every gate 1) this is the dense SwiGLU layer.
 */
 #ifndef EXPERTS_H
 #define EXPERTS_H
@@ -30,7 +32,8 @@ static inline void swiglu_forward(float *a, const float *h, int64_t P, int F) {
     }
 }
 
-// h becomes dh in place and da becomes gate * a in place: da arrives as dA' (without the gate); dgate[r] = <dA', A>
+// h becomes dh in place and da becomes gate * a in place: da arrives as dA' (without the gate); dgate[r] =
+// <dA', A>
 static inline void swiglu_backward(float *h, float *da, float *dgate, const float *gates, int64_t P, int F) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < P; r++) {
@@ -54,11 +57,11 @@ static inline void swiglu_backward(float *h, float *da, float *dgate, const floa
 }
 
 // y += the experts' weighted sum; keeps h; scratch holds at least P * (d + F) floats
-static inline void experts_forward(float *y, float *h, const float *x, const float *w_gate_up, const float *w_down,
-                                   const PairList *pairs, const Dispatch *dispatch, int E, int d, int F,
-                                   float *scratch) {
+static inline void experts_forward(float *y, float *h, const float *x, const float *w_gate_up,
+                                   const float *w_down, const PairList *pairs, const Dispatch *dispatch,
+                                   int E, int d, int F, float *scratch) {
     int64_t P = pairs->num_pairs;
-    float *rows = scratch;    // X', then Y
+    float *rows = scratch; // X', then Y
     float *a = scratch + P * d;
     dispatch_gather(rows, x, dispatch, P, d);
     matmul_grouped_forward(h, rows, w_gate_up, dispatch->offsets, E, d, 2 * F);
@@ -67,23 +70,24 @@ static inline void experts_forward(float *y, float *h, const float *x, const flo
     dispatch_combine(y, rows, pairs, pairs->gate, dispatch, d);
 }
 
-// dx += ...; dgate [P], in the pair list's order, is overwritten; h is spent; scratch as in the forward plus P floats
-static inline void experts_backward(float *dx, float *dgate, float *dw_gate_up, float *dw_down, const float *dy,
-                                    const float *x, float *h, const float *w_gate_up, const float *w_down,
-                                    const PairList *pairs, const Dispatch *dispatch, int E, int d, int F,
-                                    float *scratch) {
+// dx += ...; dgate [P], in the pair list's order, is overwritten; h is spent; scratch as in the forward plus
+// P floats
+static inline void experts_backward(float *dx, float *dgate, float *dw_gate_up, float *dw_down,
+                                    const float *dy, const float *x, float *h, const float *w_gate_up,
+                                    const float *w_down, const PairList *pairs, const Dispatch *dispatch,
+                                    int E, int d, int F, float *scratch) {
     int64_t P = pairs->num_pairs;
     const int64_t *offsets = dispatch->offsets;
     float *rows = scratch; // dO', then X', then dX'
     float *a = rows + P * d;
     float *dgate_of_row = a + P * F;
     dispatch_gather(rows, dy, dispatch, P, d);
-    matmul_grouped_backward(a, NULL, rows, NULL, w_down, offsets, E, F, d);          // dA'
-    swiglu_backward(h, a, dgate_of_row, dispatch->gate_of_row, P, F);                // a = gate A, h = dH
-    matmul_grouped_backward(NULL, dw_down, rows, a, w_down, offsets, E, F, d);       // (gate A)^T dO'
+    matmul_grouped_backward(a, NULL, rows, NULL, w_down, offsets, E, F, d);    // dA'
+    swiglu_backward(h, a, dgate_of_row, dispatch->gate_of_row, P, F);          // a = gate A, h = dH
+    matmul_grouped_backward(NULL, dw_down, rows, a, w_down, offsets, E, F, d); // (gate A)^T dO'
     dispatch_gather(rows, x, dispatch, P, d);
     matmul_grouped_backward(NULL, dw_gate_up, h, rows, w_gate_up, offsets, E, d, 2 * F);
-    matmul_grouped_backward(rows, NULL, h, NULL, w_gate_up, offsets, E, d, 2 * F);   // dX'
+    matmul_grouped_backward(rows, NULL, h, NULL, w_gate_up, offsets, E, d, 2 * F); // dX'
     dispatch_combine(dx, rows, pairs, NULL, dispatch, d);
     for (int64_t p = 0; p < P; p++) {
         dgate[p] = dgate_of_row[dispatch->row_of_pair[p]];

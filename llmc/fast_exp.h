@@ -1,11 +1,12 @@
 /*
-exp(x) in fp32 that a compiler can vectorise: softmax, SiLU and cross entropy spend their time in it, and libm's expf
-is a call an element.
+exp(x) in fp32 that a compiler can vectorise: softmax, SiLU and cross entropy spend their time in it, and
+libm's expf is a call an element.
 
     exp(x) = 2^n exp(r),  n = round(x / ln 2),  r = x - n ln 2 in [-ln 2 / 2, ln 2 / 2]
 
-exp(r) is its Taylor polynomial of degree 7 (truncation 5e-9), 2^n is written into the exponent bits. Relative error below 2e-7
-on [-87.3, 88]; below that range it returns the smallest normal number (about 1e-38), above it exp(88); NaN in, NaN out.
+exp(r) is its Taylor polynomial of degree 7 (truncation 5e-9), 2^n is written into the exponent bits. Relative
+error below 2e-7 on [-87.3, 88]; below that range it returns the smallest normal number (about 1e-38), above
+it exp(88); NaN in, NaN out.
 
 max_of(x, n) is what a softmax subtracts first.
 */
@@ -23,7 +24,8 @@ max_of(x, n) is what a softmax subtracts first.
 static inline float fast_exp(float x) {
     float bounded = x < -87.3f ? -87.3f : x; // a NaN fails both tests and passes through
     bounded = bounded > 88.0f ? 88.0f : bounded;
-    const float shift = 12582912.0f; // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+    const float shift =
+        12582912.0f; // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
     float shifted = bounded * 1.44269504f + shift;
     float n = shifted - shift;
     float r = bounded - n * 0.693145752f; // ln 2 in two parts: n * the first is exact

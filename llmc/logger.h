@@ -1,8 +1,10 @@
 /*
-What a run says of itself: runs/NAME/log.jsonl, one JSON object a step and one a validation, and a progress line.
+What a run says of itself: runs/NAME/log.jsonl, one JSON object a step and one a validation, and a progress
+line.
 
-A resumed run cuts the log back to the step it resumes from, so that the file reads as if the run had never stopped.
-Errors: a log that cannot be written stops the run with its cause; rows that cannot be read back are dropped with a warning.
+A resumed run cuts the log back to the step it resumes from, so that the file reads as if the run had never
+stopped. Errors: a log that cannot be written stops the run with its cause; rows that cannot be read back are
+dropped with a warning.
 */
 #ifndef LOGGER_H
 #define LOGGER_H
@@ -21,12 +23,12 @@ typedef struct {
     int layers;
     int64_t tokens_min, tokens_max; // tokens an expert, over layers and experts
     double tokens_mean;
-    int64_t dead_experts;           // (layer, expert) pairs without a token
-    int64_t zero_expert_tokens;     // (layer, token) pairs without an expert
-    double active_experts;          // mean a token
+    int64_t dead_experts;       // (layer, expert) pairs without a token
+    int64_t zero_expert_tokens; // (layer, token) pairs without an expert
+    double active_experts;      // mean a token
     double grad_norm, lr, ms, tok_s;
-    double tflops;        // by the paper's formula at nominal k
-    double tflops_active; // the same at the measured active experts
+    double tflops;          // by the paper's formula at nominal k
+    double tflops_active;   // the same at the measured active experts
     double mfu, mfu_active; // over the device's peak; < 0: the peak is unknown
     double mem_gb;
 } StepRecord;
@@ -124,7 +126,8 @@ static inline void log_step(FILE *log, const char *path, const StepRecord *r) {
     log_flush(log, path);
 }
 
-static inline void log_validation(FILE *log, const char *path, int64_t step, double loss, const char *domain) {
+static inline void log_validation(FILE *log, const char *path, int64_t step, double loss,
+                                  const char *domain) {
     fprintf(log, "{\"step\": %lld", (long long)step);
     log_number(log, "val_loss", loss);
     fprintf(log, ", \"domain\": ");
@@ -149,8 +152,9 @@ static inline void print_step(const StepRecord *r, int64_t steps, double seconds
     static const char *stages[] = {"-", "I", "II", "III"};
     char left[32];
     format_duration(left, sizeof(left), seconds_left);
-    printf("step %5lld/%lld | loss %7.4f | lambda %8.2e | S %.4f | stage %-3s | %7.0f tok/s", (long long)r->step + 1,
-           (long long)steps, r->lm_loss, r->lambda, r->sparsity, stages[r->stage], r->tok_s);
+    printf("step %5lld/%lld | loss %7.4f | lambda %8.2e | S %.4f | stage %-3s | %7.0f tok/s",
+           (long long)r->step + 1, (long long)steps, r->lm_loss, r->lambda, r->sparsity, stages[r->stage],
+           r->tok_s);
     if (r->mfu >= 0.0) {
         printf(" | %.1f%% MFU", 100.0 * r->mfu);
     } else {

@@ -1,10 +1,10 @@
 /*
-The tensors of the model: one table. Allocation, initialisation, checkpoints, the optimizer, the gradient norm, the tests and the
-parameter count all walk it; model_tensors() below is the only place that lists them.
+The tensors of the model: one table. Allocation, initialisation, checkpoints, the optimizer, the gradient
+norm, the tests and the parameter count all walk it; model_tensors() below is the only place that lists them.
 
-A flat buffer of num_params floats holds them in the table's order; parameters, gradients and AdamW's two moments are four such
-buffers, and Weights are pointers into one of them. q, k and v rows are consecutive (one matmul computes all
-three), and so are gate and up.
+A flat buffer of num_params floats holds them in the table's order; parameters, gradients and AdamW's two
+moments are four such buffers, and Weights are pointers into one of them. q, k and v rows are consecutive (one
+matmul computes all three), and so are gate and up.
 
     name                                             shape               init deviation         weight decay
     model.embed_tokens.weight                        [V, d]              0.01                   yes
@@ -29,10 +29,10 @@ typedef struct {
     char name[80];
     int ndim;
     int64_t shape[3];
-    int64_t offset;   // first element in the flat buffer
-    int64_t size;     // elements
-    float deviation;  // of the initial normal; 0: all ones
-    int decay;        // does weight decay apply?
+    int64_t offset;  // first element in the flat buffer
+    int64_t size;    // elements
+    float deviation; // of the initial normal; 0: all ones
+    int decay;       // does weight decay apply?
 } Tensor;
 
 typedef struct {
@@ -65,8 +65,8 @@ typedef struct {
     int layer;
 } TensorWalk;
 
-static inline float *place_tensor(TensorWalk *walk, const char *name, float deviation, int64_t rows, int64_t columns,
-                                  int64_t depth) {
+static inline float *place_tensor(TensorWalk *walk, const char *name, float deviation, int64_t rows,
+                                  int64_t columns, int64_t depth) {
     TensorTable *table = walk->table;
     Tensor *tensor = &table->tensors[table->count++];
     char suffix[80];
@@ -91,7 +91,8 @@ static inline float *place_tensor(TensorWalk *walk, const char *name, float devi
 static inline void place_layer(TensorWalk *walk, LayerWeights *w, const Config *c) {
     int64_t d = c->hidden, F = c->ffn, hd = c->head_size, E = c->router.experts;
     float std = 0.01f;
-    float residual_std = (float)(0.01 / sqrt(2.0 * c->layers)); // what adds to the residual stream starts smaller
+    float residual_std =
+        (float)(0.01 / sqrt(2.0 * c->layers)); // what adds to the residual stream starts smaller
     w->attn_norm = place_tensor(walk, "input_layernorm.weight", 0.0f, d, 0, 0);
     w->qkv = place_tensor(walk, "self_attn.q_proj.weight", std, c->heads * hd, d, 0);
     place_tensor(walk, "self_attn.k_proj.weight", std, c->kv_heads * hd, d, 0);

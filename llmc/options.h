@@ -1,12 +1,13 @@
 /*
-The command line: one table. The struct, the parser, --help, the presets, the printed settings and the options saved in a
-checkpoint all walk OPTION_TABLE, so an option is written once.
+The command line: one table. The struct, the parser, --help, the presets, the printed settings and the options
+saved in a checkpoint all walk OPTION_TABLE, so an option is written once.
 
     OPTION(kind, field, default, least, most, what it means)
     kind: INT (int64), REAL (double), TEXT, FLAG (0 or 1; `--eval` alone means 1)
-An option's name is its field with dashes: `--global-batch 64` or `--global-batch=64`. Two short names exist besides:
---data for --train-data and --lambda for --lambda-init. A preset is itself a piece of command line, read
-before the user's; a resumed run starts from its saved options instead. Errors: exit 2, with the nearest name.
+An option's name is its field with dashes: `--global-batch 64` or `--global-batch=64`. Two short names exist
+besides: --data for --train-data and --lambda for --lambda-init. A preset is itself a piece of command line,
+read before the user's; a resumed run starts from its saved options instead. Errors: exit 2, with the nearest
+name.
 */
 #ifndef OPTIONS_H
 #define OPTIONS_H
@@ -19,72 +20,69 @@ before the user's; a resumed run starts from its saved options instead. Errors: 
 
 enum { OPTION_TEXT_SIZE = 1024 };
 
-#define OPTION_TABLE(OPTION)                                                                                \
-    OPTION(TEXT, preset, "tiny", 0, 0,                                                                      \
-           "tiny, small, medium or large: a set of the options below (DESIGN: Table 1)")                    \
-    OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                             \
-    OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                      \
-    OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")               \
-    OPTION(INT, granularity, "1", 1, 65536,                                                                 \
-           "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")                                  \
-    OPTION(INT, layers, "4", 1, 1024, "L, transformer layers")                                              \
-    OPTION(INT, hidden, "128", 2, 65536, "d, width of the residual stream")                                 \
-    OPTION(INT, heads, "4", 1, 1024, "H, query heads")                                                      \
-    OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                        \
-    OPTION(INT, ffn_mult, "4", 1, 1024,                                                                     \
-           "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)")                   \
-    OPTION(INT, vocab_size, "2048", 1, 65536, "V, rows of the embedding; at least the tokenizer's ids")     \
-    OPTION(FLAG, load_balance, "1", 0, 1,                                                                   \
-           "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                           \
-    OPTION(REAL, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                              \
-    OPTION(REAL, lambda_init, "1e-8", 1e-30, 1e30,                                                          \
-           "lambda_0, the regulariser's first weight (also --lambda)")                                      \
-    OPTION(REAL, alpha, "1.2", 1, 1e3, "lambda's factor a step (Eq. 7)")                                    \
-    OPTION(INT, topk_warmup_steps, "0", 0, INT64_MAX,                                                       \
-           "topk: near-dense first steps (the paper's Appendix H)")                                         \
-    OPTION(INT, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                                 \
-    OPTION(TEXT, train_data, "build/sample/train_*.bin", 0, 0,                                              \
-           "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                         \
-    OPTION(TEXT, val_data, "build/sample/val.*.bin", 0, 0,                                                  \
-           "validation shards, one a domain: val.DOMAIN.bin")                                               \
-    OPTION(TEXT, tokenizer, "build/sample", 0, 0,                                                           \
-           "folder with vocab.json and merges.txt, to show samples")                                        \
-    OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                              \
-    OPTION(INT, seq_len, "128", 1, 1048576, "T, tokens a sequence")                                         \
-    OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                     \
-    OPTION(INT, steps, "600", 1, INT64_MAX, "optimizer steps of the whole run")                             \
-    OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                               \
-    OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                  \
-    OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")        \
-    OPTION(REAL, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")               \
-    OPTION(REAL, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                         \
-    OPTION(INT, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")               \
-    OPTION(FLAG, shuffle, "1", 0, 1,                                                                        \
-           "visit the training windows in a seeded random order (0: shard order)")                          \
-    OPTION(TEXT, out, "", 0, 0,                                                                             \
-           "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")          \
-    OPTION(INT, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")              \
-    OPTION(INT, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                             \
-    OPTION(TEXT, save_dtype, "f32", 0, 0,                                                                   \
-           "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                         \
-    OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")         \
-    OPTION(INT, val_batches, "20", 1, INT64_MAX, "micro-batches a validation and domain, at most")          \
-    OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")          \
-    OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                          \
-    OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")             \
-    OPTION(TEXT, load, "", 0, 0,                                                                            \
-           "start from the weights of this checkpoint folder (moments and lambda if it has them)")          \
-    OPTION(TEXT, dump, "", 0, 0,                                                                            \
-           "write one micro-batch's losses, gates and gradients to this file; no training")                 \
-    OPTION(TEXT, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")       \
-    OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                        \
-    OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                           \
-    OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                  \
-    OPTION(INT, top_k, "50", 0, INT64_MAX, "sample among so many likeliest tokens (0: all)")                \
-    OPTION(FLAG, overfit_batch, "0", 0, 1,                                                                  \
-           "train on the first batch again and again: a check that learning works")                         \
-    OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                     \
-    OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                              \
+#define OPTION_TABLE(OPTION)                                                                                 \
+    OPTION(TEXT, preset, "tiny", 0, 0,                                                                       \
+           "tiny, small, medium or large: a set of the options below (DESIGN: Table 1)")                     \
+    OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                              \
+    OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                       \
+    OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")                \
+    OPTION(INT, granularity, "1", 1, 65536, "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")  \
+    OPTION(INT, layers, "4", 1, 1024, "L, transformer layers")                                               \
+    OPTION(INT, hidden, "128", 2, 65536, "d, width of the residual stream")                                  \
+    OPTION(INT, heads, "4", 1, 1024, "H, query heads")                                                       \
+    OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                         \
+    OPTION(INT, ffn_mult, "4", 1, 1024,                                                                      \
+           "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)")                    \
+    OPTION(INT, vocab_size, "2048", 1, 65536, "V, rows of the embedding; at least the tokenizer's ids")      \
+    OPTION(FLAG, load_balance, "1", 0, 1,                                                                    \
+           "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                            \
+    OPTION(REAL, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                               \
+    OPTION(REAL, lambda_init, "1e-8", 1e-30, 1e30,                                                           \
+           "lambda_0, the regulariser's first weight (also --lambda)")                                       \
+    OPTION(REAL, alpha, "1.2", 1, 1e3, "lambda's factor a step (Eq. 7)")                                     \
+    OPTION(INT, topk_warmup_steps, "0", 0, INT64_MAX,                                                        \
+           "topk: near-dense first steps (the paper's Appendix H)")                                          \
+    OPTION(INT, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                                  \
+    OPTION(TEXT, train_data, "build/sample/train_*.bin", 0, 0,                                               \
+           "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                          \
+    OPTION(TEXT, val_data, "build/sample/val.*.bin", 0, 0,                                                   \
+           "validation shards, one a domain: val.DOMAIN.bin")                                                \
+    OPTION(TEXT, tokenizer, "build/sample", 0, 0, "folder with vocab.json and merges.txt, to show samples")  \
+    OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                               \
+    OPTION(INT, seq_len, "128", 1, 1048576, "T, tokens a sequence")                                          \
+    OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                      \
+    OPTION(INT, steps, "600", 1, INT64_MAX, "optimizer steps of the whole run")                              \
+    OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                \
+    OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                   \
+    OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")         \
+    OPTION(REAL, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")                \
+    OPTION(REAL, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                          \
+    OPTION(INT, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")                \
+    OPTION(FLAG, shuffle, "1", 0, 1, "visit the training windows in a seeded random order (0: shard order)") \
+    OPTION(TEXT, out, "", 0, 0,                                                                              \
+           "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")           \
+    OPTION(INT, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")               \
+    OPTION(INT, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                              \
+    OPTION(TEXT, save_dtype, "f32", 0, 0,                                                                    \
+           "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                          \
+    OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")          \
+    OPTION(INT, val_batches, "20", 1, INT64_MAX, "micro-batches a validation and domain, at most")           \
+    OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")           \
+    OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                           \
+    OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")              \
+    OPTION(TEXT, load, "", 0, 0,                                                                             \
+           "start from the weights of this checkpoint folder (moments and lambda if it has them)")           \
+    OPTION(TEXT, dump, "", 0, 0,                                                                             \
+           "write one micro-batch's losses, gates and gradients to this file; no training")                  \
+    OPTION(TEXT, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")        \
+    OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                         \
+    OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                            \
+    OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                   \
+    OPTION(INT, top_k, "50", 0, INT64_MAX, "sample among so many likeliest tokens (0: all)")                 \
+    OPTION(FLAG, overfit_batch, "0", 0, 1,                                                                   \
+           "train on the first batch again and again: a check that learning works")                          \
+    OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                      \
+    OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                               \
     OPTION(FLAG, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
 
 #define OPTION_FIELD_INT(field) int64_t field;
@@ -108,7 +106,7 @@ typedef struct {
     const char *help;
 } OptionRow;
 
-#define OPTION_ROW(kind, field, initial, least, most, help)                                                           \
+#define OPTION_ROW(kind, field, initial, least, most, help)                                                  \
     {OPTION_##kind, #field, offsetof(Options, field), initial, (double)(least), (double)(most), help},
 
 static inline const OptionRow *option_rows(int *count) {
@@ -218,7 +216,8 @@ __attribute__((noreturn)) static inline void option_unknown(const char *name, si
     }
     char spelled[64];
     option_spell(spelled, sizeof(spelled), best->field);
-    die_usage("unknown option --%.*s\n  ---> did you mean --%s? All options: --help", (int)size, name, spelled);
+    die_usage("unknown option --%.*s\n  ---> did you mean --%s? All options: --help", (int)size, name,
+              spelled);
 }
 
 // sets one option from text; `from` names the source in messages
@@ -307,7 +306,8 @@ static inline void options_defaults(Options *options, const char *preset) {
 }
 
 // the value of `--name value` or `--name=value`, the last one given; fallback when absent
-static inline const char *options_peek(int argc, const char *const *argv, const char *name, const char *fallback) {
+static inline const char *options_peek(int argc, const char *const *argv, const char *name,
+                                       const char *fallback) {
     size_t size = strlen(name);
     for (int i = argc - 1; i >= 0; i--) {
         if (strncmp(argv[i], "--", 2) == 0 && strncmp(argv[i] + 2, name, size) == 0) {
@@ -358,7 +358,8 @@ static inline void options_help(const Options *defaults, const char *program) {
     const OptionRow *rows = option_rows(&count);
     printf("%s: train a mixture-of-experts language model with a ReLU router (ReMoE)\n\n"
            "usage: %s [--option value | --option=value] ...\n\n"
-           "defaults of the preset '%s':\n", program, program, defaults->preset);
+           "defaults of the preset '%s':\n",
+           program, program, defaults->preset);
     for (int i = 0; i < count; i++) {
         char spelled[64], value[OPTION_TEXT_SIZE];
         option_spell(spelled, sizeof(spelled), rows[i].field);
@@ -387,14 +388,17 @@ static inline void options_write_json(FILE *file, const Options *options) {
 // options that `object` lacks keep their value; names that no longer exist are refused
 static inline void options_read_json(Options *options, const Json *object, const char *path) {
     if (object == NULL || object->type != JSON_OBJECT) {
-        die("%s: \"options\" is not an object\n  ---> --load this folder instead of --resume to use its weights alone",
+        die("%s: \"options\" is not an object\n  ---> --load this folder instead of --resume to use its "
+            "weights alone",
             path);
     }
     for (const Json *member = object->child; member != NULL; member = member->next) {
         const OptionRow *row = option_find(member->key, member->key_size);
         int is_text = member->type == JSON_STRING;
-        if (row == NULL || (!is_text && member->type != JSON_NUMBER) || is_text != (row->kind == OPTION_TEXT)) {
-            die("%s: unusable option \"%s\"\n  ---> --load this folder instead of --resume to use its weights alone",
+        if (row == NULL || (!is_text && member->type != JSON_NUMBER) ||
+            is_text != (row->kind == OPTION_TEXT)) {
+            die("%s: unusable option \"%s\"\n  ---> --load this folder instead of --resume to use its "
+                "weights alone",
                 path, member->key);
         }
         option_set(options, row, member->text, " (from the checkpoint)");

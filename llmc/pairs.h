@@ -2,9 +2,10 @@
 The pair list: what every router emits, and all that the rest of the model knows of routing.
 
 For each token the experts that are active for it, with their gates: compressed sparse rows over tokens,
-    token t owns pairs row_start[t] .. row_start[t + 1] - 1;   expert[p] ascending within a token;   gate[p] = R(x_t)_e  (Eq. 1)
-N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membership in the list, not gate > 0: a softmax
-may underflow to a gate of 0 and its expert is still run. A token may own no pair at all.
+    token t owns pairs row_start[t] .. row_start[t + 1] - 1;   expert[p] ascends within a token
+    gate[p] = R(x_t)_e (Eq. 1)
+N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membership in the list, not gate >
+0: a softmax may underflow to a gate of 0 and its expert is still run. A token may own no pair at all.
 */
 #ifndef PAIRS_H
 #define PAIRS_H
@@ -41,7 +42,8 @@ static inline void pairs_free(PairList *pairs) {
     free(pairs->gate);
 }
 
-// active where mask[t, e] != 0 (mask [N, E]), gates taken from score [N, E] (or 1 everywhere when score is NULL)
+// active where mask[t, e] != 0 (mask [N, E]), gates taken from score [N, E] (or 1 everywhere when score is
+// NULL)
 static inline void pairs_from_mask(PairList *pairs, const float *score, const float *mask, int64_t N, int E) {
     int64_t count = 0;
     for (int64_t i = 0; i < N * E; i++) {

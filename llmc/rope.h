@@ -5,9 +5,10 @@ Rotary position embedding (Su et al., 2021), rotate-half layout, over the full h
     forward   (x_i, x_{i + hd/2}) <- (x_i cos - x_{i + hd/2} sin,  x_{i + hd/2} cos + x_i sin)
     backward  the same rotation by minus the angle
 
-x [B, T, stride]: the first `heads` blocks of hd columns are rotated in place (queries and keys lie side by side in the
-qkv buffer, values behind them stay as they are). Positions are start .. start + T - 1, never reset at document ends.
-table [T_max, hd]: cosines then sines of one position a row, computed in double (fp32 angles near t = 1024 would lose 4 digits).
+x [B, T, stride]: the first `heads` blocks of hd columns are rotated in place (queries and keys lie side by
+side in the qkv buffer, values behind them stay as they are). Positions are start .. start + T - 1, never
+reset at document ends. table [T_max, hd]: cosines then sines of one position a row, computed in double (fp32
+angles near t = 1024 would lose 4 digits).
 */
 #ifndef ROPE_H
 #define ROPE_H
@@ -28,8 +29,8 @@ static inline void rope_table(float *table, int T, int hd, double theta) {
 }
 
 // direction: 1 forward, -1 backward
-static inline void rope_rotate(float *x, const float *table, int B, int T, int start, int heads, int hd, int stride,
-                               float direction) {
+static inline void rope_rotate(float *x, const float *table, int B, int T, int start, int heads, int hd,
+                               int stride, float direction) {
     int half = hd / 2;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < (int64_t)B * T; n++) {

@@ -4,16 +4,17 @@ Routing, whichever the method: the one place that knows them all.
     logits [N, E] -> router_forward -> pair list;   counts of the global micro-batch -> router_loss
     gates' gradient [P] -> router_backward -> logits' gradient [N, E]
 
-    method  gate                         extra loss `reg`                                        its weight   file
-    relu    relu(z_e)                    (1/L) sum_l sum_e f_le mean_t R_te       (Eq. 9, 10)    lambda       router_relu.h
-    topk    softmax(z)_e of the k best   sum_l sum_e f_le mean_t softmax(z)_te                   aux_coeff    router_topk.h
-    ec      softmax(z)_te, experts pick  0                                                                    router_ec.h
-    hash    1, by token id               0                                                                    router_hash.h
-    dense   1, one expert                0                                                                    router_hash.h
+    method  gate                         extra loss `reg`                                  its weight
+    relu    relu(z_e)                    (1/L) sum_l sum_e f_le mean_t R_te (Eq. 9, 10)    lambda
+    topk    softmax(z)_e of the k best   sum_l sum_e f_le mean_t softmax(z)_te             aux_coeff
+    ec      softmax(z)_te, experts pick  0
+    hash    1, by token id               0
+    dense   1, one expert                0                     (each in router_METHOD.h, dense beside hash)
 
-The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place. hash and dense have none (NULL).
-A `forced` active set [N, E] (entries != 0) replaces the method's own: two implementations, or two precisions, can then be
-compared without a pair near the threshold flipping. A forced gate keeps its own value, z for relu.
+The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place. hash and dense
+have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's own: two implementations,
+or two precisions, can then be compared without a pair near the threshold flipping. A forced gate keeps its
+own value, z for relu.
 */
 #ifndef ROUTER_H
 #define ROUTER_H
@@ -52,8 +53,8 @@ static inline int router_has_weights(RouterMethod method) {
 }
 
 // logits [N, E] (becomes the softmax for topk and ec), ids [N], forced [N, E] or NULL
-static inline void router_forward(PairList *pairs, float *logits, const int *ids, const float *forced, Router router,
-                                  int64_t N) {
+static inline void router_forward(PairList *pairs, float *logits, const int *ids, const float *forced,
+                                  Router router, int64_t N) {
     int E = router.experts;
     if (router.method == ROUTER_TOPK || router.method == ROUTER_EC) {
         router_softmax(logits, N, E);
@@ -72,10 +73,11 @@ static inline void router_forward(PairList *pairs, float *logits, const int *ids
 }
 
 // one layer's term of `reg`; counts [E] and N: tokens an expert, and tokens, of the global micro-batch
-static inline double router_loss(const PairList *pairs, const float *logits, const int64_t *counts, Router router,
-                                 int64_t N, int layers) {
+static inline double router_loss(const PairList *pairs, const float *logits, const int64_t *counts,
+                                 Router router, int64_t N, int layers) {
     if (router.method == ROUTER_RELU) {
-        return router_relu_loss(pairs, counts, N, router.experts, router.active, router.load_balance) / layers;
+        return router_relu_loss(pairs, counts, N, router.experts, router.active, router.load_balance) /
+               layers;
     }
     if (router.method == ROUTER_TOPK && router.load_balance) {
         return router_topk_loss(logits, counts, pairs->tokens, N, router.experts, router.active);
@@ -83,9 +85,11 @@ static inline double router_loss(const PairList *pairs, const float *logits, con
     return 0.0;
 }
 
-// dlogits [N, E] overwritten; weight: lambda (relu) or the auxiliary coefficient (topk), over the number of micro-batches
-static inline void router_backward(float *dlogits, const float *dgate, const PairList *pairs, const float *logits,
-                                   const int64_t *counts, Router router, int64_t N, int layers, double weight) {
+// dlogits [N, E] overwritten; weight: lambda (relu) or the auxiliary coefficient (topk), over the number of
+// micro-batches
+static inline void router_backward(float *dlogits, const float *dgate, const PairList *pairs,
+                                   const float *logits, const int64_t *counts, Router router, int64_t N,
+                                   int layers, double weight) {
     int E = router.experts;
     switch (router.method) {
     case ROUTER_RELU:

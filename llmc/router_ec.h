@@ -1,12 +1,14 @@
 /*
-Expert choice (Zhou et al., 2022): experts choose tokens, so that every expert has the same load by construction.
+Expert choice (Zhou et al., 2022): experts choose tokens, so that every expert has the same load by
+construction.
 
-    forward   s = softmax(z);  expert e takes the C = floor(N k / E) tokens with the largest s_te, ties to the lower token;  R = s
+    forward   s = softmax(z);  expert e takes the C = floor(N k / E) tokens with the largest s_te,
+              ties to the lower token;  R = s
     backward  as in router_topk.h, without a loss of its own
 
-Whether a token is chosen depends on the other tokens of the batch, later ones too: training leaks the future, and results
-depend on how the batch is split over ranks. It is here as the paper's baseline, not as a recommendation. A generated token has no
-batch to compete in: sampling takes each token's k largest instead.
+Whether a token is chosen depends on the other tokens of the batch, later ones too: training leaks the future,
+and results depend on how the batch is split over ranks. It is here as the paper's baseline, not as a
+recommendation. A generated token has no batch to compete in: sampling takes each token's k largest instead.
 
 logits [N, E] fp32 become s in place.
 */
@@ -32,7 +34,7 @@ static inline int ec_compare(const void *a, const void *b) {
 
 static inline void router_ec_forward(PairList *pairs, const float *s, int64_t N, int E, int k) {
     int64_t capacity = N * k / E;
-    float *mask = NEW(float, N * E);
+    float *mask = NEW(float, N *E);
 #pragma omp parallel
     {
         EcCandidate *candidates = NEW(EcCandidate, N);
@@ -53,8 +55,8 @@ static inline void router_ec_forward(PairList *pairs, const float *s, int64_t N,
     free(mask);
 }
 
-static inline void router_ec_backward(float *dlogits, const float *dgate, const PairList *pairs, const float *s,
-                                      int E) {
+static inline void router_ec_backward(float *dlogits, const float *dgate, const PairList *pairs,
+                                      const float *s, int E) {
     memset(dlogits, 0, (size_t)(pairs->tokens * E) * sizeof(float));
     for (int64_t t = 0; t < pairs->tokens; t++) {
         for (int64_t p = pairs->row_start[t]; p < pairs->row_start[t + 1]; p++) {

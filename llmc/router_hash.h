@@ -14,7 +14,8 @@ static inline void router_hash_forward(PairList *pairs, const int *ids, int64_t 
     pairs_reserve(pairs, N, N * k);
     for (int64_t t = 0; t < N; t++) {
         int first = (int)((int64_t)ids[t] * k % E);
-        int wrapped = first + k > E ? first + k - E : 0; // the experts that come round to 0 are the lowest: ascending order
+        int wrapped = first + k > E ? first + k - E
+                                    : 0; // the experts that come round to 0 are the lowest: ascending order
         for (int j = 0; j < k; j++) {
             pairs->expert[t * k + j] = j < wrapped ? j : first + j - wrapped;
             pairs->gate[t * k + j] = 1.0f;

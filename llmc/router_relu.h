@@ -1,12 +1,14 @@
 /*
-The ReLU router of ReMoE: continuous where an expert switches on or off, and free to give each token as many experts as it needs.
+The ReLU router of ReMoE: continuous where an expert switches on or off, and free to give each token as many
+experts as it needs.
 
     forward   R(x)_e = relu(z_e), z = W x (Eq. 5); active iff z_e > 0
     backward  dz_e = dR_e for the active pairs, 0 elsewhere
 
-    regulariser of one layer   reg_l = sum_e f_e mean_t R(x_t)_e                                               (Eq. 10)
-        f_e = E / (k N) n_e (Eq. 11), the expert's load relative to its fair share, taken as a constant; without load
-        balance f = 1 (Eq. 9). The model's regulariser is its mean over the L layers; lambda weighs it (lambda.h).
+    regulariser of one layer   reg_l = sum_e f_e mean_t R(x_t)_e                          (Eq. 10)
+        f_e = E / (k N) n_e (Eq. 11), the expert's load relative to its fair share, taken as a constant;
+        without load balance f = 1 (Eq. 9). The model's regulariser is its mean over the L layers;
+        lambda weighs it (lambda.h).
     its gradient   dR_te += weight f_e / N for the active pairs, weight = lambda / L
 
 logits [N, E] fp32; E = E_tot experts, k = k_tot; n_e = counts[e] over the N tokens of the global micro-batch.
@@ -38,7 +40,8 @@ static inline void router_relu_forward(PairList *pairs, const float *logits, int
 }
 
 // f_e (Eq. 11)
-static inline double router_relu_load(const int64_t *counts, int e, int64_t N, int E, int k, int load_balance) {
+static inline double router_relu_load(const int64_t *counts, int e, int64_t N, int E, int k,
+                                      int load_balance) {
     return load_balance ? (double)E * (double)counts[e] / ((double)k * (double)N) : 1.0;
 }
 

@@ -1,13 +1,15 @@
 /*
 The TopK router of vanilla MoE (Switch, dMoE): the paper's baseline.
 
-    forward   s = softmax(z);  active: the k largest s_e, ties to the lower index;  R(x)_e = s_e, not renormalised    (Eq. 2, 3)
+    forward   s = softmax(z);  active: the k largest s_e, ties to the lower index      (Eq. 2, 3)
+              R(x)_e = s_e, not renormalised
     backward  ds_e = dR_e for the active pairs, 0 elsewhere;  dz_e = s_e (ds_e - sum_j s_j ds_j)
 
     auxiliary loss of one layer (Fedus et al., 2022)   sum_e f_e mean_t s_te,  f_e = E / (k N) n_e, constant
     its gradient   ds_te += weight f_e / N for ALL experts; without load balance there is no such loss
 
-logits [N, E] fp32 become the probabilities s in place. The TopK is discontinuous where two experts tie (the paper's section 3.1).
+logits [N, E] fp32 become the probabilities s in place. The TopK is discontinuous where two experts tie (the
+paper's section 3.1).
 */
 #ifndef ROUTER_TOPK_H
 #define ROUTER_TOPK_H
@@ -102,8 +104,9 @@ static inline double router_topk_loss(const float *s, const int64_t *counts, int
     return sum * (double)E / ((double)k * (double)N) / (double)N;
 }
 
-static inline void router_topk_backward(float *dlogits, const float *dgate, const PairList *pairs, const float *s,
-                                        const int64_t *counts, int64_t N, int E, int k, double weight) {
+static inline void router_topk_backward(float *dlogits, const float *dgate, const PairList *pairs,
+                                        const float *s, const int64_t *counts, int64_t N, int E, int k,
+                                        double weight) {
     for (int64_t t = 0; t < pairs->tokens; t++) {
         for (int e = 0; e < E; e++) {
             double load = (double)E * (double)counts[e] / ((double)k * (double)N);

@@ -2,7 +2,8 @@
 The whole trainer, from outside: what it dumps, trains, saves and refuses, against the oracle's fixtures
 (dev/oracle, PyTorch float64) and against itself.
 
-Each run of the trainer is a process of its own, this program with --train: it may exit, and a forked child could not use OpenMP.
+Each run of the trainer is a process of its own, this program with --train: it may exit, and a forked child
+could not use OpenMP.
 */
 #include <signal.h>
 #include <sys/resource.h>
@@ -130,7 +131,8 @@ static void trainer_fixture_options(char *out, size_t capacity, const char *fold
 static void trainer_fixture_dump(const char *folder, const char *name) {
     char words[1024], expected[PATH_SIZE];
     trainer_fixture_options(words, sizeof(words), folder, "args.json");
-    int status = trainer_run("--load %s --dump build/test/dump.safetensors --data %s/shard.bin%s", folder, folder, words);
+    int status = trainer_run("--load %s --dump build/test/dump.safetensors --data %s/shard.bin%s", folder,
+                             folder, words);
     check_format(expected, sizeof(expected), "%s/expected.safetensors", folder);
     if (trainer_succeeds(status, name)) {
         trainer_compare(name, "build/test/dump.safetensors", expected, 1e-5);
@@ -145,7 +147,8 @@ static void trainer_compare_logs(const char *log_path, const char *state_path) {
     const Json *row = json_get(state, "log")->child;
     char *log = check_read_file(log_path, NULL, "");
     char error[128];
-    for (char *line = log, *end; row != NULL && (end = strchr(line, '\n')) != NULL; line = end + 1, row = row->next) {
+    for (char *line = log, *end; row != NULL && (end = strchr(line, '\n')) != NULL;
+         line = end + 1, row = row->next) {
         static const char *const keys[] = {"lm_loss", "reg_loss", "lambda", "sparsity", "grad_norm", "lr"};
         const Json *got = json_parse(line, (size_t)(end - line), &arena, error, sizeof(error));
         for (int i = 0; i < 6 && CHECK(got != NULL); i++) {
@@ -173,7 +176,8 @@ static void trainer_fixture_replay(const char *folder, const char *name) {
         return;
     }
     trainer_fixture_options(words, sizeof(words), replay, "args.json");
-    int status = trainer_run("--load %s --data %s/shard.bin --shuffle 0 --out build/test/replay%s", folder, folder, words);
+    int status = trainer_run("--load %s --data %s/shard.bin --shuffle 0 --out build/test/replay%s", folder,
+                             folder, words);
     if (trainer_succeeds(status, name)) {
         check_format(path, sizeof(path), "%s/model.safetensors", replay);
         trainer_compare(name, "build/test/replay/latest/model.safetensors", path, 1e-5);
@@ -223,21 +227,26 @@ static void trainer_make_shard(const char *path, int tokens, int vocab) {
     for (int i = 0; i < tokens; i++) {
         shard_writer_append(&writer, &token, 1);
         state = state * 1664525u + 1013904223u;
-        token = (uint16_t)((state >> 28) < 13 ? (unsigned)(token * 7 + 3) % (unsigned)vocab : (state >> 16) % (unsigned)vocab);
+        token = (uint16_t)((state >> 28) < 13 ? (unsigned)(token * 7 + 3) % (unsigned)vocab
+                                              : (state >> 16) % (unsigned)vocab);
     }
     shard_writer_close(&writer);
 }
 
-#define TRAINER_TINY                                                                                                  \
-    "--layers 2 --hidden 16 --heads 2 --kv-heads 1 --ffn-mult 2 --experts 4 --vocab-size 64 --seq-len 16 --batch 4 "   \
+#define TRAINER_TINY                                                                                         \
+    "--layers 2 --hidden 16 --heads 2 --kv-heads 1 --ffn-mult 2 --experts 4 --vocab-size 64 --seq-len 16 "   \
+    "--batch 4 "                                                                                             \
     "--global-batch 8 --lr 1e-2 --lambda-init 1e-3 --data build/test/train.bin "
 
 // interrupted after 6 of 12 steps and resumed: the same bits as never stopped; the log reads as one
 static void trainer_resume(const char *router) {
     trainer_clear("whole");
     trainer_clear("halves");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --router %s --out build/test/whole", router), "whole run");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --router %s --save-every 6 --keep 0 --out build/test/halves", router),
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --router %s --out build/test/whole", router),
+                     "whole run");
+    trainer_succeeds(trainer_run(TRAINER_TINY
+                                 "--steps 12 --router %s --save-every 6 --keep 0 --out build/test/halves",
+                                 router),
                      "run with checkpoints");
     CHECK(trainer_checkpoints_equal("build/test/whole/latest", "build/test/halves/latest"));
     trainer_succeeds(trainer_run("--resume build/test/halves/step_00000006"), "resumed run");
@@ -253,7 +262,8 @@ static void trainer_resume(const char *router) {
 
 static void trainer_resume_stopped_in_the_middle(void) {
     trainer_clear("stopped");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --max-minutes 1e-7 --out build/test/stopped"), "out of time");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --max-minutes 1e-7 --out build/test/stopped"),
+                     "out of time");
     CHECK(strstr(trainer_output, "stopped at step") != NULL);
     trainer_succeeds(trainer_run("--resume latest --max-minutes 0 --out build/test/stopped"), "resumed run");
     trainer_succeeds(trainer_run(TRAINER_TINY "--steps 12 --out build/test/whole2"), "whole run");
@@ -300,20 +310,24 @@ static void trainer_threads(void) {
     CHECK(trainer_checkpoints_equal("build/test/one/latest", "build/test/two/latest"));
 }
 
-// two micro-batches of 4 give nearly the gradient of one of 8 (f_le is counted a micro-batch: exactly so without it)
+// two micro-batches of 4 give nearly the gradient of one of 8 (f_le is counted a micro-batch: exactly so
+// without it)
 static void trainer_accumulation(void) {
     trainer_clear("micro");
     trainer_clear("macro");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --out build/test/micro"), "two micro-batches");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --batch 8 --out build/test/macro"), "one");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --out build/test/micro"),
+                     "two micro-batches");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --batch 8 --out build/test/macro"),
+                     "one");
     trainer_compare("accumulation", "build/test/micro/latest/model.safetensors",
                     "build/test/macro/latest/model.safetensors", 1e-5);
 }
 
 static void trainer_overfits(void) {
     trainer_clear("overfit");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 300 --overfit-batch --global-batch 4 --out build/test/overfit"),
-                     "overfitting");
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY "--steps 300 --overfit-batch --global-batch 4 --out build/test/overfit"),
+        "overfitting");
     char *log = check_read_file("build/test/overfit/log.jsonl", NULL, "");
     char *last = strrchr(log, '{') != NULL ? strstr(log, "\"step\": 299") : NULL;
     double loss = last != NULL ? atof(strstr(last, "lm_loss") + 9) : 1e9;
@@ -325,27 +339,34 @@ static void trainer_overfits(void) {
 
 // the gates of a dump, taken as its own route, change nothing
 static void trainer_route_from_itself(void) {
-    const char *base = "--load dev/test/fixtures/relu --data dev/test/fixtures/relu/shard.bin --batch 2 --seq-len 17";
+    const char *base =
+        "--load dev/test/fixtures/relu --data dev/test/fixtures/relu/shard.bin --batch 2 --seq-len 17";
     trainer_succeeds(trainer_run("%s --dump build/test/free.safetensors", base), "free");
-    trainer_succeeds(trainer_run("%s --dump build/test/routed.safetensors --route-from build/test/free.safetensors", base),
-                     "routed");
+    trainer_succeeds(
+        trainer_run("%s --dump build/test/routed.safetensors --route-from build/test/free.safetensors", base),
+        "routed");
     CHECK(trainer_files_equal("build/test/free.safetensors", "build/test/routed.safetensors"));
 }
 
 // a trained model says the same of its validation data when it is loaded again
 static void trainer_eval(void) {
     trainer_clear("eval");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 5 --val-data build/test/train.bin --out build/test/eval"), "train");
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY "--steps 5 --val-data build/test/train.bin --out build/test/eval"), "train");
     char *line = strstr(trainer_output, "val ");
     char first[256];
-    snprintf(first, sizeof(first), "%.*s", (int)strcspn(line != NULL ? line : "", "\n"), line != NULL ? line : "");
-    trainer_succeeds(trainer_run("--load build/test/eval --eval --val-data build/test/train.bin --seq-len 16 --batch 4"),
-                     "eval");
+    snprintf(first, sizeof(first), "%.*s", (int)strcspn(line != NULL ? line : "", "\n"),
+             line != NULL ? line : "");
+    trainer_succeeds(
+        trainer_run("--load build/test/eval --eval --val-data build/test/train.bin --seq-len 16 --batch 4"),
+        "eval");
     line = strstr(trainer_output, "val ");
-    CHECK(line != NULL && strstr(first, "|") != NULL && strncmp(strchr(line, '|'), strchr(first, '|'), 20) == 0);
+    CHECK(line != NULL && strstr(first, "|") != NULL &&
+          strncmp(strchr(line, '|'), strchr(first, '|'), 20) == 0);
 }
 
-// every position's logits, computed one at a time with the key/value cache, equal the full forward bit for bit
+// every position's logits, computed one at a time with the key/value cache, equal the full forward bit for
+// bit
 static void trainer_cached_sampling(void) {
     enum { T = 40, V = 64 };
     Options o;
@@ -364,7 +385,7 @@ static void trainer_cached_sampling(void) {
     for (int t = 0; t < T; t++) {
         ids[t] = (t * 37 + 11) % V;
     }
-    float *full = NEW(float, T * V);
+    float *full = NEW(float, T *V);
     model_forward(m, ids, 1, T, 0, NULL);
     matmul_forward(full, m->normed, m->weights.head, T, c.hidden, V);
     int equal = 1;
@@ -405,7 +426,8 @@ static void trainer_bad_command_lines(void) {
     trainer_refuses(1, "not a multiple of 3 key/value heads", "--heads 4 --kv-heads 3");
     trainer_refuses(1, "5 active experts of only 4", "--experts 4 --active 5");
     trainer_refuses(1, "no checkpoint in build/test/nowhere", "--load build/test/nowhere --eval");
-    trainer_refuses(1, "build/test/nothing", TRAINER_TINY "--data build/test/nothing*.bin --out build/test/refused");
+    trainer_refuses(1, "build/test/nothing",
+                    TRAINER_TINY "--data build/test/nothing*.bin --out build/test/refused");
     trainer_refuses(1, "already holds a run", TRAINER_TINY "--steps 1 --out build/test/whole");
     trainer_refuses(1, "token", TRAINER_TINY "--vocab-size 8 --steps 1 --out build/test/refused");
 }
@@ -421,14 +443,16 @@ static void trainer_nan_guard(void) {
     fwrite(&nan, 4, 1, file);
     fclose(file);
     trainer_refuses(1, "3 non-finite steps in a row",
-                    "--load build/test/nan_source --data build/test/train.bin --batch 4 --seq-len 16 --steps 9 --out build/test/nan");
+                    "--load build/test/nan_source --data build/test/train.bin --batch 4 --seq-len 16 --steps "
+                    "9 --out build/test/nan");
 }
 
 // the disk fills up while the second checkpoint is written: the first one is whole and goes on
 static void trainer_full_disk(void) {
     static TrainerCommand command;
     trainer_clear("full");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 8 --max-minutes 1e-7 --out build/test/full"), "first part");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 8 --max-minutes 1e-7 --out build/test/full"),
+                     "first part");
     trainer_words(&command, "--resume build/test/full --max-minutes 0");
     command.largest_file = 20000;
     check_dies(1, "cannot write", trainer_main, &command);
