@@ -46,10 +46,10 @@ typedef struct {
     int fd;                  // where uncompressed bytes come from; -1 when no file is open
     int source;              // the compressed file, read by the decompressor; -1 when there is none
     pid_t decompressor;
-    int ended;        // fd has no more
-    char *buffer;     // bytes read
-    size_t start;     // of the first byte of the next record
-    size_t size;      // behind the last byte read
+    int ended;    // fd has no more
+    char *buffer; // bytes read
+    size_t start; // of the first byte of the next record
+    size_t size;  // behind the last byte read
     size_t capacity;
     size_t scanned;   // bytes behind start known not to end a record
     int64_t finished; // bytes of the files before this one, as they are on disk
@@ -102,8 +102,10 @@ static inline void corpus_check_path(const char *path) {
     struct stat status;
     int json = corpus_has_suffix(path, ".jsonl") || corpus_has_suffix(path, ".jsonl.zst");
     if (!json && !corpus_is_text(path) && !corpus_is_stdin(path)) {
-        die_usage("%s: unknown kind of file\n  ---> expected .jsonl, .txt, either with .zst behind, or - for JSON Lines "
-                  "from standard input", path);
+        die_usage("%s: unknown kind of file\n  ---> expected .jsonl, .txt, either with .zst behind, or - for "
+                  "JSON Lines "
+                  "from standard input",
+                  path);
     }
     if (!corpus_is_stdin(path) && stat(path, &status) != 0) {
         die("cannot open %s: %s\n  ---> make sample, or one of data/download_*.sh", path, strerror(errno));
@@ -172,7 +174,8 @@ static inline void corpus_close_file(Corpus *c, int hurried) {
     waitpid(c->decompressor, &status, 0);
     if (!hurried && (!WIFEXITED(status) || WEXITSTATUS(status) != 0)) {
         int missing = WIFEXITED(status) && WEXITSTATUS(status) == 127;
-        die("%s: %s\n  ---> %s", path, missing ? "zstd is not installed" : "zstd -dc failed: the file is damaged or cut",
+        die("%s: %s\n  ---> %s", path,
+            missing ? "zstd is not installed" : "zstd -dc failed: the file is damaged or cut",
             missing ? "install zstd, or decompress the file by hand" : "fetch it again");
     }
 }
@@ -436,9 +439,10 @@ static inline int corpus_parse(const Corpus *c, const CorpusRecord *record, Json
     }
     const Json *text = json_get(root, "text");
     if (text == NULL || text->type != JSON_STRING) {
-        snprintf(error, capacity, root->type != JSON_OBJECT ? "not an object"
-                                  : text == NULL            ? "no \"text\""
-                                                            : "\"text\" is not a string");
+        snprintf(error, capacity,
+                 root->type != JSON_OBJECT ? "not an object"
+                 : text == NULL            ? "no \"text\""
+                                           : "\"text\" is not a string");
         return 0;
     }
     document->text = text->text;
@@ -460,7 +464,8 @@ static inline int64_t corpus_integer(const char *name, const char *text, int64_t
     errno = 0;
     long long value = strtoll(text, &end, 10);
     if (end == text || *end != '\0' || errno == ERANGE || value < least || value > most) {
-        die_usage("--%s expects an integer from %lld to %lld, not '%s'", name, (long long)least, (long long)most, text);
+        die_usage("--%s expects an integer from %lld to %lld, not '%s'", name, (long long)least,
+                  (long long)most, text);
     }
     return value;
 }

@@ -102,7 +102,8 @@ static void output_path(const Output *out, char *path, const char *name, const c
 }
 
 __attribute__((noreturn)) static void write_failed(const Output *out, const char *name) {
-    die("cannot write %s/%s.partial: %s\n  ---> free some disk space and give the same command: it goes on where it was",
+    die("cannot write %s/%s.partial: %s\n  ---> free some disk space and give the same command: it goes on "
+        "where it was",
         out->dir, name, strerror(errno));
 }
 
@@ -110,19 +111,22 @@ __attribute__((noreturn)) static void write_failed(const Output *out, const char
 static FILE *open_partial(const Output *out, const char *name, int64_t size) {
     char path[4096];
     output_path(out, path, name, ".partial");
-    FILE *file = check_fopen(path, size > 0 ? "r+b" : "w+b", "give the command with another --out to start again");
+    FILE *file =
+        check_fopen(path, size > 0 ? "r+b" : "w+b", "give the command with another --out to start again");
     if (fseek(file, 0, SEEK_END) != 0 || ftell(file) < size) {
         die("%s is shorter than tokenize.state.json says\n  ---> rm -r %s, and start again", path, out->dir);
     }
     if (ftruncate(fileno(file), size) != 0 || fseek(file, 0, SEEK_END) != 0) {
-        die("cannot cut %s to its last known good size: %s\n  ---> check its permissions", path, strerror(errno));
+        die("cannot cut %s to its last known good size: %s\n  ---> check its permissions", path,
+            strerror(errno));
     }
     return file;
 }
 
 static void open_shard(const Output *out, Shard *shard) {
     const int32_t header[SHARD_HEADER_BYTES / 4] = {0};
-    shard->file = open_partial(out, shard->name, shard->tokens > 0 ? SHARD_HEADER_BYTES + 2 * shard->tokens : 0);
+    shard->file =
+        open_partial(out, shard->name, shard->tokens > 0 ? SHARD_HEADER_BYTES + 2 * shard->tokens : 0);
     if (shard->tokens == 0 && fwrite(header, sizeof(header), 1, shard->file) != 1) {
         write_failed(out, shard->name);
     }
@@ -207,8 +211,8 @@ static Domain *find_domain(Output *out, const char *name) {
         }
     }
     if (out->domain_count == MAX_DOMAINS) {
-        die("more than %d domains, the last one '%s'\n  ---> is meta.pile_set_name a domain in these files?", MAX_DOMAINS,
-            name);
+        die("more than %d domains, the last one '%s'\n  ---> is meta.pile_set_name a domain in these files?",
+            MAX_DOMAINS, name);
     }
     Domain *domain = &out->domains[out->domain_count++];
     check_format(domain->name, sizeof(domain->name), "%s", name);
@@ -228,16 +232,19 @@ static void write_state(const Output *out, CorpusPosition position) {
     json_write_string(f.file, out->job, strlen(out->job));
     fprintf(f.file, ",\n \"complete\": %d, \"file\": %d, \"offset\": %lld, \"line\": %lld,\n", out->complete,
             position.file, (long long)position.offset, (long long)position.line);
-    fprintf(f.file, " \"finished\": %lld, \"shard\": %lld, \"documents\": %lld, \"tokens\": %lld, \"bytes\": %lld,\n",
-            (long long)out->finished, (long long)out->train.tokens, (long long)out->documents, (long long)out->tokens,
-            (long long)out->bytes);
-    fprintf(f.file, " \"unreadable\": %lld, \"unreadable_bytes\": %lld, \"domains\": [", (long long)out->unreadable,
-            (long long)out->unreadable_bytes);
+    fprintf(f.file,
+            " \"finished\": %lld, \"shard\": %lld, \"documents\": %lld, \"tokens\": %lld, \"bytes\": %lld,\n",
+            (long long)out->finished, (long long)out->train.tokens, (long long)out->documents,
+            (long long)out->tokens, (long long)out->bytes);
+    fprintf(f.file, " \"unreadable\": %lld, \"unreadable_bytes\": %lld, \"domains\": [",
+            (long long)out->unreadable, (long long)out->unreadable_bytes);
     for (int i = 0; i < out->domain_count; i++) {
         const Domain *d = &out->domains[i];
-        fprintf(f.file, "%s\n  {\"name\": \"%s\", \"documents\": %lld, \"bytes\": %lld, \"train\": %lld, \"val\": %lld}",
-                i > 0 ? "," : "", d->name, (long long)d->documents, (long long)d->bytes, (long long)d->train_tokens,
-                (long long)d->val_tokens);
+        fprintf(
+            f.file,
+            "%s\n  {\"name\": \"%s\", \"documents\": %lld, \"bytes\": %lld, \"train\": %lld, \"val\": %lld}",
+            i > 0 ? "," : "", d->name, (long long)d->documents, (long long)d->bytes,
+            (long long)d->train_tokens, (long long)d->val_tokens);
     }
     fprintf(f.file, "]}\n");
     newfile_close(&f);
@@ -277,8 +284,10 @@ static int read_state(Output *out, CorpusPosition *position) {
     const Json *state = json_parse_file(path, &arena, "remove its folder, and start again");
     const Json *job = json_get(state, "job");
     if (job == NULL || job->type != JSON_STRING || strcmp(job->text, out->job) != 0) {
-        die("%s was left by another command:\n  %s\nthis one is\n  %s\n  ---> give the same options and inputs to go on, or "
-            "another --out", path, job != NULL && job->type == JSON_STRING ? job->text : "?", out->job);
+        die("%s was left by another command:\n  %s\nthis one is\n  %s\n  ---> give the same options and "
+            "inputs to go on, or "
+            "another --out",
+            path, job != NULL && job->type == JSON_STRING ? job->text : "?", out->job);
     }
     out->complete = state_integer(state, "complete", path) != 0;
     position->file = (int)state_integer(state, "file", path);
@@ -337,7 +346,8 @@ static void encode_record(const Corpus *corpus, const CorpusRecord *record, Enco
     tokenizer_reserve(&worker->ids, 0, &worker->capacity, 1);
     worker->ids[0] = worker->tokenizer->eot;
     e->n_tokens = 1;
-    tokenizer_encode(worker->tokenizer, document.text, document.size, &worker->ids, &e->n_tokens, &worker->capacity);
+    tokenizer_encode(worker->tokenizer, document.text, document.size, &worker->ids, &e->n_tokens,
+                     &worker->capacity);
     e->tokens = GROW(uint16_t, NULL, e->n_tokens);
     for (size_t i = 0; i < e->n_tokens; i++) {
         e->tokens[i] = (uint16_t)worker->ids[i];
@@ -366,7 +376,8 @@ static int encode_and_read(Corpus *corpus, Batch *batch, Batch *next, size_t byt
         more = corpus_read_batch(corpus, &next->input, bytes);
 #pragma omp for schedule(dynamic, 4)
         for (size_t i = 0; i < batch->input.n; i++) {
-            encode_record(corpus, &batch->input.records[i], &batch->encoded[i], &workers[thread], val_fraction);
+            encode_record(corpus, &batch->input.records[i], &batch->encoded[i], &workers[thread],
+                          val_fraction);
         }
     }
     return more;
@@ -536,19 +547,22 @@ static int64_t list_shards(const Output *out, ManifestShard *shards) {
 static void write_manifest_text(FILE *f, const Output *out, const ManifestShard *shards, int64_t n_shards) {
     fprintf(f, "{\"job\": ");
     json_write_string(f, out->job, strlen(out->job));
-    fprintf(f, ",\n \"documents\": %lld, \"tokens\": %lld, \"bytes\": %lld, \"unreadable\": %lld,\n \"domains\": [",
-            (long long)out->documents, (long long)out->tokens, (long long)out->bytes, (long long)out->unreadable);
+    fprintf(
+        f,
+        ",\n \"documents\": %lld, \"tokens\": %lld, \"bytes\": %lld, \"unreadable\": %lld,\n \"domains\": [",
+        (long long)out->documents, (long long)out->tokens, (long long)out->bytes, (long long)out->unreadable);
     for (int i = 0; i < out->domain_count; i++) {
         const Domain *d = &out->domains[i];
-        fprintf(f, "%s\n  {\"name\": \"%s\", \"documents\": %lld, \"bytes\": %lld, \"train_tokens\": %lld, "
-                   "\"val_tokens\": %lld}",
-                i > 0 ? "," : "", d->name, (long long)d->documents, (long long)d->bytes, (long long)d->train_tokens,
-                (long long)d->val_tokens);
+        fprintf(f,
+                "%s\n  {\"name\": \"%s\", \"documents\": %lld, \"bytes\": %lld, \"train_tokens\": %lld, "
+                "\"val_tokens\": %lld}",
+                i > 0 ? "," : "", d->name, (long long)d->documents, (long long)d->bytes,
+                (long long)d->train_tokens, (long long)d->val_tokens);
     }
     fprintf(f, "],\n \"shards\": [");
     for (int64_t i = 0; i < n_shards; i++) {
-        fprintf(f, "%s\n  {\"file\": \"%s\", \"tokens\": %lld, \"sha256\": \"%s\"}", i > 0 ? "," : "", shards[i].name,
-                (long long)shards[i].tokens, shards[i].sha256);
+        fprintf(f, "%s\n  {\"file\": \"%s\", \"tokens\": %lld, \"sha256\": \"%s\"}", i > 0 ? "," : "",
+                shards[i].name, (long long)shards[i].tokens, shards[i].sha256);
     }
     fprintf(f, "]}\n");
 }
@@ -589,11 +603,12 @@ static void report(const Output *out) {
     for (int i = 0; i < out->domain_count; i++) {
         val += out->domains[i].val_tokens;
     }
-    printf("%s: %lld documents, %lld training tokens in %lld shards, %lld validation tokens in %d domains\n", out->dir,
-           (long long)out->documents, (long long)(out->tokens - val), (long long)out->finished, (long long)val,
-           out->domain_count);
+    printf("%s: %lld documents, %lld training tokens in %lld shards, %lld validation tokens in %d domains\n",
+           out->dir, (long long)out->documents, (long long)(out->tokens - val), (long long)out->finished,
+           (long long)val, out->domain_count);
     if (out->unreadable > 0) {
-        warn("%lld records are no documents: %s/unreadable.txt names them", (long long)out->unreadable, out->dir);
+        warn("%lld records are no documents: %s/unreadable.txt names them", (long long)out->unreadable,
+             out->dir);
     }
     if (out->documents == 0) {
         warn("there was no document in the input");
@@ -606,16 +621,18 @@ static void report(const Output *out) {
 // the command line
 
 static void print_help(void) {
-    printf("Text to token shards for ./train_remoe.\n\n"
-           "  build/tokenize [options] FILE...      .jsonl, .txt, either with .zst behind, or - (JSON Lines)\n\n"
-           "  --tokenizer DIR      folder with vocab.json and merges.txt (required)\n"
-           "  --out DIR            folder for the shards (required); an unfinished run there goes on\n"
-           "  --shard-tokens N     tokens a training shard (100000000)\n"
-           "  --val-fraction X     part of the documents that goes to validation (0.01)\n"
-           "  --text-bytes N       cut .txt at the first blank line behind so many bytes (16384; 0: one document)\n"
-           "  --save-seconds N     make the work so far durable this often (10)\n"
-           "  --threads N          threads (0: one a core)\n"
-           "  --help\n");
+    printf(
+        "Text to token shards for ./train_remoe.\n\n"
+        "  build/tokenize [options] FILE...      .jsonl, .txt, either with .zst behind, or - (JSON Lines)\n\n"
+        "  --tokenizer DIR      folder with vocab.json and merges.txt (required)\n"
+        "  --out DIR            folder for the shards (required); an unfinished run there goes on\n"
+        "  --shard-tokens N     tokens a training shard (100000000)\n"
+        "  --val-fraction X     part of the documents that goes to validation (0.01)\n"
+        "  --text-bytes N       cut .txt at the first blank line behind so many bytes (16384; 0: one "
+        "document)\n"
+        "  --save-seconds N     make the work so far durable this often (10)\n"
+        "  --threads N          threads (0: one a core)\n"
+        "  --help\n");
 }
 
 static double parse_fraction(const char *name, const char *text) {
@@ -629,9 +646,9 @@ static double parse_fraction(const char *name, const char *text) {
 
 static void parse_settings(Settings *s, int argc, char **argv) {
     static const struct option options[] = {
-        {"tokenizer", 1, NULL, 't'},  {"out", 1, NULL, 'o'},          {"shard-tokens", 1, NULL, 's'},
+        {"tokenizer", 1, NULL, 't'},    {"out", 1, NULL, 'o'},        {"shard-tokens", 1, NULL, 's'},
         {"val-fraction", 1, NULL, 'v'}, {"text-bytes", 1, NULL, 'b'}, {"save-seconds", 1, NULL, 'c'},
-        {"threads", 1, NULL, 'p'},    {"help", 0, NULL, 'h'},         {NULL, 0, NULL, 0},
+        {"threads", 1, NULL, 'p'},      {"help", 0, NULL, 'h'},       {NULL, 0, NULL, 0},
     };
     int index = 0;
     for (int c; (c = getopt_long(argc, argv, "", options, &index)) != -1;) {
@@ -649,8 +666,9 @@ static void parse_settings(Settings *s, int argc, char **argv) {
         }
     }
     if (s->tokenizer == NULL || s->out == NULL || optind == argc) {
-        die_usage("%s is missing\n  ---> build/tokenize --help",
-                  s->tokenizer == NULL ? "--tokenizer" : s->out == NULL ? "--out" : "an input file");
+        die_usage("%s is missing\n  ---> build/tokenize --help", s->tokenizer == NULL ? "--tokenizer"
+                                                                 : s->out == NULL     ? "--out"
+                                                                                      : "an input file");
     }
 }
 
@@ -688,7 +706,8 @@ static int is_done(const Output *out) {
     json_arena_init(&arena);
     const Json *job = json_get(json_parse_file(path, &arena, "remove it, and start again"), "job");
     if (job == NULL || job->type != JSON_STRING || strcmp(job->text, out->job) != 0) {
-        die("%s: the folder holds the shards of another command\n  ---> rm -r %s, or choose another --out", path, out->dir);
+        die("%s: the folder holds the shards of another command\n  ---> rm -r %s, or choose another --out",
+            path, out->dir);
     }
     json_arena_free(&arena);
     return 1;

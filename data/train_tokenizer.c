@@ -168,7 +168,8 @@ static void count_record(const Corpus *corpus, const CorpusRecord *record, Worke
 }
 
 // one thread reads the next batch while the others count this one
-static int count_and_read(Corpus *corpus, CorpusBatch *batch, CorpusBatch *next, size_t bytes, Worker *workers) {
+static int count_and_read(Corpus *corpus, CorpusBatch *batch, CorpusBatch *next, size_t bytes,
+                          Worker *workers) {
     int more = 0;
 #pragma omp parallel
     {
@@ -502,13 +503,16 @@ static void write_merges(const char *dir, const Token *tokens, int n) {
 // the command line
 
 static void print_help(void) {
-    printf("Trains a byte-level BPE vocabulary: vocab.json and merges.txt.\n\n"
-           "  build/train_tokenizer [options] FILE...   .jsonl, .txt, either with .zst behind, or - (JSON Lines)\n\n"
-           "  --vocab-size N   tokens, with the 256 bytes and %s (2048)\n"
-           "  --out DIR        folder for the two files (required)\n"
-           "  --text-bytes N   cut .txt at the first blank line behind so many bytes (16384; 0: one document)\n"
-           "  --threads N      threads (0: one a core)\n"
-           "  --help\n", TOKENIZER_EOT);
+    printf(
+        "Trains a byte-level BPE vocabulary: vocab.json and merges.txt.\n\n"
+        "  build/train_tokenizer [options] FILE...   .jsonl, .txt, either with .zst behind, or - (JSON "
+        "Lines)\n\n"
+        "  --vocab-size N   tokens, with the 256 bytes and %s (2048)\n"
+        "  --out DIR        folder for the two files (required)\n"
+        "  --text-bytes N   cut .txt at the first blank line behind so many bytes (16384; 0: one document)\n"
+        "  --threads N      threads (0: one a core)\n"
+        "  --help\n",
+        TOKENIZER_EOT);
 }
 
 static void parse_settings(Settings *s, int argc, char **argv) {
@@ -528,7 +532,8 @@ static void parse_settings(Settings *s, int argc, char **argv) {
         }
     }
     if (s->out == NULL || optind == argc) {
-        die_usage("%s is missing\n  ---> build/train_tokenizer --help", s->out == NULL ? "--out" : "an input file");
+        die_usage("%s is missing\n  ---> build/train_tokenizer --help",
+                  s->out == NULL ? "--out" : "an input file");
     }
 }
 
@@ -551,7 +556,8 @@ int main(int argc, char **argv) {
     Token *tokens = NEW(Token, s.vocab_size);
     int n = train(counts, tokens, (int)s.vocab_size);
     if (n < s.vocab_size - 1) {
-        warn("the text is too short for %lld tokens: no other pair stands there twice", (long long)s.vocab_size);
+        warn("the text is too short for %lld tokens: no other pair stands there twice",
+             (long long)s.vocab_size);
     }
     write_merges(s.out, tokens, n);
     write_vocab(s.out, tokens, n);

@@ -4,16 +4,18 @@ Byte-level byte-pair encoding as GPT-2 does it: text -> token ids -> text, for a
 1. The text is cut into words (GPT-2's pre-tokenization), the first alternative that matches winning:
        's 't 're 've 'm 'll 'd | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
    Bytes that are not UTF-8 count as characters that are neither letter, number nor space.
-2. A word starts as its bytes, one token each; the adjacent pair that stands first in merges.txt (its rank), the
-   leftmost of equals, is replaced by its token until no pair is left that merges.txt knows.
-Words repeat: those of up to 15 bytes are remembered with their ids in a direct-mapped cache.
+2. A word starts as its bytes, one token each; the adjacent pair that stands first in merges.txt (its rank),
+the leftmost of equals, is replaced by its token until no pair is left that merges.txt knows. Words repeat:
+those of up to 15 bytes are remembered with their ids in a cache. A Tokenizer is one thread's, because of its
+cache; tokenizer_share() gives another thread its own.
 
-Files of a folder, under Hugging Face's names: vocab.json {token: id}, merges.txt "left right" a line in order of
-rank. Tokens are spelled in GPT-2's byte symbols: printable characters of Latin-1 stand for themselves, the other
-bytes for the characters from U+0100 on.
-Source: Radford et al. 2019, section 2.2, and the vocabulary they released.
+Files of a folder, under Hugging Face's names: vocab.json {token: id}, merges.txt "left right" a line in order
+of rank. Tokens are spelled in GPT-2's byte symbols: printable characters of Latin-1 stand for themselves, the
+other bytes for the characters from U+0100 on. Source: Radford et al. 2019, section 2.2, and the vocabulary
+they released.
 
-Shapes: ids [n] int. Errors: tokenizer_load dies on anything but a complete vocabulary of at most 65,536 tokens.
+Shapes: ids [n] int. Errors: tokenizer_load dies on anything but a complete vocabulary of at most 65,536
+tokens.
 */
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
@@ -24,13 +26,15 @@ Shapes: ids [n] int. Errors: tokenizer_load dies on anything but a complete voca
 
 #define TOKENIZER_MAX_VOCAB 65536 // shards hold 16 bits a token
 #define TOKENIZER_EOT "<|endoftext|>"
-#define TOKENIZER_HINT "data/download_gpt2.sh, or train a vocabulary of your own: build/train_tokenizer --help"
+#define TOKENIZER_HINT                                                                                       \
+    "data/download_gpt2.sh, or train a vocabulary of your own: build/train_tokenizer --help"
 
 enum {
-    TOKENIZER_MULTIBYTE = 4, // a fifth class beside unicode_classes.h's: the byte alone does not tell
-    TOKENIZER_CACHE_WORD = 15,
+    TOKENIZER_MULTIBYTE = 4,   // a fifth class beside unicode_classes.h's: the byte alone does not tell
+    TOKENIZER_CACHE_WORD = 15, // bytes
     TOKENIZER_CACHE_IDS = 7,
-    TOKENIZER_CACHE_BITS = 15,
+    TOKENIZER_CACHE_BITS = 16, // log2 of the number of pairs of words
+    TOKENIZER_FILTER_BITS = 19,
     TOKENIZER_SHORT = 64 // symbols of a word up to which searching all pairs beats keeping a heap
 };
 
@@ -38,9 +42,8 @@ enum {
 
 // a word and its ids; 32 bytes, so that no entry crosses a cache line
 typedef struct {
-    uint64_t key[2]; // the word's bytes, zero padded; the last byte is its size
-    uint16_t n;
-    uint16_t ids[TOKENIZER_CACHE_IDS];
+    uint64_t key[2];                       // the word's bytes, zero padded; the last byte is its size
+    uint16_t ids[TOKENIZER_CACHE_IDS + 1]; // the last one is the number of ids
 } TokenizerWord;
 
 // a symbol of a long word; index -1 means none
@@ -58,9 +61,11 @@ typedef struct {
     int byte_ids[256];
     uint64_t *merges; // open addressing: left << 48 | right << 32 | rank << 16 | id, all ones when empty
     int merge_bits;   // log2 of its size
+    uint64_t *filter; // [1 << TOKENIZER_FILTER_BITS] bits: 0 when no pair of that hash merges; small enough
+                      // to stay near
     uint8_t *classes; // [UNICODE_SIZE]
     uint8_t byte_classes[256];
-    TokenizerWord *cache; // [1 << TOKENIZER_CACHE_BITS]
+    TokenizerWord *cache; // [2 << TOKENIZER_CACHE_BITS]: a word is one of two, the last used first
     TokenizerSymbol *symbols;
     uint64_t *heap; // of a long word's pairs: rank << 48 | index, the least first
     size_t symbols_capacity, heap_capacity, heap_size;
@@ -90,7 +95,8 @@ static inline int tokenizer_class(const Tokenizer *t, const uint8_t *text, size_
 }
 
 // where the run of characters of one class that goes on at `at` ends
-static inline size_t tokenizer_run_end(const Tokenizer *t, const uint8_t *text, size_t size, size_t at, int kind) {
+static inline size_t tokenizer_run_end(const Tokenizer *t, const uint8_t *text, size_t size, size_t at,
+                                       int kind) {
     for (;;) {
         while (at < size && t->byte_classes[text[at]] == kind) {
             at++;
@@ -113,8 +119,8 @@ static inline size_t tokenizer_contraction(const uint8_t *text, size_t size) {
     return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
 }
 
-// white space at text: all of it at the end of the text; else its last character is left to the next word, unless
-// it is the only one
+// white space at text: all of it at the end of the text; else its last character is left to the next word,
+// unless it is the only one
 static inline size_t tokenizer_space(const Tokenizer *t, const uint8_t *text, size_t size) {
     size_t end = tokenizer_run_end(t, text, size, 0, UNICODE_SPACE);
     size_t last = end - 1;
@@ -141,10 +147,15 @@ static inline size_t tokenizer_word_size(const Tokenizer *t, const uint8_t *text
 // ----------------------------------------------------------------------------
 // merging a word's symbols
 
-// the slot of a pair, key = left << 16 | right, or the empty one where it would stand
+// key = left << 16 | right
+static inline uint32_t tokenizer_hash_pair(uint32_t key) {
+    return key * 0x9E3779B1u;
+}
+
+// the slot of a pair, or the empty one where it would stand
 static inline uint32_t tokenizer_merge_slot(const Tokenizer *t, uint32_t key) {
     uint32_t mask = (1u << t->merge_bits) - 1;
-    uint32_t slot = (key * 0x9E3779B1u) >> (32 - t->merge_bits);
+    uint32_t slot = tokenizer_hash_pair(key) >> (32 - t->merge_bits);
     while (t->merges[slot] != UINT64_MAX && (uint32_t)(t->merges[slot] >> 32) != key) {
         slot = (slot + 1) & mask;
     }
@@ -154,11 +165,17 @@ static inline uint32_t tokenizer_merge_slot(const Tokenizer *t, uint32_t key) {
 // rank << 16 | id of the token that the pair becomes, or TOKENIZER_NO_MERGE (an empty slot's lower half):
 // comparing two compares their ranks
 static inline uint32_t tokenizer_merge(const Tokenizer *t, unsigned left, unsigned right) {
-    return (uint32_t)t->merges[tokenizer_merge_slot(t, left << 16 | right)];
+    uint32_t key = left << 16 | right;
+    uint32_t bit = tokenizer_hash_pair(key) >> (32 - TOKENIZER_FILTER_BITS);
+    if ((t->filter[bit / 64] >> bit % 64 & 1) == 0) {
+        return TOKENIZER_NO_MERGE;
+    }
+    return (uint32_t)t->merges[tokenizer_merge_slot(t, key)];
 }
 
 // at most TOKENIZER_SHORT bytes: searches all pairs for the least at each merge. Returns the number of ids
-static inline size_t tokenizer_merge_short(const Tokenizer *t, const uint8_t *word, size_t size, uint16_t *ids) {
+static inline size_t tokenizer_merge_short(const Tokenizer *t, const uint8_t *word, size_t size,
+                                           uint16_t *ids) {
     uint32_t merges[TOKENIZER_SHORT];
     size_t n = size;
     for (size_t i = 0; i < n; i++) {
@@ -285,8 +302,8 @@ static inline void tokenizer_reserve(int **ids, size_t n, size_t *capacity, size
     }
 }
 
-static inline size_t tokenizer_encode_long(Tokenizer *t, const uint8_t *word, size_t size, int **ids, size_t n,
-                                           size_t *capacity) {
+__attribute__((noinline, unused)) static size_t
+tokenizer_encode_long(Tokenizer *t, const uint8_t *word, size_t size, int **ids, size_t n, size_t *capacity) {
     tokenizer_reserve(ids, n, capacity, size);
     if (size > TOKENIZER_SHORT) {
         tokenizer_merge_long(t, word, size);
@@ -303,20 +320,69 @@ static inline size_t tokenizer_encode_long(Tokenizer *t, const uint8_t *word, si
     return n;
 }
 
-// the word's bytes and its size as two numbers; `readable` bytes may be read from word on
-static inline void tokenizer_key(const uint8_t *word, size_t size, size_t readable, uint64_t *key) {
-    key[0] = 0;
-    key[1] = 0;
-    memcpy(key, word, readable < 16 ? readable : 16);
-    size_t unused = 8 * (16 - size); // bits
-    key[0] &= size >= 8 ? UINT64_MAX : (1ull << 8 * size) - 1;
-    key[1] &= size > 8 ? UINT64_MAX >> unused : 0;
-    key[1] |= (uint64_t)size << 56;
+// the high bit of each byte that is no ASCII letter, eight at a time
+static inline uint64_t tokenizer_no_letters(uint64_t bytes) {
+    const uint64_t ones = 0x0101010101010101u;
+    uint64_t low = (bytes | ones * 0x20) & ones * 0x7F;
+    uint64_t letter = (low + ones * (0x80 - 'a')) & ~(low + ones * (0x7F - 'z')) & ~bytes;
+    return ~letter & ones * 0x80;
+}
+
+// bytes of the word ` ?[A-Za-z]+` that bytes[0..1] begin with, if it ends among them at an ASCII character;
+// else 0
+static inline size_t tokenizer_ascii_word(const uint64_t *bytes) {
+    uint64_t space = (bytes[0] & 0xFF) == ' ';
+    uint64_t stop = tokenizer_no_letters(bytes[0]) & ~(space << 7);
+    size_t n = 0;
+    if (stop == 0) {
+        stop = tokenizer_no_letters(bytes[1]);
+        n = 8;
+        if (stop == 0) {
+            return 0;
+        }
+    }
+    unsigned bit = (unsigned)__builtin_ctzll(stop);
+    int ascii = (bytes[n / 8] >> bit & 1) == 0;
+    n += bit >> 3;
+    return n > space && ascii ? n : 0;
+}
+
+// cuts bytes[0..1] to a word of at most TOKENIZER_CACHE_WORD bytes and puts its size into the last byte
+static inline void tokenizer_key(uint64_t *bytes, size_t size) {
+    bytes[0] &= size < 8 ? ~(UINT64_MAX << 8 * size) : UINT64_MAX;
+    bytes[1] &= size > 8 ? UINT64_MAX >> 8 * (16 - size) : 0;
+    bytes[1] |= (uint64_t)size << 56;
 }
 
 static inline size_t tokenizer_hash(const uint64_t *key) {
     uint64_t h = (key[0] ^ key[1] * 0x9E3779B97F4A7C15ull) * 0xD6E8FEB86659FD93ull;
     return (size_t)((h ^ h >> 29) * 0x9E3779B97F4A7C15ull >> (64 - TOKENIZER_CACHE_BITS));
+}
+
+// the ids of a word that is not the first of its two entries: if it is the second they change places, else it
+// is merged and, when its ids fit, becomes the first. Returns the number of ids
+__attribute__((noinline, unused)) static size_t tokenizer_encode_rare(Tokenizer *t, const uint8_t *word,
+                                                                      size_t size, const uint64_t *key,
+                                                                      TokenizerWord *entries, int *ids) {
+    uint16_t merged[TOKENIZER_SHORT] = {0};
+    TokenizerWord found = entries[1];
+    const uint16_t *from = found.ids;
+    size_t n = found.ids[TOKENIZER_CACHE_IDS];
+    if (found.key[0] != key[0] || found.key[1] != key[1]) {
+        from = merged;
+        n = tokenizer_merge_short(t, word, size, merged);
+        memcpy(found.key, key, sizeof(found.key));
+        memcpy(found.ids, merged, sizeof(found.ids));
+        found.ids[TOKENIZER_CACHE_IDS] = (uint16_t)n;
+    }
+    if (n <= TOKENIZER_CACHE_IDS) {
+        entries[1] = entries[0];
+        entries[0] = found;
+    }
+    for (size_t i = 0; i < n; i++) {
+        ids[i] = from[i];
+    }
+    return n;
 }
 
 // appends the text's ids to ids[0..*n); special tokens in the text are text
@@ -327,30 +393,31 @@ static inline void tokenizer_encode(Tokenizer *t, const char *text, size_t size,
     size_t count = *n;
     size_t bytes = 0;
     for (; word < end; word += bytes) {
-        bytes = tokenizer_word_size(t, word, (size_t)(end - word));
+        uint64_t key[2] = {0, 0};
+        size_t left = (size_t)(end - word);
+        memcpy(key, word, left < 16 ? left : 16);
+        bytes = tokenizer_ascii_word(key);
+        if (bytes == 0) {
+            bytes = tokenizer_word_size(t, word, left);
+        }
         if (bytes > TOKENIZER_CACHE_WORD) {
             count = tokenizer_encode_long(t, word, bytes, ids, count, capacity);
             continue;
         }
-        uint64_t key[2];
-        tokenizer_key(word, bytes, (size_t)(end - word), key);
-        TokenizerWord *entry = &t->cache[tokenizer_hash(key)];
-        tokenizer_reserve(ids, count, capacity, 16);
-        if (entry->key[0] != key[0] || entry->key[1] != key[1]) {
-            uint16_t word_ids[TOKENIZER_SHORT];
-            size_t word_n = tokenizer_merge_short(t, word, bytes, word_ids);
-            if (word_n > TOKENIZER_CACHE_IDS) {
-                count = tokenizer_encode_long(t, word, bytes, ids, count, capacity);
-                continue;
-            }
-            memcpy(entry->key, key, sizeof(key));
-            memcpy(entry->ids, word_ids, sizeof(entry->ids));
-            entry->n = (uint16_t)word_n;
+        tokenizer_reserve(ids, count, capacity, TOKENIZER_CACHE_WORD);
+        int *out = *ids + count;
+        tokenizer_key(key, bytes);
+        TokenizerWord *entries = &t->cache[2 * tokenizer_hash(key)];
+        if (((entries->key[0] ^ key[0]) | (entries->key[1] ^ key[1])) != 0) {
+            count += tokenizer_encode_rare(t, word, bytes, key, entries, out);
+            continue;
         }
-        for (int i = 0; i < TOKENIZER_CACHE_IDS; i++) {
-            (*ids)[count + (size_t)i] = entry->ids[i];
+        uint16_t known[TOKENIZER_CACHE_IDS + 1];
+        memcpy(known, entries->ids, sizeof(known));
+        for (int i = 0; i <= TOKENIZER_CACHE_IDS; i++) { // all of them: quicker than as many as there are
+            out[i] = known[i];
         }
-        count += entry->n;
+        count += known[TOKENIZER_CACHE_IDS];
     }
     *n = count;
 }
@@ -379,8 +446,8 @@ static inline void tokenizer_encode_special(Tokenizer *t, const char *text, size
 // the raw bytes of one id: perhaps a part of a character. Not 0-terminated
 static inline const char *tokenizer_piece(const Tokenizer *t, int id, size_t *size) {
     if (id < 0 || id >= t->vocab_size) {
-        die("token %d is not in the vocabulary of %d tokens\n  ---> use the --tokenizer that made the tokens", id,
-            t->vocab_size);
+        die("token %d is not in the vocabulary of %d tokens\n  ---> use the --tokenizer that made the tokens",
+            id, t->vocab_size);
     }
     *size = t->starts[id + 1] - t->starts[id];
     return t->pieces + t->starts[id];
@@ -420,9 +487,9 @@ static inline void tokenizer_byte_symbols(int *symbols) {
 
 // what loading needs: symbols back to bytes, and tokens by their bytes
 typedef struct {
-    int bytes[512]; // of each symbol's code point; -1: no symbol
-    int *slots;     // open addressing: ids; -1 when empty
-    size_t mask;    // number of slots - 1
+    int bytes[512];   // of each symbol's code point; -1: no symbol
+    int *slots;       // open addressing: ids; -1 when empty
+    size_t mask;      // number of slots - 1
     const char *path; // of the file being read, for messages
 } TokenizerLoader;
 
@@ -443,7 +510,8 @@ static inline void tokenizer_loader_init(TokenizerLoader *loader, size_t vocab_s
 }
 
 // a token's spelling in symbols -> its bytes in out; returns their number, 0 if a character is no symbol
-static inline size_t tokenizer_unspell(const TokenizerLoader *loader, const char *token, size_t size, char *out) {
+static inline size_t tokenizer_unspell(const TokenizerLoader *loader, const char *token, size_t size,
+                                       char *out) {
     const uint8_t *p = (const uint8_t *)token;
     const uint8_t *end = p + size;
     size_t n = 0;
@@ -469,7 +537,8 @@ static inline int *tokenizer_slot(const Tokenizer *t, const TokenizerLoader *loa
     size_t slot = (hash ^ hash >> 32) & loader->mask;
     for (; loader->slots[slot] >= 0; slot = (slot + 1) & loader->mask) {
         int id = loader->slots[slot];
-        if (t->starts[id + 1] - t->starts[id] == size && memcmp(t->pieces + t->starts[id], bytes, size) == 0) {
+        if (t->starts[id + 1] - t->starts[id] == size &&
+            memcmp(t->pieces + t->starts[id], bytes, size) == 0) {
             break;
         }
     }
@@ -482,8 +551,9 @@ static inline const Json **tokenizer_sort_vocab(const Json *vocab, const char *p
     for (const Json *token = vocab->child; token != NULL; token = token->next) {
         int64_t id;
         if (!json_int64(token, &id) || id < 0 || id >= (int64_t)vocab->count || by_id[id] != NULL) {
-            die("%s: the id of token \"%s\" is %s; expected the ids 0 to %zu, each once\n  ---> %s", path, token->key,
-                token->type == JSON_NUMBER ? token->text : "not a number", vocab->count - 1, TOKENIZER_HINT);
+            die("%s: the id of token \"%s\" is %s; expected the ids 0 to %zu, each once\n  ---> %s", path,
+                token->key, token->type == JSON_NUMBER ? token->text : "not a number", vocab->count - 1,
+                TOKENIZER_HINT);
         }
         by_id[id] = token;
     }
@@ -496,7 +566,8 @@ static inline void tokenizer_load_vocab(Tokenizer *t, TokenizerLoader *loader, c
     const Json *vocab = json_parse_file(path, &arena, TOKENIZER_HINT);
     if (vocab->type != JSON_OBJECT || vocab->count < 257 || vocab->count > TOKENIZER_MAX_VOCAB) {
         die("%s holds %zu tokens; expected an object of 257 (bytes and %s) to %d tokens\n  ---> %s", path,
-            vocab->type == JSON_OBJECT ? vocab->count : 0, TOKENIZER_EOT, TOKENIZER_MAX_VOCAB, TOKENIZER_HINT);
+            vocab->type == JSON_OBJECT ? vocab->count : 0, TOKENIZER_EOT, TOKENIZER_MAX_VOCAB,
+            TOKENIZER_HINT);
     }
     const Json **by_id = tokenizer_sort_vocab(vocab, path);
     size_t total = 0;
@@ -512,7 +583,8 @@ static inline void tokenizer_load_vocab(Tokenizer *t, TokenizerLoader *loader, c
         char *piece = t->pieces + t->starts[id];
         size_t size = tokenizer_unspell(loader, token->key, token->key_size, piece);
         if (size == 0) {
-            die("%s: token \"%s\" is not spelled in GPT-2's byte symbols\n  ---> %s", path, token->key, TOKENIZER_HINT);
+            die("%s: token \"%s\" is not spelled in GPT-2's byte symbols\n  ---> %s", path, token->key,
+                TOKENIZER_HINT);
         }
         int *slot = tokenizer_slot(t, loader, piece, size);
         if (*slot >= 0) {
@@ -540,24 +612,25 @@ static inline void tokenizer_require_tokens(Tokenizer *t, const TokenizerLoader 
 }
 
 // the id of a symbol of merges.txt; dies when the vocabulary lacks it. scratch: room for size bytes
-static inline unsigned tokenizer_merge_symbol(const Tokenizer *t, const TokenizerLoader *loader, const char *symbol,
-                                              size_t size, size_t line, char *scratch) {
+static inline unsigned tokenizer_merge_symbol(const Tokenizer *t, const TokenizerLoader *loader,
+                                              const char *symbol, size_t size, size_t line, char *scratch) {
     size_t bytes = tokenizer_unspell(loader, symbol, size, scratch);
     int id = bytes > 0 ? *tokenizer_slot(t, loader, scratch, bytes) : -1;
     if (id < 0) {
-        die("%s, line %zu: \"%.*s\" is not a token of vocab.json\n  ---> %s", loader->path, line, (int)size, symbol,
-            TOKENIZER_HINT);
+        die("%s, line %zu: \"%.*s\" is not a token of vocab.json\n  ---> %s", loader->path, line, (int)size,
+            symbol, TOKENIZER_HINT);
     }
     return (unsigned)id;
 }
 
 // one line "left right"
-static inline void tokenizer_add_merge(Tokenizer *t, const TokenizerLoader *loader, const char *text, size_t size,
-                                       size_t line, size_t rank, char *scratch) {
+static inline void tokenizer_add_merge(Tokenizer *t, const TokenizerLoader *loader, const char *text,
+                                       size_t size, size_t line, size_t rank, char *scratch) {
     const char *space = (const char *)memchr(text, ' ', size);
     if (space == NULL || rank >= 0xFFFF) {
         die("%s, line %zu: %s\n  ---> %s", loader->path, line,
-            space == NULL ? "expected two tokens with a space between" : "more than 65,535 merges", TOKENIZER_HINT);
+            space == NULL ? "expected two tokens with a space between" : "more than 65,535 merges",
+            TOKENIZER_HINT);
     }
     size_t left_size = (size_t)(space - text);
     unsigned left = tokenizer_merge_symbol(t, loader, text, left_size, line, scratch);
@@ -568,10 +641,12 @@ static inline void tokenizer_add_merge(Tokenizer *t, const TokenizerLoader *load
     uint32_t key = left << 16 | right;
     uint64_t *merge = &t->merges[tokenizer_merge_slot(t, key)];
     if (*merge != UINT64_MAX) {
-        die("%s, line %zu: the pair \"%.*s\" stands there twice\n  ---> %s", loader->path, line, (int)size, text,
-            TOKENIZER_HINT);
+        die("%s, line %zu: the pair \"%.*s\" stands there twice\n  ---> %s", loader->path, line, (int)size,
+            text, TOKENIZER_HINT);
     }
     *merge = (uint64_t)key << 32 | (uint64_t)rank << 16 | joined;
+    uint32_t bit = tokenizer_hash_pair(key) >> (32 - TOKENIZER_FILTER_BITS);
+    t->filter[bit / 64] |= 1ull << bit % 64;
 }
 
 static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, const char *path) {
@@ -587,6 +662,7 @@ static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, 
     }
     t->merges = GROW(uint64_t, NULL, (size_t)1 << t->merge_bits);
     memset(t->merges, 0xFF, sizeof(uint64_t) << t->merge_bits);
+    t->filter = NEW(uint64_t, (1 << TOKENIZER_FILTER_BITS) / 64);
     loader->path = path;
     size_t line = 1, rank = 0;
     for (size_t start = 0; start < size; line++) {
@@ -603,21 +679,26 @@ static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, 
 }
 
 static inline void tokenizer_new_scratch(Tokenizer *t) {
-    t->cache = NEW(TokenizerWord, (size_t)1 << TOKENIZER_CACHE_BITS);
+    t->cache = NEW(TokenizerWord, (size_t)2 << TOKENIZER_CACHE_BITS);
     t->symbols = NULL;
     t->heap = NULL;
     t->symbols_capacity = 0;
     t->heap_capacity = 0;
 }
 
-static inline Tokenizer *tokenizer_load(const char *dir) {
-    char path[4096];
-    TokenizerLoader loader;
-    Tokenizer *t = NEW(Tokenizer, 1);
+// the classes of characters: all that tokenizer_word_size needs
+static inline void tokenizer_init_classes(Tokenizer *t) {
     t->classes = NEW(uint8_t, UNICODE_SIZE);
     unicode_fill_classes(t->classes);
     memset(t->byte_classes, TOKENIZER_MULTIBYTE, sizeof(t->byte_classes));
     memcpy(t->byte_classes, t->classes, 0x80);
+}
+
+static inline Tokenizer *tokenizer_load(const char *dir) {
+    char path[4096];
+    TokenizerLoader loader;
+    Tokenizer *t = NEW(Tokenizer, 1);
+    tokenizer_init_classes(t);
     check_format(path, sizeof(path), "%s/vocab.json", dir);
     tokenizer_load_vocab(t, &loader, path);
     tokenizer_require_tokens(t, &loader, path);
@@ -645,6 +726,7 @@ static inline void tokenizer_free(Tokenizer *t) {
         free(t->pieces);
         free(t->starts);
         free(t->merges);
+        free(t->filter);
         free(t->classes);
     }
     free(t->cache);
