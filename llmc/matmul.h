@@ -4,28 +4,27 @@ Matrix multiplication in fp32: one blocked, packed sgemm, and the linear layers 
     C[M,N] = (accumulate ? C : 0) + op(A)[M,K] op(B)[K,N]         row-major, with leading dimensions
     out = inp W^T           dinp = dout W           dW += dout^T inp          a linear layer, W [OC, C]
 
-A core that can start two 16-lane fused multiply-adds a cycle does 64 flops a cycle (AVX-512), if nothing ever waits:
+A core with AVX-512 can start two fused multiply-adds of 16 lanes a cycle: 64 flops a cycle, if nothing ever waits.
 
-1. The tile. 8 x 48 elements of C live in registers: 24 accumulators. A step of k loads 3 vectors of B and 8 scalars
-   of A (11 loads, 2 of which can start a cycle) and does 24 multiply-adds (12 cycles): the loads hide behind
-   the arithmetic, and 24 independent sums hide the 4 cycles that each multiply-add takes. A plain triple
-   loop has one load or store an operation and one chain of dependent sums; it reaches a few percent of that.
-   With 16 registers (SSE, AVX2) the tile is 6 rows x 2 vectors for the same reasons.
-2. Packing. The tile wants B's 48 columns side by side, k after k. They are copied that way once (transposed when B is
-   stored [N,K]) and then read by every row tile, from the first-level cache and without page misses. A is read where
-   it stands, 8 rows at a time, unless stored [K,M]: then its blocks are packed too. B in place is
-   good enough, and packing not worth it, when few rows share it.
-3. Blocking. k is cut at BLOCK_K so that a packed panel stays in the nearest cache, rows at BLOCK_M so that A's block stays in
-   the second one while all panels pass over it, columns at BLOCK_N, which bounds the scratch memory.
+1. The tile. 8 x 48 elements of C live in 24 registers. One step of k loads 3 vectors of B and 8 scalars of A: 11 loads,
+   of which two can start in a cycle. They hide behind its 24 multiply-adds, 12 cycles; and as these are 24
+   independent sums, none waits the 4 cycles that its predecessor takes. The textbook's triple loop loads twice
+   for each multiply-add of one long chain, and reaches a few percent. With 16 registers (SSE, AVX2) a tile is 6 rows x
+   2 vectors, for the same reasons.
+2. Packing. The tile wants its 48 columns of B side by side, step after step of k. They are copied into such a panel once,
+   transposed if B is stored [N,K], and every tile below reads the panel: no cache line half used, no page missed.
+   Rows of A are read where they are, unless A is stored [K,M]: then they are packed likewise. An operand that
+   only one or two tiles would read is not worth the copy.
+3. Blocking. k is cut at BLOCK_K: the panels of a block of columns then stay in the second-level cache, and so do
+   BLOCK_M rows of A while all these panels pass by. BLOCK_N columns bound the memory for packing.
 
-Same bits whatever the threads, the tile or the neighbours: each element of C is the sum, from 0, of its products in the order
-of k within each block of BLOCK_K, and these sums are added to C in order. Neither M, N nor the place in the matrix enters,
-so a row computed alone equals the same row among others (sampling with a cache relies on it), and threads only ever
-divide C, never k. Multiply-adds are written out as fused ones, because whether a compiler fuses c + a*b depends on
--std and -ffp-contract, and not always alike in two copies of a loop.
+Every element of C is summed in an order that depends on K alone: from 0, in the order of k, over each BLOCK_K; and these sums
+are added to C in turn. Neither M, N, its place in C nor the number of threads enters, so a row has the same bits computed alone or
+among others (sampling with a cache relies on it). Threads divide C, never k. Multiply-adds are spelled out, as
+whether a compiler fuses c + a*b depends on -std and -ffp-contract.
 
-By expert: the rows offsets[e] .. offsets[e+1] of inp (sorted by expert) meet W[e]. Laid end to end, the experts'
-work is a line; each thread takes an equal length of it, so uneven experts cost nothing.
+By expert: the rows of inp are sorted by expert, those of expert e are offsets[e] .. offsets[e+1]. Laid end to end the experts' work
+is a line, of which each thread takes an equal length: uneven experts cost nothing.
 
 Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors: none. C is not read unless accumulate.
 */
@@ -43,21 +42,38 @@ Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors
 #elif defined(__ARM_FEATURE_FMA)
 #include <arm_neon.h>
 #endif
-// defines: int64_t, memcpy, omp_get_num_threads, _mm512_fmadd_ps, _mm256_fmadd_ps, vfmaq_f32
+// defines: int64_t, memcpy, omp_get_thread_num, _mm512_fmadd_ps, _mm256_fmadd_ps, vfmaq_f32
 
+// ALTERNATE_LOW takes the lower halves of two vectors in turn (a0, b0, a1, b1, ...), ALTERNATE_HIGH the upper ones
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECS = 3 };
+#define ALTERNATE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ALTERNATE_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 enum { LANES = 8, TILE_ROWS = 6, TILE_VECS = 2 };
-#elif defined(__aarch64__)
+#define ALTERNATE_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ALTERNATE_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#if defined(__aarch64__)
 enum { LANES = 4, TILE_ROWS = 8, TILE_VECS = 3 };
 #else
 enum { LANES = 4, TILE_ROWS = 6, TILE_VECS = 2 };
 #endif
-enum { TILE_COLS = TILE_VECS * LANES, BLOCK_K = 384, BLOCK_M = 24 * TILE_ROWS, BLOCK_N = 768, PAD_K = 2 };
+#define ALTERNATE_LOW 0, 4, 1, 5
+#define ALTERNATE_HIGH 2, 6, 3, 7
+#endif
+
+enum {
+    TILE_COLS = TILE_VECS * LANES,
+    BLOCK_M = 6 * TILE_ROWS,
+    BLOCK_N = 768, // a multiple of every TILE_COLS
+    BLOCK_K = 384,
+    PANEL_STEPS = BLOCK_K + 2, // two spare: panels a power of two apart would fall on the same few lines of the cache
+};
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // in memory, unaligned
+typedef int32_t LaneNumbers __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
     int trans_a, trans_b, accumulate;
@@ -70,17 +86,11 @@ typedef struct {
     int64_t ldc;
 } Gemm;
 
-typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
-#if defined(__AVX512F__)
-#define LOWER_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define UPPER_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX__)
-#define LOWER_HALVES 0, 8, 1, 9, 2, 10, 3, 11
-#define UPPER_HALVES 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define LOWER_HALVES 0, 4, 1, 5
-#define UPPER_HALVES 2, 6, 3, 7
-#endif
+// Where tiles find an operand: element k of line i (a row of A, a column of B) of panel p is at[p*panel + i*line + k*step].
+typedef struct {
+    const float *at;
+    int64_t panel, line, step;
+} Panels;
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -110,32 +120,47 @@ ALWAYS_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// n floats, n < TILE_COLS: memcpy with sizes that the compiler knows
+ALWAYS_INLINE void copy_few(float *to, const float *from, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        memcpy(to + i, from + i, sizeof(Vec));
+    }
+    for (int64_t size = LANES / 2; size > 0; size /= 2) {
+        if (n & size) {
+            memcpy(to + i, from + i, sizeof(float) * size);
+            i += size;
+        }
+    }
+}
+
 // ----------------------------------------------------------------------------
 // the tile
 
-// rows x vecs vectors of C; op(A)[r,k] = a[r*a_row + k*a_k], op(B)[k,] = b[k*b_k]; rows and vecs are constants
-ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, const float *a, int64_t a_row, int64_t a_k,
-                        const float *b, int64_t b_k, float *c, int64_t ldc, int accumulate) {
+// rows x vecs vectors of C (+)= K steps of a times b. rows and vecs are constants: all loops but k's are unrolled
+ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, Panels a, Panels b, float *c, int64_t ldc,
+                        int accumulate) {
     const Vec zero = {0};
     Vec sum[TILE_ROWS][TILE_VECS];
     UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int v = 0; v < vecs; v++) {
             sum[r][v] = zero;
+            __builtin_prefetch(c + r * ldc + v * LANES, 1); // to arrive during the loop below
         }
     }
     for (int64_t k = 0; k < K; k++) {
-        Vec row_of_b[TILE_VECS];
+        Vec b_row[TILE_VECS];
         UNROLL for (int v = 0; v < vecs; v++) {
-            row_of_b[v] = *(const VecAnywhere *)(b + v * LANES);
+            b_row[v] = *(const VecAnywhere *)(b.at + v * LANES);
         }
         UNROLL for (int r = 0; r < rows; r++) {
-            Vec a_everywhere = a[r * a_row] - zero;
+            Vec a_everywhere = a.at[r * a.line] - zero; // x - 0 is x in every lane, also for -0
             UNROLL for (int v = 0; v < vecs; v++) {
-                sum[r][v] = multiply_add(a_everywhere, row_of_b[v], sum[r][v]);
+                sum[r][v] = multiply_add(a_everywhere, b_row[v], sum[r][v]);
             }
         }
-        a += a_k;
-        b += b_k;
+        a.at += a.step;
+        b.at += b.step;
     }
     UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int v = 0; v < vecs; v++) {
@@ -148,11 +173,11 @@ ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, const float *
     }
 }
 
-// a tile of any number of rows and vectors, by one of TILE_ROWS * TILE_VECS loops that the compiler makes of that one
-static inline void tile_whole(int rows, int vecs, int64_t K, const float *a, int64_t a_row, int64_t a_k,
-                              const float *b, int64_t b_k, float *c, int64_t ldc, int accumulate) {
+// any number of rows and vectors: one of the TILE_ROWS * TILE_VECS loops that the compiler makes of the function above
+static inline void tile_of_vectors(int rows, int vecs, int64_t K, Panels a, Panels b, float *c, int64_t ldc,
+                                   int accumulate) {
     switch (rows * 4 + vecs) {
-#define TILE_CASE(r, v) case (r) * 4 + (v): tile(r, v, K, a, a_row, a_k, b, b_k, c, ldc, accumulate); break;
+#define TILE_CASE(r, v) case (r) * 4 + (v): tile(r, v, K, a, b, c, ldc, accumulate); break;
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TILE_CASES(r) TILE_CASE(r, 1) TILE_CASE(r, 2) TILE_CASE(r, 3)
     TILE_CASES(7) TILE_CASES(8)
@@ -165,63 +190,65 @@ static inline void tile_whole(int rows, int vecs, int64_t K, const float *a, int
     }
 }
 
-// a tile of any number of columns: the last of C need not be whole vectors
-static inline void tile_any(int rows, int cols, int64_t K, const float *a, int64_t a_row, int64_t a_k, const float *b,
-                            int64_t b_k, float *c, int64_t ldc, int accumulate) {
+// any number of columns: if the last of C are no whole vector, by way of a tile that has room for it
+static inline void tile_of_columns(int rows, int cols, int64_t K, Panels a, Panels b, float *c, int64_t ldc,
+                                   int accumulate) {
     int vecs = (cols + LANES - 1) / LANES;
     if (cols == vecs * LANES) {
-        tile_whole(rows, vecs, K, a, a_row, a_k, b, b_k, c, ldc, accumulate);
+        tile_of_vectors(rows, vecs, K, a, b, c, ldc, accumulate);
         return;
     }
     float edge[TILE_ROWS * TILE_COLS] = {0};
-    tile_whole(rows, vecs, K, a, a_row, a_k, b, b_k, edge, TILE_COLS, 0);
+    tile_of_vectors(rows, vecs, K, a, b, edge, TILE_COLS, 0);
     for (int r = 0; r < rows; r++) {
-        for (int j = 0; j < cols; j++) {
-            float sum = edge[r * TILE_COLS + j];
-            c[r * ldc + j] = accumulate ? c[r * ldc + j] + sum : sum;
+        float *from = edge + r * TILE_COLS, *to = c + r * ldc;
+        for (int j = 0; j < cols && accumulate; j++) {
+            from[j] += to[j];
         }
+        copy_few(to, from, cols);
     }
 }
 
 // ----------------------------------------------------------------------------
-// packing: n columns in panels of `width`, each panel k after k; the last panel is as many vectors as it needs
+// packing n lines (rows of A or columns of B) of K steps into panels `width` lines wide, zeros behind the last line
 
-// columns stand side by side: column j of step k is from[k*ld + j]
-ALWAYS_INLINE void pack(float *to, const float *from, int64_t ld, int64_t K, int64_t n, const int width,
-                        const int step) {
+// in memory the lines are side by side: line i of step k is from[k*ld + i]
+ALWAYS_INLINE void pack(float *to, const float *from, int64_t ld, int64_t K, int64_t n, const int width) {
     for (int64_t k = 0; k < K; k++) {
-        int64_t j = 0;
-        for (; j + width <= n; j += width) {
-            memcpy(to + j * (K + PAD_K) + k * width, from + k * ld + j, sizeof(float) * width);
+        const float *line = from + k * ld;
+        float *panel = to + k * width;
+        int64_t i = 0;
+        for (; i + width <= n; i += width) {
+            memcpy(panel, line + i, sizeof(float) * width);
+            panel += PANEL_STEPS * width;
         }
-        if (j < n) {
-            int64_t last = round_up(n - j, step);
-            for (int64_t i = 0; i < last; i++) {
-                to[j * (K + PAD_K) + k * last + i] = j + i < n ? from[k * ld + j + i] : 0.0f;
-            }
+        if (i < n) {
+            memset(panel, 0, sizeof(float) * width);
+            copy_few(panel, line + i, n - i);
         }
     }
 }
 
-ALWAYS_INLINE Vec interleave(Vec a, Vec b, const int upper) {
+ALWAYS_INLINE Vec alternate(Vec a, Vec b, const int high) {
 #ifdef __clang__
-    return upper ? __builtin_shufflevector(a, b, UPPER_HALVES) : __builtin_shufflevector(a, b, LOWER_HALVES);
+    return high ? __builtin_shufflevector(a, b, ALTERNATE_HIGH) : __builtin_shufflevector(a, b, ALTERNATE_LOW);
 #else
-    const Lanes lower_halves = {LOWER_HALVES}, upper_halves = {UPPER_HALVES};
-    return __builtin_shuffle(a, b, upper ? upper_halves : lower_halves);
+    const LaneNumbers high_lanes = {ALTERNATE_HIGH}, low_lanes = {ALTERNATE_LOW};
+    return __builtin_shuffle(a, b, high ? high_lanes : low_lanes);
 #endif
 }
 
-// LANES x LANES elements: interleaving the first half of the rows with the second log2(LANES) times transposes them
+// LANES x LANES elements: a perfect shuffle of the upper with the lower rows, log2(LANES) times, is the transpose.
+// Where there are fewer rows the last one is read again.
 ALWAYS_INLINE void transpose(float *to, int64_t to_ld, const float *from, int64_t from_ld, int64_t rows) {
     Vec x[LANES], y[LANES];
     UNROLL for (int i = 0; i < LANES; i++) {
-        x[i] = *(const VecAnywhere *)(from + (i < rows ? i : rows - 1) * from_ld);
+        x[i] = *(const VecAnywhere *)(from + smaller(i, rows - 1) * from_ld);
     }
     UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
         UNROLL for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = interleave(x[i], x[i + LANES / 2], 0);
-            y[2 * i + 1] = interleave(x[i], x[i + LANES / 2], 1);
+            y[2 * i] = alternate(x[i], x[i + LANES / 2], 0);
+            y[2 * i + 1] = alternate(x[i], x[i + LANES / 2], 1);
         }
         UNROLL for (int i = 0; i < LANES; i++) {
             x[i] = y[i];
@@ -232,19 +259,17 @@ ALWAYS_INLINE void transpose(float *to, int64_t to_ld, const float *from, int64_
     }
 }
 
-// k stands side by side: column j of step k is from[j*ld + k]
+// in memory the steps are side by side: line i of step k is from[i*ld + k]
 static inline void pack_transposed(float *to, const float *from, int64_t ld, int64_t K, int64_t n) {
-    for (int64_t j = 0; j < n; j += LANES) {
-        int64_t panel = j / TILE_COLS * TILE_COLS;
-        int64_t width = smaller(TILE_COLS, round_up(n - panel, LANES));
-        float *column = to + panel * (K + PAD_K) + j - panel;
+    for (int64_t i = 0; i < n; i += LANES) {
+        float *column = to + i / TILE_COLS * TILE_COLS * PANEL_STEPS + i % TILE_COLS;
         int64_t k = 0;
         for (; k + LANES <= K; k += LANES) {
-            transpose(column + k * width, width, from + j * ld + k, ld, smaller(LANES, n - j));
+            transpose(column + k * TILE_COLS, TILE_COLS, from + i * ld + k, ld, n - i);
         }
         for (; k < K; k++) {
-            for (int i = 0; i < LANES; i++) {
-                column[k * width + i] = j + i < n ? from[(j + i) * ld + k] : 0.0f;
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                column[k * TILE_COLS + lane] = i + lane < n ? from[(i + lane) * ld + k] : 0.0f;
             }
         }
     }
@@ -253,61 +278,77 @@ static inline void pack_transposed(float *to, const float *from, int64_t ld, int
 // ----------------------------------------------------------------------------
 // one thread's sgemm
 
-// Packed blocks live in thread-local memory: too large for every stack, needed too often for malloc, of use to nobody
-// once a call has returned.
+// Thread-local: too large for some stacks, wanted too often for malloc, and of no meaning once a call has returned.
 ALWAYS_INLINE float *packing_memory(void) {
-    static __thread float memory[(BLOCK_K + PAD_K) * (BLOCK_N + BLOCK_M)] __attribute__((aligned(64)));
+    static __thread float memory[PANEL_STEPS * (BLOCK_N + BLOCK_M)] __attribute__((aligned(64)));
     return memory;
+}
+
+static inline Panels gemm_rows_of_a(const Gemm *g, int64_t i0, int64_t M, int64_t k0, int64_t K) {
+    int64_t line = g->trans_a ? 1 : g->lda, step = g->trans_a ? g->lda : 1;
+    const float *from = g->A + i0 * line + k0 * step;
+    Panels in_place = {from, TILE_ROWS * line, line, step};
+    if (!g->trans_a || g->N <= TILE_COLS) {
+        return in_place;
+    }
+    float *to = packing_memory() + PANEL_STEPS * BLOCK_N;
+    Panels packed = {to, TILE_ROWS * PANEL_STEPS, 1, TILE_ROWS};
+    pack(to, from, g->lda, K, M, TILE_ROWS);
+    return packed;
+}
+
+static inline Panels gemm_columns_of_b(const Gemm *g, int64_t j0, int64_t N, int64_t k0, int64_t K) {
+    float *to = packing_memory();
+    Panels packed = {to, TILE_COLS * PANEL_STEPS, 1, TILE_COLS};
+    if (g->trans_b) {
+        pack_transposed(to, g->B + j0 * g->ldb + k0, g->ldb, K, N);
+        return packed;
+    }
+    const float *from = g->B + k0 * g->ldb + j0;
+    Panels in_place = {from, TILE_COLS, 1, g->ldb};
+    if (g->M <= 2 * TILE_ROWS && N % LANES == 0) {
+        return in_place;
+    }
+    pack(to, from, g->ldb, K, N, TILE_COLS);
+    return packed;
+}
+
+static inline void gemm_block(Panels a, Panels b, int64_t M, int64_t N, int64_t K, float *c, int64_t ldc,
+                              int accumulate) {
+    for (int64_t j = 0; j < N; j += TILE_COLS) {
+        Panels a_tile = a;
+        for (int64_t i = 0; i < M; i += TILE_ROWS) {
+            tile_of_columns((int)smaller(TILE_ROWS, M - i), (int)smaller(TILE_COLS, N - j), K, a_tile, b,
+                            c + i * ldc + j, ldc, accumulate);
+            a_tile.at += a.panel;
+        }
+        b.at += b.panel;
+    }
 }
 
 static inline void gemm_clear(const Gemm *g) {
     for (int64_t i = 0; i < g->M && !g->accumulate; i++) {
-        for (int64_t j = 0; j < g->N; j++) {
-            g->C[i * g->ldc + j] = 0.0f;
-        }
-    }
-}
-
-// rows i0 .. i0 + M of C += op(A)[, k0..k0+K] times the packed columns j0 .. j0 + N
-static inline void gemm_block(const Gemm *g, int64_t i0, int64_t M, int64_t j0, int64_t N, int64_t k0, int64_t K,
-                              float *packed_a, const float *packed_b) {
-    const float *a = g->A + i0 * g->lda + k0;
-    int64_t a_row = g->lda, a_k = 1, next_tile = TILE_ROWS * g->lda;
-    if (g->trans_a) {
-        pack(packed_a, g->A + k0 * g->lda + i0, g->lda, K, M, TILE_ROWS, TILE_ROWS);
-        a = packed_a;
-        a_row = 1;
-        a_k = TILE_ROWS;
-        next_tile = TILE_ROWS * (K + PAD_K);
-    }
-    for (int64_t j = 0; j < N; j += TILE_COLS) {
-        int cols = (int)smaller(TILE_COLS, N - j);
-        int width = (cols + LANES - 1) / LANES * LANES;
-        for (int64_t i = 0; i < M; i += TILE_ROWS) {
-            tile_any((int)smaller(TILE_ROWS, M - i), cols, K, a + i / TILE_ROWS * next_tile, a_row, a_k,
-                     packed_b + j * (K + PAD_K), width, g->C + (i0 + i) * g->ldc + j0 + j, g->ldc,
-                     g->accumulate || k0 > 0);
-        }
+        memset(g->C + i * g->ldc, 0, sizeof(float) * (size_t)g->N);
     }
 }
 
 static inline void gemm_serial(const Gemm *g) {
-    float *packed_b = packing_memory();
-    float *packed_a = packed_b + (BLOCK_K + PAD_K) * BLOCK_N;
-    if (g->K == 0) {
+    if (g->M <= 0 || g->N <= 0) {
+        return;
+    }
+    if (g->K <= 0) {
         gemm_clear(g);
+        return;
     }
     for (int64_t j0 = 0; j0 < g->N; j0 += BLOCK_N) {
         int64_t N = smaller(BLOCK_N, g->N - j0);
         for (int64_t k0 = 0; k0 < g->K; k0 += BLOCK_K) {
             int64_t K = smaller(BLOCK_K, g->K - k0);
-            if (g->trans_b) {
-                pack_transposed(packed_b, g->B + j0 * g->ldb + k0, g->ldb, K, N);
-            } else {
-                pack(packed_b, g->B + k0 * g->ldb + j0, g->ldb, K, N, TILE_COLS, LANES);
-            }
+            Panels b = gemm_columns_of_b(g, j0, N, k0, K);
             for (int64_t i0 = 0; i0 < g->M; i0 += BLOCK_M) {
-                gemm_block(g, i0, smaller(BLOCK_M, g->M - i0), j0, N, k0, K, packed_a, packed_b);
+                int64_t M = smaller(BLOCK_M, g->M - i0);
+                Panels a = gemm_rows_of_a(g, i0, M, k0, K);
+                gemm_block(a, b, M, N, K, g->C + i0 * g->ldc + j0, g->ldc, g->accumulate || k0 > 0);
             }
         }
     }
@@ -319,6 +360,8 @@ static inline Gemm gemm_make(int trans_a, int trans_b, int64_t M, int64_t N, int
     return g;
 }
 
+// C[M,N] = (accumulate ? C : 0) + op(A)[M,K] op(B)[K,N], by the calling thread alone.
+// trans_a: A is stored [K,M] (else [M,K]); trans_b: B is stored [N,K] (else [K,N])
 static inline void sgemm_serial(int trans_a, int trans_b, int M, int N, int K, const float *A, int64_t lda,
                                 const float *B, int64_t ldb, float *C, int64_t ldc, int accumulate) {
     Gemm g = gemm_make(trans_a, trans_b, M, N, K, A, lda, B, ldb, C, ldc, accumulate);
@@ -328,29 +371,50 @@ static inline void sgemm_serial(int trans_a, int trans_b, int M, int N, int K, c
 // ----------------------------------------------------------------------------
 // threads
 
-// the part of C below rows i0.., columns j0..
-static inline Gemm gemm_part(Gemm g, int64_t i0, int64_t M, int64_t j0, int64_t N) {
-    g.A += g.trans_a ? i0 : i0 * g.lda;
-    g.B += g.trans_b ? j0 * g.ldb : j0;
-    g.C += i0 * g.ldc + j0;
-    g.M = M;
-    g.N = N;
-    return g;
-}
+// What packing and other overhead cost, in rows of C: an expert of n rows costs about n + OVERHEAD_ROWS.
+// Below WORTH_THREADS multiply-adds, waking the other threads costs more than they save.
+enum { OVERHEAD_ROWS = 16, WORTH_THREADS = 200000 };
 
-// expert e's product. The grouped rows are C's (by_k = 0: B is [E, ..]) or those summed over (by_k = 1: C is [E, M, N])
-static inline Gemm gemm_of_expert(Gemm g, int by_k, const int64_t *offsets, int e) {
-    g.A += offsets[e] * g.lda;
+// Expert e's product. Its rows are C's (by_k = 0; B has a matrix an expert) or the ones summed over (by_k = 1; C has).
+static inline Gemm gemm_of_expert(Gemm all, int by_k, const int64_t *offsets, int e) {
+    Gemm g = all;
+    g.A += offsets[e] * all.lda;
     if (by_k) {
-        g.B += offsets[e] * g.ldb;
-        g.C += e * g.M * g.N;
+        g.B += offsets[e] * all.ldb;
+        g.C += e * all.M * all.N;
         g.K = offsets[e + 1] - offsets[e];
     } else {
-        g.B += e * g.N * g.K;
-        g.C += offsets[e] * g.ldc;
+        g.B += e * all.N * all.K;
+        g.C += offsets[e] * all.ldc;
         g.M = offsets[e + 1] - offsets[e];
     }
     return g;
+}
+
+// rows i0 .. i1, columns j0 .. j1 of the product
+static inline Gemm gemm_part(Gemm g, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    g.A += g.trans_a ? i0 : i0 * g.lda;
+    g.B += g.trans_b ? j0 * g.ldb : j0;
+    g.C += i0 * g.ldc + j0;
+    g.M = i1 - i0;
+    g.N = j1 - j0;
+    return g;
+}
+
+// Into how many parts to cut the rows, the columns being cut into threads / parts: so that a thread's part of C and
+// the packing of its columns are least together.
+static inline int choose_row_parts(int64_t M, int64_t N, int threads) {
+    int best = 1;
+    int64_t least = INT64_MAX;
+    for (int parts = 1; parts <= threads; parts++) {
+        int64_t rows = round_up((M + parts - 1) / parts, TILE_ROWS) + OVERHEAD_ROWS;
+        int64_t cols = round_up((N * parts + threads - 1) / threads, LANES);
+        if (threads % parts == 0 && rows * cols < least) {
+            least = rows * cols;
+            best = parts;
+        }
+    }
+    return best;
 }
 
 // where part i of n begins: equal parts, cut at multiples of step
@@ -358,73 +422,48 @@ static inline int64_t part_begin(int64_t size, int64_t step, int i, int n) {
     return smaller(size, (size + step - 1) / step * i / n * step);
 }
 
-// Into how many parts to cut the rows so that threads / parts cuts of the columns make the least work for the busiest
-// thread; packing a column costs it about as much as 16 rows.
-static inline int choose_row_parts(int64_t M, int64_t N, int threads) {
-    int best = 1;
-    int64_t least = INT64_MAX;
-    for (int parts = 1; parts <= threads; parts++) {
-        if (threads % parts == 0) {
-            int64_t rows = round_up((M + parts - 1) / parts, TILE_ROWS);
-            int64_t cols = round_up((N * parts + threads - 1) / threads, LANES);
-            if ((rows + 16) * cols < least) {
-                least = (rows + 16) * cols;
-                best = parts;
-            }
-        }
-    }
-    return best;
+static inline int64_t expert_cost(const int64_t *offsets, int e) {
+    int64_t rows = offsets[e + 1] - offsets[e];
+    return rows > 0 ? rows + OVERHEAD_ROWS : 0;
 }
 
-// Share out the E products by a team of threads. The line of work: expert e owns offsets[e] .. offsets[e+1] of it.
+// This thread's part of the E products: an equal length of the line of costs, which cuts an expert's rows of C in proportion,
+// and its part of the columns. Called by every thread of a team.
 static inline void gemm_shared(Gemm all, int by_k, const int64_t *offsets, int E) {
-    int threads = 1;
+    int thread = 0, threads = 1;
 #ifdef _OPENMP
+    thread = omp_get_thread_num();
     threads = omp_get_num_threads();
 #endif
-    int64_t length = offsets[E];
-    int row_parts = choose_row_parts(by_k ? E * all.M : length, all.N, threads);
-    int col_parts = threads / row_parts;
-#pragma omp for schedule(dynamic) nowait
-    for (int part = 0; part < threads; part++) {
-        int row = part % row_parts, col = part / row_parts;
-        int64_t begin = length * row / row_parts, end = length * (row + 1) / row_parts;
-        int64_t j0 = part_begin(all.N, TILE_COLS, col, col_parts);
-        int64_t j1 = part_begin(all.N, TILE_COLS, col + 1, col_parts);
-        for (int e = 0; e < E; e++) {
+    int row_parts = choose_row_parts(by_k ? E * all.M : offsets[E], all.N, threads);
+    int col_parts = threads / row_parts, row = thread % row_parts, col = thread / row_parts;
+    int64_t j0 = part_begin(all.N, TILE_COLS, col, col_parts), j1 = part_begin(all.N, TILE_COLS, col + 1, col_parts);
+    int64_t length = 0;
+    for (int e = 0; e < E; e++) {
+        length += expert_cost(offsets, e);
+    }
+    int64_t begin = length * row / row_parts, end = length * (row + 1) / row_parts;
+    for (int e = 0; e < E; e++) {
+        int64_t cost = expert_cost(offsets, e); // expert e is 0 .. cost in what follows
+        if (cost > 0 && begin < cost && end > 0) {
             Gemm g = gemm_of_expert(all, by_k, offsets, e);
-            int64_t rows = offsets[e + 1] - offsets[e];
-            if (rows == 0) {
-                continue;
-            }
-            int64_t from = begin < offsets[e] ? 0 : smaller(rows, begin - offsets[e]);
-            int64_t to = end < offsets[e] ? 0 : smaller(rows, end - offsets[e]);
-            int64_t i0 = smaller(g.M, round_up(from * g.M / rows, TILE_ROWS));
-            int64_t i1 = to == rows ? g.M : smaller(g.M, round_up(to * g.M / rows, TILE_ROWS));
-            if (i0 < i1 && j0 < j1) {
-                Gemm mine = gemm_part(g, i0, i1 - i0, j0, j1 - j0);
-                gemm_serial(&mine);
-            }
+            int64_t i0 = begin > 0 ? smaller(g.M, round_up(begin * g.M / cost, TILE_ROWS)) : 0;
+            int64_t i1 = end < cost ? smaller(g.M, round_up(end * g.M / cost, TILE_ROWS)) : g.M;
+            Gemm mine = gemm_part(g, i0, i1, j0, j1);
+            gemm_serial(&mine);
         }
+        begin -= cost;
+        end -= cost;
     }
 }
 
-// below this many multiply-adds, waking the other threads costs more than they save
-enum { WORTH_THREADS = 100000 };
-
-static inline void gemm_parallel(Gemm g) {
-    int64_t offsets[2] = {0, g.M};
-    if (g.K == 0) {
-        gemm_clear(&g);
-        return;
-    }
-#pragma omp parallel if (g.M * g.N * g.K > WORTH_THREADS)
-    gemm_shared(g, 0, offsets, 1);
-}
-
+// C[M,N] = (accumulate ? C : 0) + op(A)[M,K] op(B)[K,N], C's rows and columns divided among the threads
 static inline void sgemm(int trans_a, int trans_b, int M, int N, int K, const float *A, int64_t lda, const float *B,
                          int64_t ldb, float *C, int64_t ldc, int accumulate) {
-    gemm_parallel(gemm_make(trans_a, trans_b, M, N, K, A, lda, B, ldb, C, ldc, accumulate));
+    Gemm g = gemm_make(trans_a, trans_b, M, N, K, A, lda, B, ldb, C, ldc, accumulate);
+    int64_t offsets[2] = {0, M};
+#pragma omp parallel if ((int64_t)M * N * K > WORTH_THREADS)
+    gemm_shared(g, 0, offsets, 1);
 }
 
 // ----------------------------------------------------------------------------
@@ -467,6 +506,8 @@ static inline void matmul_backward(float *dinp, float *dweight, const float *dou
     matmul_grouped_backward(dinp, dweight, dout, inp, weight, offsets, 1, C, OC);
 }
 
-#undef UNROLL
+#undef ALTERNATE_LOW
+#undef ALTERNATE_HIGH
 #undef ALWAYS_INLINE
+#undef UNROLL
 #endif
