@@ -62,6 +62,10 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: RunState, checkpoint_save, checkpoint_load_*; Safetensors
 #include "llmc/checkpoint.h"
 #include "llmc/safetensors.h"
+// defines: dump_write, dump_read_routes
+#include "llmc/dump.h"
+// defines: read_options, default_out, wants_training
+#include "llmc/startup.h"
 // defines: StepRecord, log_step, log_validation, print_step, seconds_now
 #include "llmc/logger.h"
 
@@ -692,63 +696,6 @@ static void show_sample(Run *run, const char *prompt) {
 // ----------------------------------------------------------------------------
 // dump: one micro-batch, forward and backward in training mode, for checkers (DESIGN.md, section 4)
 
-static void dump_write(Model *m, const char *path, int B, int T, const float *scalars, const float *logits) {
-    static const char *const scalar_names[] = {"lm_loss", "reg_loss", "loss", "sparsity"};
-    const Config *c = &m->config;
-    int64_t one = 1, N = (int64_t)B * T, E = c->router.experts;
-    int64_t logit_shape[] = {N, c->vocab_size}, gate_shape[] = {N, E};
-    int with_gates = c->router.method != ROUTER_DENSE;
-    char name[128];
-    SafetensorsWriter writer;
-    safetensors_writer_open(&writer, path);
-    for (int i = 0; i < 4; i++) {
-        safetensors_declare(&writer, scalar_names[i], "F32", 1, &one);
-    }
-    if (logits != NULL) {
-        safetensors_declare(&writer, "logits", "F32", 2, logit_shape);
-    }
-    for (int l = 0; l < c->layers && with_gates; l++) {
-        check_format(name, sizeof(name), "gates.%d", l);
-        safetensors_declare(&writer, name, "F32", 2, gate_shape);
-    }
-    for (int i = 0; i < m->table.count; i++) {
-        check_format(name, sizeof(name), "grad.%s", m->table.tensors[i].name);
-        safetensors_declare(&writer, name, "F32", m->table.tensors[i].ndim, m->table.tensors[i].shape);
-    }
-    safetensors_write_header(&writer);
-    for (int i = 0; i < 4; i++) {
-        safetensors_write_f32(&writer, &scalars[i], 1);
-    }
-    safetensors_write_f32(&writer, logits, logits != NULL ? (size_t)(N * c->vocab_size) : 0);
-    float *gates = floats(N * E);
-    for (int l = 0; l < c->layers && with_gates; l++) {
-        pairs_to_dense(gates, &m->layers[l].pairs, (int)E);
-        safetensors_write_f32(&writer, gates, (size_t)(N * E));
-    }
-    free(gates);
-    for (int i = 0; i < m->table.count; i++) {
-        safetensors_write_f32(&writer, m->grad + m->table.tensors[i].offset,
-                              (size_t)m->table.tensors[i].size);
-    }
-    safetensors_writer_finish(&writer);
-}
-
-// the active sets (gates.N != 0) of an earlier dump, [N, E] a layer
-static const float **load_routes(const char *path, const Config *c, int64_t N) {
-    Safetensors *st = safetensors_open(path, "make it with --dump");
-    const float **routes = NEW(const float *, c->layers);
-    int64_t shape[] = {N, c->router.experts};
-    for (int l = 0; l < c->layers; l++) {
-        char name[64];
-        float *gates = floats(N * c->router.experts);
-        check_format(name, sizeof(name), "gates.%d", l);
-        safetensors_read_f32(st, safetensors_require(st, name, 2, shape), gates);
-        routes[l] = gates;
-    }
-    safetensors_close(st);
-    return routes;
-}
-
 static void dump(Run *run) {
     Model *m = &run->model;
     const Options *o = &run->options;
@@ -756,26 +703,29 @@ static void dump(Run *run) {
     int B = (int)o->batch, T = (int)o->seq_len, dense = c->router.method == ROUTER_DENSE;
     int64_t N = (int64_t)B * T;
     double weight = regulariser_weight(c, run->state.sparsity.lambda, o->aux_coeff);
-    const float **routes = o->route_from[0] != '\0' && !dense ? load_routes(o->route_from, c, N) : NULL;
-    float *logits = N <= 256 ? floats(N * c->vocab_size) : NULL;
+    float **routes = o->route_from[0] != '\0' && !dense ? dump_read_routes(o->route_from, c, N) : NULL;
+    float **gates = dense ? NULL : layer_matrices(c, N);
+    float *logits = N <= DUMP_MOST_LOGIT_ROWS ? floats(N * c->vocab_size) : NULL;
     for (int b = 0; b < B; b++) {
         dataloader_sequence(&run->train, b, c->vocab_size, run->inputs + b * T, run->targets + b * T);
     }
     stats_reset(&run->stats, c);
-    model_forward(m, run->inputs, B, T, 0, routes);
+    model_forward(m, run->inputs, B, T, 0, (const float *const *)routes);
     double lm_loss = classifier(m, run->targets, N, 1.0f / (float)N, logits);
     double reg = regulariser(m, N);
     model_backward(m, run->inputs, B, T, weight);
     stats_add_micro_batch(&run->stats, m, N);
-    double sparsity = dense ? 0.0 : sparsity_of(run->stats.active, N * c->layers * c->router.experts);
-    float scalars[] = {(float)lm_loss, (float)reg, (float)(lm_loss + weight * reg), (float)sparsity};
-    dump_write(m, o->dump, B, T, scalars, logits);
-    printf("lm_loss %.7f reg_loss %.7f loss %.7f sparsity %.7f -> %s\n", lm_loss, reg, lm_loss + weight * reg,
-           sparsity, o->dump);
-    for (int l = 0; l < c->layers && routes != NULL; l++) {
-        free((void *)routes[l]);
+    for (int l = 0; l < c->layers && !dense; l++) {
+        pairs_to_dense(gates[l], &m->layers[l].pairs, c->router.experts);
     }
-    free(routes);
+    double loss = lm_loss + weight * reg;
+    double sparsity = dense ? 0.0 : sparsity_of(run->stats.active, N * c->layers * c->router.experts);
+    float scalars[DUMP_SCALARS] = {(float)lm_loss, (float)reg, (float)loss, (float)sparsity};
+    dump_write(o->dump, c, &m->table, N, scalars, logits, (const float *const *)gates, m->grad);
+    printf("lm_loss %.7f reg_loss %.7f loss %.7f sparsity %.7f -> %s\n", lm_loss, reg, loss, sparsity,
+           o->dump);
+    free_layer_matrices(routes);
+    free_layer_matrices(gates);
     free(logits);
 }
 
@@ -896,140 +846,6 @@ static void bench(Run *run) {
 
 // ----------------------------------------------------------------------------
 // setting up a run
-
-static int wants_training(const Options *o) {
-    return o->dump[0] == '\0' && !o->eval && o->sample[0] == '\0';
-}
-
-// the first free runs/NAME[-2, -3, ...], or, to resume, the last one that is taken
-static void default_out(char *out, const char *preset, const char *router, int resuming) {
-    char last[PATH_SIZE], latest[PATH_SIZE];
-    for (int i = 1;; i++) {
-        if (i == 1) {
-            check_format(out, PATH_SIZE, "runs/%s-%s", preset, router);
-            check_format(last, sizeof(last), "%s", out);
-        } else {
-            check_format(out, PATH_SIZE, "runs/%s-%s-%d", preset, router, i);
-        }
-        check_format(latest, sizeof(latest), "%.1900s/latest", out);
-        if (!path_exists(latest)) {
-            break;
-        }
-        check_format(last, sizeof(last), "%s", out);
-    }
-    if (resuming) {
-        check_format(out, PATH_SIZE, "%s", last);
-    }
-}
-
-// options that a loaded model has already decided
-static void refuse_shape_options(int argc, const char *const *argv, const char *folder) {
-    static const char *const decided[] = {"preset",      "router",   "experts",    "active",
-                                          "granularity", "layers",   "hidden",     "heads",
-                                          "kv_heads",    "ffn_mult", "vocab_size", "load_balance"};
-    for (size_t i = 0; i < sizeof(decided) / sizeof(decided[0]); i++) {
-        if (options_given(argc, argv, decided[i])) {
-            char spelled[64];
-            option_spell(spelled, sizeof(spelled), decided[i]);
-            die_usage(
-                "--%s cannot be combined with --load or --resume: %s/config.json decides it\n  ---> drop it",
-                spelled, folder);
-        }
-    }
-}
-
-// other data than the preset's: its validation shards and its vocabulary do not belong to them
-static void drop_foreign_data(Options *o, int argc, const char *const *argv) {
-    if (options_given(argc, argv, "train_data") && !options_given(argc, argv, "val_data")) {
-        o->val_data[0] = '\0';
-    }
-    if (options_given(argc, argv, "train_data") && !options_given(argc, argv, "tokenizer")) {
-        o->tokenizer[0] = '\0';
-    }
-}
-
-// the options that a checkpoint's run was started with, then the command line's
-static int inherit_options(Run *run, RunState *state, const char *folder, int argc, const char *const *argv) {
-    Options *o = &run->options;
-    options_defaults(o, "tiny");
-    int found = checkpoint_load_state(state, o, folder);
-    o->load[0] = o->resume[0] = '\0'; // that run's own beginnings
-    options_parse(o, argc, argv);
-    return found;
-}
-
-// --resume: the run goes on with its own options and folder, unless the command line says otherwise
-static void resume_options(Run *run, int argc, const char *const *argv) {
-    Options *o = &run->options;
-    char folder[PATH_SIZE], out[PATH_SIZE];
-    default_out(out, o->preset, o->router, 1);
-    checkpoint_find(folder, o->resume, o->out[0] != '\0' ? o->out : out);
-    refuse_shape_options(argc, argv, folder);
-    if (!inherit_options(run, &run->state, folder, argc, argv)) {
-        die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s",
-            folder, folder);
-    }
-    check_format(o->resume, sizeof(o->resume), "%s", folder);
-}
-
-// --load: another run's weights. To look at them (--eval, --sample), its data and vocabulary come along
-static void load_options(Run *run, int argc, const char *const *argv) {
-    Options *o = &run->options;
-    char folder[PATH_SIZE];
-    checkpoint_find(folder, o->load, "");
-    refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sample[0] != '\0') {
-        RunState unused;
-        inherit_options(run, &unused, folder, argc, argv);
-    }
-    check_format(o->load, sizeof(o->load), "%s", folder);
-}
-
-static void check_options(const Options *o) {
-    if (o->global_batch % o->batch != 0) {
-        die_usage("--global-batch %lld is not a multiple of --batch %lld", (long long)o->global_batch,
-                  (long long)o->batch);
-    }
-    if (strcmp(o->save_dtype, "f32") != 0 && strcmp(o->save_dtype, "bf16") != 0) {
-        die_usage("--save-dtype %s: expected f32 or bf16", o->save_dtype);
-    }
-    if (o->lr_min > o->lr) {
-        die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
-    }
-    if (!wants_training(o) && o->load[0] == '\0' && o->resume[0] == '\0') {
-        die_usage("--eval, --sample and --dump need a model\n  ---> name its folder with --load");
-    }
-    if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
-        die_usage("--route-from belongs to --dump");
-    }
-}
-
-// from the table, the preset, a checkpoint and the command line, each over the one before
-static void read_options(Run *run, int argc, const char *const *argv) {
-    Options *o = &run->options;
-    options_defaults(o, options_peek(argc, argv, "preset", "tiny"));
-    for (int i = 0; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            options_help(o, "./train_remoe");
-            exit(0);
-        }
-    }
-    options_parse(o, argc, argv);
-    if (o->resume[0] != '\0' && o->load[0] != '\0') {
-        die_usage(
-            "--resume and --load exclude each other\n  ---> --resume continues a run, --load starts one");
-    }
-    if (o->resume[0] != '\0') {
-        resume_options(run, argc, argv);
-    } else if (o->load[0] != '\0') {
-        load_options(run, argc, argv);
-    }
-    drop_foreign_data(o, argc, argv);
-    if (o->global_batch == 0 || o->dump[0] != '\0') {
-        o->global_batch = o->batch;
-    }
-    check_options(o);
-}
 
 // weights, moments and state: drawn from the seed, loaded, or resumed
 static void build_model(Run *run) {
@@ -1204,7 +1020,7 @@ static void open_out(Run *run) {
 
 static Run *open_run(int argc, const char *const *argv) {
     Run *run = NEW(Run, 1);
-    read_options(run, argc, argv);
+    read_options(&run->options, &run->state, "./train_remoe", argc, argv);
 #ifdef _OPENMP
     if (run->options.threads > 0) {
         omp_set_num_threads((int)run->options.threads);
