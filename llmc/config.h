@@ -86,7 +86,7 @@ static inline Config config_from_options(const Options *o) {
         die_usage("--granularity %d does not divide the width %lld of a dense feed-forward layer",
                   c.granularity, (long long)width);
     }
-    c.router.experts = (int)experts;
+    c.router.experts = (int)experts; // E G experts, k G of them active, F / G wide each (Eq. 12, 13)
     c.router.active = dense ? 1 : (int)(o->active * o->granularity);
     c.ffn = (int)(width / c.granularity);
     config_check(&c, "options");

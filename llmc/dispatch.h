@@ -82,7 +82,7 @@ static inline void dispatch_combine(float *y, const float *rows, const PairList 
             const float *row = rows + dispatch->row_of_pair[p] * d;
             float gate = gates != NULL ? gates[p] : 1.0f;
             for (int c = 0; c < d; c++) {
-                y[t * d + c] += gate * row[c];
+                y[t * d + c] += gate * row[c]; // (Eq. 1)
             }
         }
     }

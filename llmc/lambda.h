@@ -62,7 +62,7 @@ static inline int sparsity_sign(int64_t active, int64_t pairs, int E, int k) {
 static inline void lambda_update(LambdaState *state, int64_t active, int64_t pairs, int E, int k) {
     int sign = sparsity_sign(active, pairs, E, k);
     if (sign > 0) {
-        state->lambda *= state->alpha;
+        state->lambda *= state->alpha; // (Eq. 7)
     } else if (sign < 0) {
         state->lambda /= state->alpha;
     }

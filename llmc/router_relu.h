@@ -2,7 +2,7 @@
 The ReLU router of ReMoE: continuous where an expert switches on or off, and free to give each token as many
 experts as it needs.
 
-    forward   R(x)_e = relu(z_e), z = W x (Eq. 5); active iff z_e > 0
+    forward   R(x)_e = relu(z_e), z = W x (Eq. 4, 5); active iff z_e > 0
     backward  dz_e = dR_e for the active pairs, 0 elsewhere
 
     regulariser of one layer   reg_l = sum_e f_e mean_t R(x_t)_e                          (Eq. 10)
@@ -29,7 +29,7 @@ static inline void router_relu_forward(PairList *pairs, const float *logits, int
         pairs->row_start[t] = p;
         for (int e = 0; e < E; e++) {
             float z = logits[t * E + e];
-            if (z > 0.0f) {
+            if (z > 0.0f) { // R = relu(z) (Eq. 4, 5)
                 pairs->expert[p] = e;
                 pairs->gate[p] = z;
                 p++;
@@ -45,7 +45,7 @@ static inline double router_relu_load(const int64_t *counts, int e, int64_t N, i
     return load_balance ? (double)E * (double)counts[e] / ((double)k * (double)N) : 1.0;
 }
 
-// sum_e f_e mean_t R_te: one layer's term of Eq. 10
+// sum_e f_e mean_t R_te: one layer's term (Eq. 9, 10)
 static inline double router_relu_loss(const PairList *pairs, const int64_t *counts, int64_t N, int E, int k,
                                       int load_balance) {
     double sum = 0.0;

@@ -52,7 +52,7 @@ static inline void router_softmax_backward(float *dlogits, const float *s, int64
     }
 }
 
-// chosen[e] = 1 for the k largest of score[E], ties to the lower index
+// TopK (Eq. 2, 3): chosen[e] = 1 for the k largest of score[E], ties to the lower index
 static inline void router_topk_choose(unsigned char *chosen, const float *score, int E, int k) {
     memset(chosen, 0, (size_t)E);
     for (int i = 0; i < k; i++) {
