@@ -204,9 +204,11 @@ static inline void corpus_free(Corpus *c) {
 // reading
 
 static inline void corpus_fill(Corpus *c) {
-    memmove(c->buffer, c->buffer + c->start, c->size - c->start);
-    c->size -= c->start;
-    c->start = 0;
+    if (c->start > 0) {
+        memmove(c->buffer, c->buffer + c->start, c->size - c->start);
+        c->size -= c->start;
+        c->start = 0;
+    }
     if (c->capacity - c->size < CORPUS_READ_SIZE) {
         c->capacity = 2 * c->size + 2 * CORPUS_READ_SIZE;
         c->buffer = GROW(char, c->buffer, c->capacity);

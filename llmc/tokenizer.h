@@ -435,7 +435,6 @@ static inline void tokenizer_encode_special(Tokenizer *t, const char *text, size
         tokenizer_reserve(ids, *n, capacity, 1);
         (*ids)[(*n)++] = t->eot;
         start = at + length;
-        at = start - 1;
     }
     tokenizer_encode(t, text + start, size - start, ids, n, capacity);
 }

@@ -1,0 +1,627 @@
+/*
+tokenizer.h: words and merges against a literal reading of their definition on random text, any bytes there and
+back, very long words, special tokens, damaged vocabularies; GPT-2's ids on the strings and files on which five
+other implementations agree (../shared/data, where it is present); and the built-in sample's shards.
+*/
+#ifndef TEST_TOKENIZER_H
+#define TEST_TOKENIZER_H
+
+#include <sys/stat.h>
+#include <time.h>
+// defines: mkdir, clock
+#include "../../data/corpus.h"
+#include "../../data/sha256.h"
+#include "../../llmc/tokenizer.h"
+#include "harness.h"
+
+#define TK_FOLDER "build/test/vocabulary"
+#define TK_DATA "../shared/data"
+
+// ----------------------------------------------------------------------------
+// a tiny vocabulary: the bytes, these merges, <|endoftext|>
+
+static const char *const tk_merges[][2] = {
+    {"a", "b"},           {"\u0120", "a"},      {"b", "c"},
+    {"ab", "ab"},         {"\u0120", "\u0120"}, {"abab", "abab"},
+    {"a", "a"},           {"aa", "a"},          {"\u0120a", "b"},
+    {"\u010a", "\u010a"}, {"'", "s"},           {"\u00c3", "\u00a9"},
+    {"1", "2"},           {"h", "e"},           {"l", "l"},
+    {"he", "ll"},         {"hell", "o"},        {"\u0120\u0120", "\u0120\u0120"},
+};
+enum { TK_MERGES = sizeof(tk_merges) / sizeof(tk_merges[0]), TK_VOCAB = 256 + TK_MERGES + 1 };
+
+static void tk_write(void) {
+    int symbols[256], next = 0;
+    char text[16];
+    mkdir("build", 0777);
+    mkdir("build/test", 0777);
+    mkdir(TK_FOLDER, 0777);
+    FILE *vocab = check_fopen(TK_FOLDER "/vocab.json", "wb", "");
+    FILE *merges = check_fopen(TK_FOLDER "/merges.txt", "wb", "");
+    tokenizer_byte_symbols(symbols);
+    for (int byte = 0; byte < 256; byte++) {
+        fputs(byte == 0 ? "{" : ", ", vocab);
+        json_write_string(vocab, text, (size_t)(json_put_utf8(text, (unsigned)symbols[byte]) - text));
+        fprintf(vocab, ": %d", next++);
+    }
+    fprintf(merges, "#version: 0.2\n");
+    for (int i = 0; i < TK_MERGES; i++) {
+        fprintf(vocab, ", \"%s%s\": %d", tk_merges[i][0], tk_merges[i][1], next++);
+        fprintf(merges, "%s %s\n", tk_merges[i][0], tk_merges[i][1]);
+    }
+    fprintf(vocab, ", \"<|endoftext|>\": %d}\n", next);
+    check_fclose(vocab, TK_FOLDER "/vocab.json");
+    check_fclose(merges, TK_FOLDER "/merges.txt");
+}
+
+static int tk_encodes(Tokenizer *t, const char *text, size_t size, const int *want, size_t n_want) {
+    int *ids = NULL;
+    size_t n = 0, capacity = 0;
+    tokenizer_encode(t, text, size, &ids, &n, &capacity);
+    int equal = n == n_want && (n == 0 || memcmp(ids, want, n * sizeof(int)) == 0);
+    free(ids);
+    return equal;
+}
+
+// ----------------------------------------------------------------------------
+// the definition, read literally
+
+typedef struct {
+    int code; // -1: a byte that is no UTF-8
+    int kind;
+    size_t size;
+} TkChar;
+
+static size_t tk_chars(const Tokenizer *t, const uint8_t *text, size_t size, TkChar *chars) {
+    size_t n = 0;
+    for (size_t at = 0; at < size; n++) {
+        size_t bytes = json_utf8_size(text + at, text + size);
+        int code = bytes == 0 ? -1 : bytes == 1 ? text[at] : text[at] & (0x7F >> bytes);
+        for (size_t i = 1; i < bytes; i++) {
+            code = code * 64 + text[at + i] % 64;
+        }
+        chars[n].code = code;
+        chars[n].kind = code < 0 ? UNICODE_OTHER : t->classes[code];
+        chars[n].size = bytes == 0 ? 1 : bytes;
+        at += chars[n].size;
+    }
+    return n;
+}
+
+// the number of characters that the first alternative that matches takes
+static size_t tk_match(const TkChar *c, size_t n) {
+    static const char *const contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    static const int kinds[] = {UNICODE_LETTER, UNICODE_NUMBER, UNICODE_OTHER};
+    for (int i = 0; i < 7; i++) {
+        size_t length = strlen(contractions[i]), k = 0;
+        while (k < length && k < n && c[k].code == contractions[i][k]) {
+            k++;
+        }
+        if (k == length) {
+            return length;
+        }
+    }
+    for (int i = 0; i < 3; i++) { // ` ?` and a run
+        size_t start = c[0].code == ' ', end = start;
+        while (end < n && c[end].kind == kinds[i]) {
+            end++;
+        }
+        if (end > start) {
+            return end;
+        }
+    }
+    size_t run = 0;
+    while (run < n && c[run].kind == UNICODE_SPACE) {
+        run++;
+    }
+    size_t before_space_or_end = run == n ? run : run - 1; // \s+(?!\S)
+    return before_space_or_end > 0 ? before_space_or_end : run;
+}
+
+// merges one pair at a time, searching tk_merges in order
+static size_t tk_merge(int *ids, size_t n, int (*merges)[3]) {
+    for (int rank = 0; rank < TK_MERGES; rank++) {
+        for (size_t i = 0; i + 1 < n; i++) {
+            if (ids[i] == merges[rank][0] && ids[i + 1] == merges[rank][1]) {
+                ids[i] = merges[rank][2];
+                memmove(ids + i + 1, ids + i + 2, (n - i - 2) * sizeof(int));
+                n--;
+                rank = -1; // from the first merge again
+                break;
+            }
+        }
+    }
+    return n;
+}
+
+static int tk_token(const Tokenizer *t, const char *left, const char *right) {
+    char bytes[64], spelled[64];
+    TokenizerLoader loader;
+    size_t size;
+    tokenizer_loader_init(&loader, 1);
+    free(loader.slots);
+    check_format(spelled, sizeof(spelled), "%s%s", left, right);
+    size_t n = tokenizer_unspell(&loader, spelled, strlen(spelled), bytes);
+    for (int id = 0; id < t->vocab_size; id++) {
+        const char *piece = tokenizer_piece(t, id, &size);
+        if (size == n && memcmp(piece, bytes, n) == 0) {
+            return id;
+        }
+    }
+    return -1;
+}
+
+static size_t tk_reference(const Tokenizer *t, const char *text, size_t size, int (*merges)[3], int *ids) {
+    TkChar chars[1024];
+    size_t n_chars = tk_chars(t, (const uint8_t *)text, size, chars);
+    size_t n = 0, byte = 0;
+    for (size_t at = 0; at < n_chars;) {
+        size_t end = at + tk_match(chars + at, n_chars - at);
+        size_t first = n;
+        for (; at < end; at++) {
+            for (size_t i = 0; i < chars[at].size; i++) {
+                ids[n++] = t->byte_ids[(uint8_t)text[byte++]];
+            }
+        }
+        n = first + tk_merge(ids + first, n - first, merges);
+    }
+    return n;
+}
+
+static void test_tokenizer_definition(Tokenizer *t) {
+    static const char *const parts[] = {
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "a",
+        "ab",
+        "abab",
+        "abc",
+        "aaaaaaa",
+        "hello",
+        " hello",
+        "'",
+        "'s",
+        "'ll",
+        "'re",
+        "'T",
+        "'ve",
+        "12",
+        "7",
+        "!",
+        "...",
+        "\u00e9",
+        "\u00c9t\u00e9",
+        "\u65e5\u672c",
+        "\u0663",
+        "\u00a0",
+        "\u2003",
+        "\u3000",
+        "\xff",
+        "\xe2\x82",
+        "\xf0\x9f",
+        "\U0001F600",
+        "\u0301",
+        "_",
+        "<|endoftext|>",
+        "abcdefghijklmn",
+        "Abcdefghijklmnop",
+        "                  ",
+        "\u1c89",
+        "\u01c5",
+        "\u00bd",
+        "\x1c",
+    };
+    int merges[TK_MERGES][3], want[1024];
+    char text[1024];
+    unsigned long long state = 1;
+    size_t wrong = 0, lost = 0;
+    for (int i = 0; i < TK_MERGES; i++) {
+        merges[i][0] = tk_token(t, tk_merges[i][0], "");
+        merges[i][1] = tk_token(t, tk_merges[i][1], "");
+        merges[i][2] = tk_token(t, tk_merges[i][0], tk_merges[i][1]);
+    }
+    for (int trial = 0; trial < 20000; trial++) {
+        size_t size = 0, n = 0, capacity = 0, back_size;
+        int *ids = NULL;
+        for (int i = 0; i <= trial % 13; i++) {
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            const char *part = parts[(state >> 33) % (sizeof(parts) / sizeof(parts[0]))];
+            memcpy(text + size, part, strlen(part));
+            size += strlen(part);
+        }
+        wrong += !tk_encodes(t, text, size, want, tk_reference(t, text, size, merges, want));
+        tokenizer_encode(t, text, size, &ids, &n, &capacity);
+        char *back = tokenizer_decode(t, ids, n, &back_size);
+        lost += back_size != size || memcmp(back, text, size) != 0 || back[size] != '\0';
+        free(back);
+        free(ids);
+    }
+    CHECK(wrong == 0);
+    CHECK(lost == 0);
+}
+
+// ----------------------------------------------------------------------------
+// any bytes, long words, special tokens
+
+static int tk_round_trip(Tokenizer *t, const char *text, size_t size) {
+    int *ids = NULL;
+    size_t n = 0, capacity = 0, back_size;
+    tokenizer_encode(t, text, size, &ids, &n, &capacity);
+    char *back = tokenizer_decode(t, ids, n, &back_size);
+    int equal = back_size == size && memcmp(back, text, size) == 0;
+    free(back);
+    free(ids);
+    return equal;
+}
+
+static void test_tokenizer_any_bytes(Tokenizer *t) {
+    char text[4096];
+    unsigned long long state = 7;
+    int lost = 0;
+    for (size_t size = 0; size < 300; size++) {
+        for (size_t i = 0; i < size; i++) {
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            text[i] = (char)(state >> 40);
+        }
+        lost += !tk_round_trip(t, text, size);
+    }
+    for (int byte = 0; byte < 256; byte++) {
+        memset(text, byte, sizeof(text));
+        lost += !tk_round_trip(t, text, sizeof(text));
+    }
+    CHECK(lost == 0);
+}
+
+// a heap word gives what short words give: "abab" repeats merge in eights, letter by letter or not
+static void test_tokenizer_long_words(Tokenizer *t) {
+    const size_t size = 1 << 20;
+    char *text = NEW(char, size);
+    int *ids = NULL;
+    size_t n = 0, capacity = 0, wrong = 0;
+    for (size_t i = 0; i < size; i++) {
+        text[i] = i % 2 == 0 ? 'a' : 'b';
+    }
+    clock_t start = clock();
+    tokenizer_encode(t, text, size, &ids, &n, &capacity);
+    CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 5.0); // quadratic would take hours
+    CHECK(n == size / 8);
+    for (size_t i = 0; i < n; i++) {
+        wrong += ids[i] != tk_token(t, "abab", "abab");
+        i += i > 100 ? n / 100 : 0; // a sample: finding the token is slow
+    }
+    CHECK(wrong == 0);
+    CHECK(tk_round_trip(t, text, size - 3));
+    free(ids);
+    free(text);
+}
+
+// both ways of merging a word, on the same words
+static void test_tokenizer_two_ways(Tokenizer *t) {
+    static const char letters[] = "aaabbc";
+    unsigned long long state = 3;
+    uint16_t short_ids[TOKENIZER_SHORT];
+    uint8_t word[TOKENIZER_SHORT];
+    int different = 0;
+    for (int trial = 0; trial < 2000; trial++) {
+        size_t size = 1 + (size_t)trial % TOKENIZER_SHORT, n = 0;
+        for (size_t i = 0; i < size; i++) {
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            word[i] = (uint8_t)letters[(state >> 33) % 6];
+        }
+        size_t n_short = tokenizer_merge_short(t, word, size, short_ids);
+        tokenizer_merge_long(t, word, size);
+        for (int64_t i = 0; i >= 0; i = t->symbols[i].next) {
+            different += n >= n_short || t->symbols[i].id != short_ids[n];
+            n++;
+        }
+        different += n != n_short;
+    }
+    CHECK(different == 0);
+}
+
+static void test_tokenizer_special(Tokenizer *t) {
+    const char *text = "ab<|endoftext|>\n<|endoftext|><|endoftext|";
+    int *ids = NULL;
+    size_t n = 0, capacity = 0;
+    CHECK(t->eot == TK_VOCAB - 1 && t->vocab_size == TK_VOCAB);
+    tokenizer_encode_special(t, text, strlen(text), &ids, &n, &capacity);
+    CHECK(n == 4 + strlen("<|endoftext|") && ids[1] == t->eot && ids[2] == t->byte_ids['\n'] &&
+          ids[3] == t->eot);
+    char *back = tokenizer_decode(t, ids, n, NULL);
+    CHECK(strcmp(back, text) == 0);
+    free(back);
+    n = 0;
+    tokenizer_encode(t, text, strlen(text), &ids, &n, &capacity);
+    for (size_t i = 0; i < n; i++) {
+        CHECK(ids[i] != t->eot); // special tokens as text are text
+    }
+    n = 0;
+    tokenizer_encode_special(t, "", 0, &ids, &n, &capacity);
+    CHECK(n == 0);
+    free(ids);
+}
+
+static void test_tokenizer_share(const Tokenizer *t) {
+    const int want[] = {t->byte_ids['x'], t->byte_ids[' '], tk_token(t, "a", "b")};
+    Tokenizer *other = tokenizer_share(t);
+    CHECK(tk_encodes(other, "x ab", 4, want, 3));
+    CHECK(tk_encodes(other, "x ab", 4, want, 3)); // now from its cache
+    tokenizer_free(other);
+    tokenizer_free(NULL);
+}
+
+static void tk_piece_outside(void *t) {
+    size_t size;
+    tokenizer_piece((Tokenizer *)t, TK_VOCAB, &size);
+}
+
+// ----------------------------------------------------------------------------
+// damaged vocabularies
+
+static void tk_load(void *folder) {
+    tokenizer_load((const char *)folder);
+}
+
+// writes the tiny vocabulary with `find` in one of its files replaced (find "": the whole file), and loads it
+static void tk_refused(const char *name, const char *find, const char *replacement, const char *message) {
+    char path[256];
+    tk_write();
+    check_format(path, sizeof(path), TK_FOLDER "/%s", name);
+    char *text = check_read_file(path, NULL, "");
+    char *at = strstr(text, find);
+    if (!CHECK(at != NULL)) {
+        return;
+    }
+    FILE *file = check_fopen(path, "wb", "");
+    fprintf(file, "%.*s%s%s", (int)(at - text), text, replacement, find[0] ? at + strlen(find) : "");
+    check_fclose(file, path);
+    check_dies(1, message, tk_load, (void *)TK_FOLDER);
+    check_dies(1, "---> ", tk_load, (void *)TK_FOLDER);
+    free(text);
+}
+
+static void test_tokenizer_damaged(void) {
+    const char *vocab = "vocab.json";
+    const char *merges = "merges.txt";
+    check_dies(1, "cannot open build/test/nowhere/vocab.json", tk_load, (void *)"build/test/nowhere");
+    tk_refused(vocab, "", "", "is not valid JSON");
+    tk_refused(vocab, "{", "[", "is not valid JSON");
+    tk_refused(vocab, "", "[1, 2]", "holds 0 tokens");
+    tk_refused(vocab, "", "{\"a\": 0}", "holds 1 tokens");
+    tk_refused(vocab, "\"a\": 97", "\"a\": \"97\"",
+               "the id of token \"a\" is not a number; expected the ids 0 to");
+    tk_refused(vocab, "\"a\": 97", "\"a\": 98", "expected the ids 0 to");
+    tk_refused(vocab, "\"a\": 97", "\"a\": -1", "the id of token \"a\" is -1");
+    tk_refused(vocab, "\"a\": 97", "\"a\": 97.5", "the id of token \"a\" is 97.5");
+    tk_refused(vocab, "\"a\": 97", "\"a\": 99999999999999999999", "the id of token \"a\"");
+    tk_refused(vocab, "\"b\": 98", "\"a\": 98", "token \"a\" stands there twice");
+    tk_refused(vocab, "\"a\": 97", "\"a b\": 97", "token \"a b\" is not spelled in GPT-2's byte symbols");
+    tk_refused(vocab, "\"a\": 97", "\"\u20ac\": 97", "is not spelled in GPT-2's byte symbols");
+    tk_refused(vocab, "\"a\": 97", "\"\": 97", "is not spelled in GPT-2's byte symbols");
+    tk_refused(vocab, "\"a\": 97", "\"aX\": 97", "no token for the byte 97");
+    tk_refused(vocab, "<|endoftext|>", "<|end|>", "has no token <|endoftext|>");
+    tk_refused(merges, "\nh e\n", "\nhe\n", "merges.txt, line 15: expected two tokens");
+    tk_refused(merges, "\nh e\n", "\nh ee\n", "merges.txt, line 15: \"ee\" is not a token");
+    tk_refused(merges, "\nh e\n", "\nh f\n", "merges.txt, line 15: \"hf\" is not a token");
+    tk_refused(merges, "\nh e\n", "\nh e e\n", "merges.txt, line 15: \"e e\" is not a token");
+    tk_refused(merges, "\nh e\n", "\nb c\n", "merges.txt, line 15: the pair \"b c\" stands there twice");
+    tk_refused(merges, "\nh e\n", "\n#version: 1\n", "is not a token");
+    tk_refused(merges, "\nh e\n", "\n\xff e\n", "is not a token");
+    unlink(TK_FOLDER "/merges.txt");
+    check_dies(1, "cannot open build/test/vocabulary/merges.txt", tk_load, (void *)TK_FOLDER);
+}
+
+static void test_tokenizer_too_many(void) {
+    FILE *file = check_fopen(TK_FOLDER "/vocab.json", "wb", "");
+    for (int i = 0; i <= TOKENIZER_MAX_VOCAB; i++) {
+        fprintf(file, "%s\"t%d\": %d", i == 0 ? "{" : ",", i, i);
+    }
+    fputs("}", file);
+    check_fclose(file, TK_FOLDER "/vocab.json");
+    check_dies(1, "holds 65537 tokens; expected an object of 257", tk_load, (void *)TK_FOLDER);
+}
+
+// the k-th string over "abc" of a length, in base 3
+static void tk_spell(int k, int length, char *out) {
+    for (int i = 0; i < length; i++) {
+        out[i] = (char)('a' + k % 3);
+        k /= 3;
+    }
+    out[length] = '\0';
+}
+
+// every way to make every string of 2 to 9 letters: more merges than a rank of 16 bits can count
+static void test_tokenizer_too_many_merges(void) {
+    char word[16];
+    tk_write();
+    char *text = check_read_file(TK_FOLDER "/vocab.json", NULL, "");
+    FILE *vocab = check_fopen(TK_FOLDER "/vocab.json", "wb", "");
+    FILE *merges = check_fopen(TK_FOLDER "/merges.txt", "wb", "");
+    fprintf(vocab, "%.*s", (int)(strstr(text, ", \"ab\"") - text), text); // the bytes
+    int id = 256;
+    for (int length = 2, count = 9; length <= 9; length++, count *= 3) {
+        for (int k = 0; k < count; k++) {
+            tk_spell(k, length, word);
+            fprintf(vocab, ", \"%s\": %d", word, id++);
+            for (int cut = 1; cut < length; cut++) {
+                fprintf(merges, "%.*s %s\n", cut, word, word + cut);
+            }
+        }
+    }
+    fprintf(vocab, ", \"<|endoftext|>\": %d}", id);
+    check_fclose(vocab, TK_FOLDER "/vocab.json");
+    check_fclose(merges, TK_FOLDER "/merges.txt");
+    check_dies(1, "merges.txt, line 65536: more than 65,535 merges", tk_load, (void *)TK_FOLDER);
+    free(text);
+}
+
+// ----------------------------------------------------------------------------
+// GPT-2
+
+// each line {"text", "ids"}; returns the number of lines, or 0 if one differs
+static int tk_golden(Tokenizer *t, const char *path, int special) {
+    size_t size;
+    int lines = 0, wrong = 0;
+    char error[256];
+    JsonArena arena;
+    json_arena_init(&arena);
+    char *text = check_read_file(path, &size, "");
+    for (char *line = text; line < text + size; lines++) {
+        char *end = strchr(line, '\n');
+        json_arena_reset(&arena);
+        const Json *row = json_parse(line, (size_t)(end - line), &arena, error, sizeof(error));
+        const Json *string = json_get(row, "text"), *want = json_get(row, "ids");
+        int *ids = NULL;
+        size_t n = 0, capacity = 0, i = 0;
+        (special ? tokenizer_encode_special : tokenizer_encode)(t, string->text, string->text_size, &ids, &n,
+                                                                &capacity);
+        int equal = n == want->count && tk_round_trip(t, string->text, string->text_size);
+        for (const Json *id = want->child; equal && id != NULL; id = id->next) {
+            int64_t value = -1;
+            equal = json_int64(id, &value) && value == ids[i++];
+        }
+        wrong += !equal;
+        free(ids);
+        line = end + 1;
+    }
+    json_arena_free(&arena);
+    free(text);
+    return wrong == 0 ? lines : 0;
+}
+
+// SHA-256 of the ids of all documents of a file, as little-endian uint16, each followed by <|endoftext|> if wanted
+static void tk_hash_file(Tokenizer *t, const char *path, int with_eot, char *hex) {
+    char copy[256], error[256];
+    char *paths[1] = {copy};
+    Corpus corpus;
+    CorpusRecord record;
+    CorpusDocument document;
+    JsonArena arena;
+    Sha256 sha;
+    int *ids = NULL;
+    size_t capacity = 0;
+    check_format(copy, sizeof(copy), "%s", path);
+    corpus_init(&corpus, paths, 1, 0);
+    json_arena_init(&arena);
+    sha256_init(&sha);
+    while (corpus_next(&corpus, &record)) {
+        size_t n = 0;
+        CHECK(corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error)));
+        tokenizer_encode(t, document.text, document.size, &ids, &n, &capacity);
+        tokenizer_reserve(&ids, n, &capacity, 1);
+        ids[n] = t->eot;
+        for (size_t i = 0; i < n + (size_t)with_eot; i++) {
+            uint16_t id = (uint16_t)ids[i];
+            sha256_update(&sha, &id, 2);
+        }
+    }
+    sha256_finish(&sha, hex);
+    json_arena_free(&arena);
+    corpus_free(&corpus);
+    free(ids);
+}
+
+static void test_tokenizer_corpus(Tokenizer *t) {
+    char path[256], hex[65];
+    JsonArena arena;
+    json_arena_init(&arena);
+    const Json *files = json_parse_file(TK_DATA "/gpt2/corpus_tokens.json", &arena, "");
+    for (const Json *file = files->child; file != NULL; file = file->next) {
+        const Json *plain = json_get(file, "sha256_u16le");
+        const Json *want = plain != NULL ? plain : json_get(file, "sha256_u16le_with_eot");
+        check_format(path, sizeof(path), TK_DATA "/corpus/%s.%s", file->key,
+                     plain != NULL ? "txt" : "jsonl.zst");
+        tk_hash_file(t, path, plain == NULL, hex);
+        CHECK(strcmp(hex, want->text) == 0);
+    }
+    CHECK(files->count == 4);
+    json_arena_free(&arena);
+}
+
+static void test_tokenizer_gpt2(void) {
+    if (access(TK_DATA "/gpt2/vocab.json", R_OK) != 0) {
+        skip_case("GPT-2's ids: no ../shared/data/gpt2");
+        return;
+    }
+    Tokenizer *t = tokenizer_load(TK_DATA "/gpt2");
+    CHECK(t->vocab_size == 50257 && t->eot == 50256);
+    CHECK(tk_golden(t, TK_DATA "/gpt2/golden.jsonl", 0) == 318);
+    CHECK(tk_golden(t, TK_DATA "/gpt2/golden_special.jsonl", 1) == 8);
+    if (system("zstd --version >/dev/null 2>&1") != 0) {
+        skip_case("GPT-2's ids of whole files: no zstd");
+    } else {
+        test_tokenizer_corpus(t);
+    }
+    tokenizer_free(t);
+}
+
+// ----------------------------------------------------------------------------
+// what data/ makes of the built-in sample
+
+// the training and validation shards, decoded, hold each document of the sample once
+static void test_tokenizer_sample(void) {
+    if (access("build/sample/manifest.json", R_OK) != 0) {
+        skip_case("the sample's shards: no build/sample (make sample-data)");
+        return;
+    }
+    char sample[] = "data/sample.jsonl", error[256];
+    char *paths[1] = {sample};
+    Corpus corpus;
+    CorpusRecord record;
+    CorpusDocument document;
+    JsonArena arena;
+    size_t size;
+    int missing = 0, documents = 0;
+    Tokenizer *t = tokenizer_load("build/sample");
+    uint16_t *shard = (uint16_t *)check_read_file("build/sample/train_000000.bin", &size, "");
+    size_t n = size / 2, at = 512; // behind the header
+    corpus_init(&corpus, paths, 1, 0);
+    json_arena_init(&arena);
+    int *ids = NULL;
+    size_t capacity = 0;
+    while (corpus_next(&corpus, &record)) {
+        size_t count = 0;
+        CHECK(corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error)));
+        tokenizer_encode(t, document.text, document.size, &ids, &count, &capacity);
+        size_t i = 0;
+        while (at < n && shard[at] == t->eot && i < count && at + 1 + i < n && shard[at + 1 + i] == ids[i]) {
+            i++;
+        }
+        if (i == count) {
+            at += 1 + count; // in order; the others went to validation
+        } else {
+            missing++;
+        }
+        documents++;
+    }
+    CHECK(at == n && missing > 0 && missing < documents / 2);
+    json_arena_free(&arena);
+    corpus_free(&corpus);
+    tokenizer_free(t);
+    free(shard);
+    free(ids);
+}
+
+static void test_tokenizer(void) {
+    tk_write();
+    Tokenizer *t = tokenizer_load(TK_FOLDER);
+    test_tokenizer_definition(t);
+    test_tokenizer_any_bytes(t);
+    test_tokenizer_two_ways(t);
+    test_tokenizer_long_words(t);
+    test_tokenizer_special(t);
+    test_tokenizer_share(t);
+    check_dies(1, "is not in the vocabulary", tk_piece_outside, t);
+    tokenizer_free(t);
+    test_tokenizer_damaged();
+    test_tokenizer_too_many();
+    test_tokenizer_too_many_merges();
+    test_tokenizer_gpt2();
+    test_tokenizer_sample();
+}
+
+#endif
