@@ -120,7 +120,7 @@ static inline const OptionRow *option_rows(int *count) {
 
 static inline const char *preset_arguments(const char *name) {
     static const char *presets[][2] = {
-        {"tiny", ""},
+        {"tiny", "--lr 2e-3 --lr-min 2e-4"},
         {"small", "--hidden 768 --layers 12 --heads 12"},
         {"medium", "--hidden 1024 --layers 24 --heads 16"},
         {"large", "--hidden 1536 --layers 24 --heads 16"},
@@ -220,14 +220,15 @@ __attribute__((noreturn)) static inline void option_unknown(const char *name, si
               spelled);
 }
 
-// sets one option from text; `from` names the source in messages
+// sets one option from text; `from` names the source in messages when it is not the command line
 static inline void option_set(Options *options, const OptionRow *row, const char *text, const char *from) {
+    void (*fail)(const char *, ...) = from[0] == '\0' ? die_usage : die;
     char *field = (char *)options + row->offset;
     char spelled[64];
     option_spell(spelled, sizeof(spelled), row->field);
     if (row->kind == OPTION_TEXT) {
         if (strlen(text) >= OPTION_TEXT_SIZE) {
-            die_usage("--%s%s: longer than %d bytes", spelled, from, OPTION_TEXT_SIZE - 1);
+            fail("--%s%s: longer than %d bytes", spelled, from, OPTION_TEXT_SIZE - 1);
         }
         strcpy(field, text);
         return;
@@ -246,8 +247,8 @@ static inline void option_set(Options *options, const OptionRow *row, const char
     }
     int malformed = end == text || *end != '\0' || errno == ERANGE || !isfinite(value);
     if (malformed || value < row->least || value > row->most) {
-        die_usage("--%s%s expects %s from %g to %g, not '%s'", spelled, from,
-                  row->kind == OPTION_REAL ? "a number" : "an integer", row->least, row->most, text);
+        fail("--%s%s expects %s from %g to %g, not '%s'", spelled, from,
+             row->kind == OPTION_REAL ? "a number" : "an integer", row->least, row->most, text);
     }
 }
 
@@ -292,7 +293,7 @@ static inline void options_parse_line(Options *options, const char *line) {
     options_parse(options, argc, argv);
 }
 
-// the table's defaults, then the preset's words
+// the table's defaults, then the preset's words (NULL: none, for a model that is loaded)
 static inline void options_defaults(Options *options, const char *preset) {
     int count;
     const OptionRow *rows = option_rows(&count);
@@ -300,9 +301,11 @@ static inline void options_defaults(Options *options, const char *preset) {
     for (int i = 0; i < count; i++) {
         option_set(options, &rows[i], rows[i].initial, "");
     }
-    options_parse_line(options, preset_common(preset));
-    options_parse_line(options, preset_arguments(preset));
-    option_set(options, option_find("preset", 6), preset, "");
+    if (preset != NULL) {
+        options_parse_line(options, preset_common(preset));
+        options_parse_line(options, preset_arguments(preset));
+        option_set(options, option_find("preset", 6), preset, "");
+    }
 }
 
 // the value of `--name value` or `--name=value`, the last one given; fallback when absent

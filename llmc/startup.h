@@ -68,7 +68,7 @@ static inline void drop_foreign_data(Options *o, int argc, const char *const *ar
 // the options that a checkpoint's run was started with, then the command line's
 static inline int inherit_options(Options *o, RunState *state, const char *folder, int argc,
                                   const char *const *argv) {
-    options_defaults(o, "tiny");
+    options_defaults(o, NULL);
     int found = checkpoint_load_state(state, o, folder);
     o->load[0] = o->resume[0] = '\0'; // that run's own beginnings
     options_parse(o, argc, argv);
@@ -122,7 +122,8 @@ static inline void check_options(const Options *o) {
 // from the table, the preset, a checkpoint and the command line, each over the one before
 static inline void read_options(Options *o, RunState *state, const char *program, int argc,
                                 const char *const *argv) {
-    options_defaults(o, options_peek(argc, argv, "preset", "tiny"));
+    int loading = options_given(argc, argv, "load");
+    options_defaults(o, loading ? NULL : options_peek(argc, argv, "preset", "tiny"));
     for (int i = 0; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             options_help(o, program);
