@@ -435,8 +435,10 @@ static inline int corpus_parse(const Corpus *c, const CorpusRecord *record, Json
         return 1;
     }
     json_arena_reset(arena);
-    const Json *root = json_parse(record->bytes, record->size, arena, error, capacity);
+    char cause[256];
+    const Json *root = json_parse(record->bytes, record->size, arena, cause, sizeof(cause));
     if (root == NULL) {
+        snprintf(error, capacity, "%s", cause + strlen("line 1, ")); // the record's line is the file's
         return 0;
     }
     const Json *text = json_get(root, "text");

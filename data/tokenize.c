@@ -21,8 +21,9 @@ that is no document is counted and named in unreadable.txt.
 #include "corpus.h"
 #include "sha256.h"
 #include <getopt.h>
+#include <sys/file.h>
 #include <time.h>
-// defines: getopt_long, clock_gettime
+// defines: getopt_long, flock, clock_gettime
 
 enum { BATCH_BYTES_A_THREAD = 4 << 20, MAX_DOMAINS = 256, LISTED_UNREADABLE = 10 };
 
@@ -116,7 +117,7 @@ static FILE *open_partial(const Output *out, const char *name, int64_t size) {
     if (fseek(file, 0, SEEK_END) != 0 || ftell(file) < size) {
         die("%s is shorter than tokenize.state.json says\n  ---> rm -r %s, and start again", path, out->dir);
     }
-    if (ftruncate(fileno(file), size) != 0 || fseek(file, 0, SEEK_END) != 0) {
+    if ((size > 0 && ftruncate(fileno(file), size) != 0) || fseek(file, 0, SEEK_END) != 0) {
         die("cannot cut %s to its last known good size: %s\n  ---> check its permissions", path,
             strerror(errno));
     }
@@ -695,6 +696,15 @@ static char *describe_job(const Settings *s, char *const *paths, int count) {
     return job;
 }
 
+// two runs in one folder would write over each other; the system lets go of the lock however this run ends
+static void lock_folder(const char *dir) {
+    int folder = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder < 0 || flock(folder, LOCK_EX | LOCK_NB) != 0) {
+        die("%s: another run is at work there (%s)\n  ---> wait for it, or choose another --out", dir,
+            strerror(errno));
+    }
+}
+
 // 1 if the folder holds this job's finished output
 static int is_done(const Output *out) {
     char path[4096];
@@ -710,6 +720,8 @@ static int is_done(const Output *out) {
             path, out->dir);
     }
     json_arena_free(&arena);
+    output_path(out, path, "tokenize.state.json", "");
+    unlink(path); // left by a run that was killed as it finished
     return 1;
 }
 
@@ -722,6 +734,7 @@ int main(int argc, char **argv) {
     corpus_init(&corpus, paths, count, (size_t)s.text_bytes);
     Tokenizer *tokenizer = tokenizer_load(s.tokenizer);
     corpus_make_folder(s.out);
+    lock_folder(s.out);
     Output *out = NEW(Output, 1);
     out->dir = s.out;
     out->shard_tokens = s.shard_tokens;
