@@ -147,13 +147,15 @@ static inline const char *preset_common(const char *name) {
 
 // `--global-batch` and `global_batch` are one name
 static inline int option_name_equal(const char *name, size_t size, const char *field) {
+    if (strlen(field) != size) {
+        return 0;
+    }
     for (size_t i = 0; i < size; i++) {
-        char c = name[i] == '-' ? '_' : name[i];
-        if (field[i] == '\0' || c != field[i]) {
+        if ((name[i] == '-' ? '_' : name[i]) != field[i]) {
             return 0;
         }
     }
-    return field[size] == '\0';
+    return 1;
 }
 
 static inline const OptionRow *option_find(const char *name, size_t size) {
