@@ -30,29 +30,30 @@ typedef struct {
     double rope_theta;
 } Config;
 
-// stops with `where` ("--" for the command line, or the file) and the name that is wrong
-static inline void config_check(const Config *c, const char *where) {
+// stops with `where` (the file, or "options") and the name that is wrong; fail: die or die_usage
+static inline void config_check(const Config *c, const char *where, void (*fail)(const char *, ...)) {
     const Router *r = &c->router;
     if (c->hidden % c->heads != 0 || c->head_size % 2 != 0) {
-        die("%s: hidden size %d over %d heads must give an even head size\n  ---> change one of the two",
-            where, c->hidden, c->heads);
+        fail("%s: hidden size %d over %d heads must give an even head size\n  ---> change one of the two",
+             where, c->hidden, c->heads);
     }
     if (c->heads % c->kv_heads != 0) {
-        die("%s: %d query heads are not a multiple of %d key/value heads\n  ---> change one of the two",
-            where, c->heads, c->kv_heads);
+        fail("%s: %d query heads are not a multiple of %d key/value heads\n  ---> change one of the two",
+             where, c->heads, c->kv_heads);
     }
     if (r->active > r->experts) {
-        die("%s: %d active experts of only %d\n  ---> use fewer active experts, or more experts", where,
-            r->active, r->experts);
+        fail("%s: %d active experts of only %d\n  ---> use fewer active experts, or more experts", where,
+             r->active, r->experts);
     }
     if (r->experts % c->granularity != 0 || r->active % c->granularity != 0) {
-        die("%s: %d experts and %d active ones are not multiples of the granularity %d\n  ---> change one of "
-            "them",
-            where, r->experts, r->active, c->granularity);
+        fail("%s: %d experts and %d active ones are not multiples of the granularity %d\n"
+             "  ---> change one of them",
+             where, r->experts, r->active, c->granularity);
     }
-    if (r->method == ROUTER_DENSE && (r->experts != 1 || r->active != 1)) {
-        die("%s: a dense model has no experts to choose from\n  ---> drop the experts, or name a router",
-            where);
+    double weights = 3.0 * c->layers * r->experts * c->hidden * c->ffn;
+    if (weights > 1e15) { // sizes far below INT64_MAX from here on
+        fail("%s: experts of %g weights in all\n  ---> use fewer layers or experts, or smaller ones", where,
+             weights);
     }
 }
 
@@ -77,19 +78,21 @@ static inline Config config_from_options(const Options *o) {
     c.norm_eps = 1e-5;
     c.rope_theta = 1e6;
     int64_t experts = dense ? 1 : o->experts * o->granularity;
+    int64_t active = dense ? 1 : o->active * o->granularity;
     int64_t width = o->ffn_mult * o->hidden;
-    if (experts > 65536) {
-        die_usage("--experts %lld x --granularity %lld: more than 65536 experts", (long long)o->experts,
-                  (long long)o->granularity);
+    if (experts > 65536 || active > experts) {
+        die_usage("--active %lld of --experts %lld, at --granularity %lld: expected no more active ones than "
+                  "experts, and at most 65536 experts",
+                  (long long)o->active, (long long)o->experts, (long long)o->granularity);
     }
     if (width % c.granularity != 0) {
         die_usage("--granularity %d does not divide the width %lld of a dense feed-forward layer",
                   c.granularity, (long long)width);
     }
     c.router.experts = (int)experts; // E G experts, k G of them active, F / G wide each (Eq. 12, 13)
-    c.router.active = dense ? 1 : (int)(o->active * o->granularity);
+    c.router.active = (int)active;
     c.ffn = (int)(width / c.granularity);
-    config_check(&c, "options");
+    config_check(&c, "options", die_usage);
     return c;
 }
 
@@ -166,8 +169,9 @@ static inline double config_real(const Json *json, const char *path, const char 
     return real;
 }
 
-static inline int config_is_true(const Json *value) {
-    return value != NULL && value->type == JSON_BOOL && value->boolean;
+// absent, null or false; anything else means yes, in one language or another
+static inline int config_is_off(const Json *value) {
+    return value == NULL || value->type == JSON_NULL || (value->type == JSON_BOOL && !value->boolean);
 }
 
 static inline int config_is_text(const Json *value, const char *text) {
@@ -186,20 +190,20 @@ static inline void config_refuse_foreign(const Json *json, const Config *c, cons
     const Json *act = json_get(json, "hidden_act");
     const Json *scaling = json_get(json, "rope_scaling");
     const Json *parameters = json_get(json, "rope_parameters");
-    const Json *rope_type = parameters != NULL ? json_get(parameters, "rope_type") : NULL;
+    const Json *rope_type = json_get(parameters, json_get(parameters, "type") != NULL ? "type" : "rope_type");
     const Json *head_dim = json_get(json, "head_dim");
     const Json *type = json_get(json, "model_type");
     int64_t head_size = 0;
     if (type != NULL && !config_is_text(type, "remoe") && !config_is_text(type, "llama")) {
         config_refuse(path, "model_type", "\"remoe\" or \"llama\"");
     }
-    if (config_is_true(json_get(json, "tie_word_embeddings"))) {
+    if (!config_is_off(json_get(json, "tie_word_embeddings"))) {
         config_refuse(path, "tie_word_embeddings", "false");
     }
-    if (config_is_true(json_get(json, "attention_bias"))) {
+    if (!config_is_off(json_get(json, "attention_bias"))) {
         config_refuse(path, "attention_bias", "false");
     }
-    if (config_is_true(json_get(json, "mlp_bias"))) {
+    if (!config_is_off(json_get(json, "mlp_bias"))) {
         config_refuse(path, "mlp_bias", "false");
     }
     if (scaling != NULL && scaling->type != JSON_NULL) {
@@ -223,8 +227,10 @@ static inline void config_read_router(Config *c, const Json *json, const char *p
     const Json *balance = json_get(json, "load_balance");
     int64_t flag = 1;
     if (json_get(json, "num_experts") == NULL) {
-        if (name != NULL && !config_is_text(name, "dense")) {
-            die("%s: a \"router\" without \"num_experts\"\n  ---> write both, or neither for a dense model",
+        if ((name != NULL && !config_is_text(name, "dense")) ||
+            json_get(json, "num_experts_per_tok") != NULL) {
+            die("%s: \"router\" or \"num_experts_per_tok\" without \"num_experts\"\n"
+                "  ---> write all of them, or none for a dense model",
                 path);
         }
         c->router.method = ROUTER_DENSE;
@@ -252,6 +258,19 @@ static inline void config_read_router(Config *c, const Json *json, const char *p
     }
 }
 
+// newer configurations keep it in rope_parameters
+static inline double config_rope_theta(const Json *json, const char *path) {
+    const Json *parameters = json_get(json, "rope_parameters");
+    if (json_get(parameters, "rope_theta") == NULL) {
+        return config_real(json, path, "rope_theta");
+    }
+    double theta = config_real(parameters, path, "rope_theta");
+    if (json_get(json, "rope_theta") != NULL && config_real(json, path, "rope_theta") != theta) {
+        die("%s: \"rope_theta\" differs from the one in \"rope_parameters\"\n  ---> drop one of them", path);
+    }
+    return theta;
+}
+
 static inline Config config_read(const char *path) {
     JsonArena arena;
     Config c;
@@ -262,9 +281,6 @@ static inline Config config_read(const char *path) {
         die("%s: expected one JSON object without repeated keys\n  ---> name another checkpoint folder",
             path);
     }
-    const Json *parameters = json_get(json, "rope_parameters"); // where newer configurations keep rope_theta
-    int nested =
-        json_get(json, "rope_theta") == NULL && parameters != NULL && parameters->type == JSON_OBJECT;
     c.vocab_size = config_int(json, path, "vocab_size", 1 << 24, -1);
     c.hidden = config_int(json, path, "hidden_size", 65536, -1);
     c.layers = config_int(json, path, "num_hidden_layers", 1024, -1);
@@ -273,11 +289,11 @@ static inline Config config_read(const char *path) {
     c.ffn = config_int(json, path, "intermediate_size", 1 << 24, -1);
     c.max_seq_len = config_int(json, path, "max_position_embeddings", 1 << 24, 1024);
     c.norm_eps = config_real(json, path, "rms_norm_eps");
-    c.rope_theta = config_real(nested ? parameters : json, path, "rope_theta");
+    c.rope_theta = config_rope_theta(json, path);
     c.head_size = c.hidden / c.heads;
     config_read_router(&c, json, path);
     config_refuse_foreign(json, &c, path);
-    config_check(&c, path);
+    config_check(&c, path, die);
     json_arena_free(&arena);
     return c;
 }
