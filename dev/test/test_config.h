@@ -244,6 +244,7 @@ static void test_config_refused(void) {
         {"\"rms_norm_eps\" is unusable", "", "\"rms_norm_eps\": 0, ", 0},
         {"\"rms_norm_eps\" is unusable", "", "\"rms_norm_eps\": 1e999, ", 0},
         {"\"rope_theta\" is unusable", "", "\"rope_theta\": \"1e4\", ", 0},
+        {"\"rope_theta\" is unusable", "", "\"rope_theta\": 1e31, ", 0},
         {"\"num_experts\" is unusable", "", "\"num_experts\": 65537, ", 1},
         {"\"max_position_embeddings\" is unusable", "", "\"max_position_embeddings\": 0, ", 0},
         {"\"load_balance\" is unusable", "", "\"load_balance\": 2, ", 1},
