@@ -152,6 +152,8 @@ static void test_model_pointers(void) {
     CHECK(w->down == model_at(&m, "model.layers.0.mlp.down_proj.weight"));
     model_case_free(&m);
     m = model_case(NULL, MODEL_LINE "hash");
+    m.weights.layers[0].router = m.params; // of an earlier walk
+    model_tensors(&m.table, &m.weights, &m.config, m.params);
     CHECK(m.weights.layers[0].router == NULL);
     model_case_free(&m);
 }
