@@ -6,7 +6,7 @@ Every linear layer has three products: forward NT, inp's gradient NN, weight's g
 median of its turns. The last lines are the geometric mean and the minimum of the ratios ours / OpenBLAS.
 The naive loop runs on one thread and on a few rows of the problem: more would take minutes.
 
-    make bench                      (part of it; seconds: about 50)
+    make bench                      (part of it; about 30 seconds)
     build/bench_matmul TEXT         only the lines whose name contains TEXT
 */
 #include <dirent.h>
@@ -26,10 +26,12 @@ The naive loop runs on one thread and on a few rows of the problem: more would t
 typedef void (*BlasSgemm)(int order, int trans_a, int trans_b, int M, int N, int K, float alpha, const float *A, int lda,
                           const float *B, int ldb, float beta, float *C, int ldc);
 typedef void (*BlasThreads)(int threads);
+typedef char *(*BlasCore)(void);
 
 typedef struct {
     BlasSgemm sgemm;
     BlasThreads set_threads;
+    const char *core; // the processor that it takes this one for
 } Blas;
 
 typedef struct {
@@ -99,7 +101,8 @@ static void pin_threads(void) {
 }
 
 static Blas load_blas(void) {
-    Blas blas = {NULL, NULL};
+    Blas blas = {NULL, NULL, "unknown"};
+    BlasCore core = NULL;
     void *library = dlopen("libopenblas.so.0", RTLD_NOW);
     if (library == NULL) {
         library = dlopen("libopenblas.so", RTLD_NOW);
@@ -107,9 +110,12 @@ static Blas load_blas(void) {
     if (library != NULL) {
         *(void **)&blas.sgemm = dlsym(library, "cblas_sgemm");
         *(void **)&blas.set_threads = dlsym(library, "openblas_set_num_threads");
+        *(void **)&core = dlsym(library, "openblas_get_corename");
     }
     if (blas.sgemm == NULL || blas.set_threads == NULL) {
         blas.sgemm = NULL;
+    } else if (core != NULL) {
+        blas.core = core();
     }
     return blas;
 }
@@ -259,6 +265,8 @@ int main(int argc, char **argv) {
     Ratios ratios = {0.0, INFINITY, 0};
     if (blas.sgemm == NULL) {
         printf("OpenBLAS is not installed: its columns are left out\n");
+    } else {
+        printf("OpenBLAS for %s against %d lanes\n", blas.core, LANES);
     }
     printf("GFLOP/s                                     naive |       1 thread        |       2 threads\n");
     printf("layer                  op     M     N     K        |    ours    blas ratio |    ours    blas ratio\n");
