@@ -51,7 +51,7 @@ enum { OPTION_TEXT_SIZE = 1024 };
     OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                               \
     OPTION(INT, seq_len, "128", 1, 1048576, "T, tokens a sequence")                                          \
     OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                      \
-    OPTION(INT, steps, "600", 1, INT64_MAX, "optimizer steps of the whole run")                              \
+    OPTION(INT, steps, "600", 1, 1e12, "optimizer steps of the whole run")                                   \
     OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                \
     OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                   \
     OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")         \
@@ -66,7 +66,7 @@ enum { OPTION_TEXT_SIZE = 1024 };
     OPTION(TEXT, save_dtype, "f32", 0, 0,                                                                    \
            "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                          \
     OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")          \
-    OPTION(INT, val_batches, "20", 1, INT64_MAX, "micro-batches a validation and domain, at most")           \
+    OPTION(INT, val_batches, "20", 1, 1e12, "micro-batches a validation and domain, at most")                \
     OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")           \
     OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                           \
     OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")              \
@@ -78,7 +78,7 @@ enum { OPTION_TEXT_SIZE = 1024 };
     OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                         \
     OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                            \
     OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                   \
-    OPTION(INT, top_k, "50", 0, INT64_MAX, "sample among so many likeliest tokens (0: all)")                 \
+    OPTION(INT, top_k, "50", 0, 1 << 24, "sample among so many likeliest tokens (0: all)")                   \
     OPTION(FLAG, overfit_batch, "0", 0, 1,                                                                   \
            "train on the first batch again and again: a check that learning works")                          \
     OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                      \
@@ -222,15 +222,18 @@ __attribute__((noreturn)) static inline void option_unknown(const char *name, si
               spelled);
 }
 
-// sets one option from text; `from` names the source in messages when it is not the command line
+// sets one option from text; `from`: the checkpoint's file that holds it, or "" for the command line
 static inline void option_set(Options *options, const OptionRow *row, const char *text, const char *from) {
     void (*fail)(const char *, ...) = from[0] == '\0' ? die_usage : die;
+    const char *source = from[0] == '\0' ? "" : " (from the checkpoint)";
+    const char *remedy = from[0] == '\0' ? "--help describes it" : "another checkpoint, or mend ";
     char *field = (char *)options + row->offset;
     char spelled[64];
     option_spell(spelled, sizeof(spelled), row->field);
     if (row->kind == OPTION_TEXT) {
         if (strlen(text) >= OPTION_TEXT_SIZE) {
-            fail("--%s%s: longer than %d bytes", spelled, from, OPTION_TEXT_SIZE - 1);
+            fail("--%s%s: longer than %d bytes\n  ---> %s%s", spelled, source, OPTION_TEXT_SIZE - 1, remedy,
+                 from);
         }
         strcpy(field, text);
         return;
@@ -249,8 +252,8 @@ static inline void option_set(Options *options, const OptionRow *row, const char
     }
     int malformed = end == text || *end != '\0' || errno == ERANGE || !isfinite(value);
     if (malformed || value < row->least || value > row->most) {
-        fail("--%s%s expects %s from %g to %g, not '%s'", spelled, from,
-             row->kind == OPTION_REAL ? "a number" : "an integer", row->least, row->most, text);
+        fail("--%s%s expects %s from %.9g to %.9g, not '%.200s'\n  ---> %s%s", spelled, source,
+             row->kind == OPTION_REAL ? "a number" : "an integer", row->least, row->most, text, remedy, from);
     }
 }
 
@@ -392,21 +395,22 @@ static inline void options_write_json(FILE *file, const Options *options) {
 
 // options that `object` lacks keep their value; names that no longer exist are refused
 static inline void options_read_json(Options *options, const Json *object, const char *path) {
-    if (object == NULL || object->type != JSON_OBJECT) {
-        die("%s: \"options\" is not an object\n  ---> --load this folder instead of --resume to use its "
-            "weights alone",
+    if (object == NULL || object->type != JSON_OBJECT || json_duplicate_key(object) != NULL) {
+        die("%s: \"options\" is not an object without repeated names\n  ---> --load this folder instead of "
+            "--resume to use its weights alone",
             path);
     }
     for (const Json *member = object->child; member != NULL; member = member->next) {
         const OptionRow *row = option_find(member->key, member->key_size);
         int is_text = member->type == JSON_STRING;
-        if (row == NULL || (!is_text && member->type != JSON_NUMBER) ||
-            is_text != (row->kind == OPTION_TEXT)) {
-            die("%s: unusable option \"%s\"\n  ---> --load this folder instead of --resume to use its "
+        int is_scalar = is_text || member->type == JSON_NUMBER;
+        if (row == NULL || strcmp(member->key, row->field) != 0 || !is_scalar ||
+            is_text != (row->kind == OPTION_TEXT) || strlen(member->text) != member->text_size) {
+            die("%s: unusable option \"%.200s\"\n  ---> --load this folder instead of --resume to use its "
                 "weights alone",
                 path, member->key);
         }
-        option_set(options, row, member->text, " (from the checkpoint)");
+        option_set(options, row, member->text, path);
     }
 }
 
