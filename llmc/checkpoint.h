@@ -24,6 +24,9 @@ Errors: whatever is missing or does not fit is named with its file, and exit 1.
 
 enum { PATH_SIZE = 2048 };
 
+#define STATE_MOST 1e15 // far from overflow, whatever a run adds to it, and exact in a double
+#define STATE_HINT "name another checkpoint, or remove the file and --load the folder for its weights alone"
+
 // all that a run needs to go on besides weights and moments
 typedef struct {
     int64_t step;           // optimizer steps of this run that are done
@@ -120,25 +123,56 @@ static inline void save_state(const char *path, const RunState *state, const Opt
     newfile_close(&file);
 }
 
-// keeps the `keep` highest step_* folders of `out` (0: all)
-static inline void remove_oldest(const char *out, int64_t keep) {
+// "step_" and digits; what is named otherwise is not ours to remove
+static inline int is_checkpoint_name(const char *name) {
+    return strncmp(name, "step_", 5) == 0 && name[5] != '\0' &&
+           name[5 + strspn(name + 5, "0123456789")] == '\0';
+}
+
+// Keeps the `keep` highest steps up to `current` (0: all). Later ones are of a future that a resumed run has
+// left: they stay until it writes its own. A folder loses its name first: a kill leaves no half of one
+static inline void remove_oldest(const char *out, const char *current, int64_t keep) {
     struct dirent **names;
-    int n = keep > 0 ? scandir(out, &names, NULL, alphasort) : 0;
+    int n = keep > 0 ? scandir(out, &names, NULL, versionsort) : 0;
     int64_t seen = 0;
     for (int i = n - 1; i >= 0; i--) {
-        char path[PATH_SIZE];
-        int temporary =
-            strncmp(names[i]->d_name, ".tmp_step_", 10) == 0; // of a run that was killed while saving
-        int checkpoint = strncmp(names[i]->d_name, "step_", 5) == 0;
-        check_format(path, sizeof(path), "%s/%s", out, names[i]->d_name);
-        if (temporary || (checkpoint && ++seen > keep)) {
+        const char *name = names[i]->d_name;
+        char path[PATH_SIZE], temporary[PATH_SIZE];
+        check_format(path, sizeof(path), "%s/%s", out, name);
+        check_format(temporary, sizeof(temporary), "%s/.tmp_%s", out, name);
+        if (strncmp(name, ".tmp_step_", 10) == 0) { // of a run that was killed while saving
             remove_folder(path);
+        } else if (is_checkpoint_name(name) && strverscmp(name, current) <= 0 && ++seen > keep) {
+            remove_folder(temporary);
+            rename(path, temporary);
+            remove_folder(temporary);
         }
         free(names[i]);
     }
     if (n > 0) {
         free(names);
     }
+}
+
+// gives a whole folder its name. Where the same step was saved before, the two change places at once; on file
+// systems that cannot do that, the earlier one steps aside first
+static inline void place_folder(const char *temporary, const char *folder) {
+    char aside[PATH_SIZE];
+    if (rename(temporary, folder) == 0) {
+        return;
+    }
+#ifdef RENAME_EXCHANGE
+    if (renameat2(AT_FDCWD, temporary, AT_FDCWD, folder, RENAME_EXCHANGE) == 0) {
+        remove_folder(temporary);
+        return;
+    }
+#endif
+    check_format(aside, sizeof(aside), "%s.old", temporary);
+    remove_folder(aside);
+    if (rename(folder, aside) != 0 || rename(temporary, folder) != 0) {
+        die("cannot rename %s: %s\n  ---> it is whole: rename it to %s", temporary, strerror(errno), folder);
+    }
+    remove_folder(aside);
 }
 
 // moves the link out/latest to `name` in one step
@@ -181,13 +215,10 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
         save_state(path, state, options);
     }
     sync_folder(temporary);
-    remove_folder(folder); // the same step saved before: replaced, its twin is whole by now
-    if (rename(temporary, folder) != 0) {
-        die("cannot rename %s: %s\n  ---> it is whole: rename it to %s", temporary, strerror(errno), folder);
-    }
+    place_folder(temporary, folder);
     point_latest(out, name);
     sync_folder(out);
-    remove_oldest(out, options->keep);
+    remove_oldest(out, name, options->keep);
 }
 
 // ----------------------------------------------------------------------------
@@ -242,24 +273,24 @@ static inline int checkpoint_load_moments(float *exp_avg, float *exp_avg_sq, con
     return 1;
 }
 
-static inline int64_t state_int(const Json *json, const char *path, const char *key, int64_t least) {
-    int64_t value = 0;
+static inline double state_real(const Json *json, const char *path, const char *key, double least,
+                                double most) {
+    double value = 0.0;
     const Json *member = json_get(json, key);
-    if (member == NULL || !json_int64(member, &value) || value < least) {
-        die("%s: \"%s\" is missing or unusable\n  ---> --load the folder instead of --resume to use its "
-            "weights alone",
-            path, key);
+    if (member == NULL || !json_double(member, &value) || value < least || value > most) {
+        die("%s: \"%s\" is missing or unusable, expected a number from %.15g to %.15g\n  ---> " STATE_HINT,
+            path, key, least, most);
     }
     return value;
 }
 
-static inline double state_real(const Json *json, const char *path, const char *key) {
-    double value = 0.0;
-    const Json *member = json_get(json, key);
-    if (member == NULL || !json_double(member, &value) || !isfinite(value)) {
-        die("%s: \"%s\" is missing or unusable\n  ---> --load the folder instead of --resume to use its "
-            "weights alone",
-            path, key);
+// an integer below 2^53, which a double holds exactly
+static inline int64_t state_int(const Json *json, const char *path, const char *key, double least,
+                                double most) {
+    int64_t value = 0;
+    double real = state_real(json, path, key, least, most);
+    if (!json_int64(json_get(json, key), &value)) {
+        die("%s: \"%s\" is unusable: %g, expected an integer\n  ---> " STATE_HINT, path, key, real);
     }
     return value;
 }
@@ -273,24 +304,24 @@ static inline int checkpoint_load_state(RunState *state, Options *options, const
         return 0;
     }
     json_arena_init(&arena);
-    const Json *json = json_parse_file(path, &arena, "");
+    const Json *json = json_parse_file(path, &arena, STATE_HINT);
     if (json->type != JSON_OBJECT || json_duplicate_key(json) != NULL) {
-        die("%s: expected one JSON object without repeated keys\n  ---> --resume another checkpoint", path);
+        die("%s: expected one JSON object without repeated keys\n  ---> " STATE_HINT, path);
     }
-    state->step = state_int(json, path, "step", 0);
-    state->optimizer_step = state_int(json, path, "optimizer_step", 0);
-    state->sequences = state_int(json, path, "sequences", 0);
-    state->sparsity.lambda = (float)state_real(json, path, "lambda");
-    state->sparsity.stage = (int)state_int(json, path, "stage", 1);
-    state->sparsity.min_sparsity = state_real(json, path, "min_sparsity");
-    state->sparsity.rising_steps = (int)state_int(json, path, "rising_steps", 0);
-    state->sparsity.stage2_step = state_int(json, path, "stage2_step", -1);
-    state->sparsity.stage3_step = state_int(json, path, "stage3_step", -1);
-    if (!(state->sparsity.lambda > 0.0f) || state->sparsity.stage > STAGE_SPARSE) {
-        die("%s: \"lambda\" or \"stage\" is out of range\n  ---> --resume another checkpoint", path);
-    }
+    state->step = state_int(json, path, "step", 0, STATE_MOST);
+    state->optimizer_step = state_int(json, path, "optimizer_step", 0, STATE_MOST);
+    state->sequences = state_int(json, path, "sequences", 0, STATE_MOST);
+    state->sparsity.lambda = (float)state_real(json, path, "lambda", 9e-31, 2e30); // rounding moves 1e30
+    state->sparsity.stage = (int)state_int(json, path, "stage", STAGE_DENSE, STAGE_SPARSE);
+    state->sparsity.min_sparsity = state_real(json, path, "min_sparsity", 0.0, 1.0);
+    state->sparsity.rising_steps = (int)state_int(json, path, "rising_steps", 0, 1 << 30);
+    state->sparsity.stage2_step = state_int(json, path, "stage2_step", -1, STATE_MOST);
+    state->sparsity.stage3_step = state_int(json, path, "stage3_step", -1, STATE_MOST);
     if (options != NULL) {
         options_read_json(options, json_get(json, "options"), path);
+        // where that process began, and what else it was asked for, is not what a resumed one is asked for
+        options->load[0] = options->dump[0] = options->route_from[0] = options->sample[0] = '\0';
+        options->eval = options->bench = 0;
     }
     json_arena_free(&arena);
     return 1;
