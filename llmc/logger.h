@@ -60,7 +60,9 @@ static inline void log_cut(const char *path, int64_t step) {
     newfile_open(&kept, path);
     json_arena_init(&arena);
     int64_t dropped = 0;
-    for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+    // memchr, not strchr: a machine that lost its power may leave zero bytes in the middle
+    for (char *line = text, *end;
+         (end = (char *)memchr(line, '\n', (size_t)(text + size - line))) != NULL; line = end + 1) {
         char error[128];
         int64_t row = -1;
         json_arena_reset(&arena);
@@ -138,7 +140,7 @@ static inline void log_validation(FILE *log, const char *path, int64_t step, dou
 
 // "1h02m", "3m20s", "12s"
 static inline void format_duration(char *out, size_t capacity, double seconds) {
-    int64_t s = (int64_t)(seconds + 0.5);
+    int64_t s = (int64_t)((seconds < 1e15 ? seconds : 1e15) + 0.5); // the most that --steps can ask for
     if (s >= 3600) {
         snprintf(out, capacity, "%lldh%02lldm", (long long)(s / 3600), (long long)(s / 60 % 60));
     } else if (s >= 60) {
