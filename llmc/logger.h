@@ -46,7 +46,8 @@ static inline double peak_memory_gb(void) {
     return (double)usage.ru_maxrss / 1048576.0;
 }
 
-// drops the rows of steps from `step` on, and a half-written last one
+// drops the rows of steps from `step` on, and a half-written last one. The row of step i says i, a validation
+// after n steps says n: that of the step resumed from will not be made again
 static inline void log_cut(const char *path, int64_t step) {
     size_t size;
     FILE *exists = fopen(path, "rb");
@@ -61,8 +62,8 @@ static inline void log_cut(const char *path, int64_t step) {
     json_arena_init(&arena);
     int64_t dropped = 0;
     // memchr, not strchr: a machine that lost its power may leave zero bytes in the middle
-    for (char *line = text, *end;
-         (end = (char *)memchr(line, '\n', (size_t)(text + size - line))) != NULL; line = end + 1) {
+    for (char *line = text, *end; (end = (char *)memchr(line, '\n', (size_t)(text + size - line))) != NULL;
+         line = end + 1) {
         char error[128];
         int64_t row = -1;
         json_arena_reset(&arena);
@@ -70,7 +71,7 @@ static inline void log_cut(const char *path, int64_t step) {
         if (json == NULL || json->type != JSON_OBJECT || json_get(json, "step") == NULL ||
             !json_int64(json_get(json, "step"), &row)) {
             dropped++;
-        } else if (row < step) {
+        } else if (row < step || (row == step && json_get(json, "val_loss") != NULL)) {
             newfile_write(&kept, line, 1, (size_t)(end - line) + 1);
         }
     }
@@ -90,12 +91,17 @@ static inline void log_flush(FILE *log, const char *path) {
 }
 
 // a non-finite value is null: JSON has no NaN
-static inline void log_number(FILE *log, const char *key, double value) {
+static inline void log_value(FILE *log, double value) {
     if (value - value == 0.0) {
-        fprintf(log, ", \"%s\": %.9g", key, value);
+        fprintf(log, "%.9g", value);
     } else {
-        fprintf(log, ", \"%s\": null", key);
+        fputs("null", log);
     }
+}
+
+static inline void log_number(FILE *log, const char *key, double value) {
+    fprintf(log, ", \"%s\": ", key);
+    log_value(log, value);
 }
 
 static inline void log_step(FILE *log, const char *path, const StepRecord *r) {
@@ -106,10 +112,12 @@ static inline void log_step(FILE *log, const char *path, const StepRecord *r) {
     log_number(log, "sparsity", r->sparsity);
     fprintf(log, ", \"stage\": %d, \"layer_sparsity\": [", r->stage);
     for (int l = 0; l < r->layers; l++) {
-        fprintf(log, "%s%.6g", l > 0 ? ", " : "", r->layer_sparsity[l]);
+        fputs(l > 0 ? ", " : "", log);
+        log_value(log, r->layer_sparsity[l]);
     }
-    fprintf(log, "], \"tokens_per_expert\": {\"min\": %lld, \"mean\": %.6g, \"max\": %lld}",
-            (long long)r->tokens_min, r->tokens_mean, (long long)r->tokens_max);
+    fprintf(log, "], \"tokens_per_expert\": {\"min\": %lld", (long long)r->tokens_min);
+    log_number(log, "mean", r->tokens_mean);
+    fprintf(log, ", \"max\": %lld}", (long long)r->tokens_max);
     fprintf(log, ", \"dead_experts\": %lld, \"zero_expert_tokens\": %lld", (long long)r->dead_experts,
             (long long)r->zero_expert_tokens);
     log_number(log, "active_experts", r->active_experts);
