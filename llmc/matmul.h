@@ -1,32 +1,34 @@
 /*
-Matrix multiplication in fp32: one blocked, packed sgemm, and the linear layers made of it, whole or by expert.
+Matrix multiplication in fp32: one blocked, packed sgemm, and the linear layers made of it.
 
     C[M,N] = (accumulate ? C : 0) + op(A)[M,K] op(B)[K,N]         row-major, with leading dimensions
     out = inp W^T           dinp = dout W           dW += dout^T inp          a linear layer, W [OC, C]
 
-A core with AVX-512 can start two fused multiply-adds of 16 lanes a cycle: 64 flops a cycle, if nothing ever waits.
+A core with AVX-512 can start two fused multiply-adds of 16 lanes a cycle: 64 flops, if nothing ever waits.
 
-1. The tile. 8 x 48 elements of C live in 24 registers. One step of k loads 3 vectors of B and 8 scalars of A: 11 loads,
-   of which two can start in a cycle. They hide behind its 24 multiply-adds, 12 cycles; and as these are 24
-   independent sums, none waits the 4 cycles that its predecessor takes. The textbook's triple loop loads twice
-   for each multiply-add of one long chain, and reaches a few percent. With 16 registers (SSE, AVX2) a tile is 6 rows x
-   2 vectors, for the same reasons.
-2. Packing. The tile wants its 48 columns of B side by side, step after step of k. They are copied into such a panel once,
-   transposed if B is stored [N,K], and every tile below reads the panel: no cache line half used, no page missed.
-   Rows of A are read where they are, unless A is stored [K,M]: then they are packed likewise. An operand that
-   only one or two tiles would read is not worth the copy.
-3. Blocking. k is cut at BLOCK_K: the panels of a block of columns then stay in the second-level cache, and so do
-   BLOCK_M rows of A while all these panels pass by. BLOCK_N columns bound the memory for packing.
+1. The tile. 8 x 48 elements of C live in 24 registers. One step of k loads 3 vectors of B and 8 scalars of A:
+   11 loads, of which two can start in a cycle. They hide behind its 24 multiply-adds, 12 cycles; and as these
+   are 24 independent sums, none waits the 4 cycles that its predecessor takes. The textbook's triple loop
+   loads twice for each multiply-add of one long chain, and reaches a few percent. With 16 registers (SSE,
+   AVX2) a tile is 6 rows x 2 vectors, for the same reasons.
+2. Packing. The tile wants its 48 columns of B side by side, step after step of k. They are copied into such a
+   panel once, transposed if B is stored [N,K], and every tile below reads the panel: no cache line half used,
+   no page missed. Rows of A are read where they are, unless A is stored [K,M]: then they are packed likewise.
+   An operand that only one or two tiles would read is not worth the copy.
+3. Blocking. k is cut at BLOCK_K, columns at BLOCK_N: the packed panels fit a second-level cache of 2 MB, or
+   the next one; and BLOCK_M rows of A stay in the second-level cache while all these panels pass by.
 
-Every element of C is summed in an order that depends on K alone: from 0, in the order of k, over each BLOCK_K; and these sums
-are added to C in turn. Neither M, N, its place in C nor the number of threads enters, so a row has the same bits computed alone or
-among others (sampling with a cache relies on it). Threads divide C, never k. Multiply-adds are spelled out, as
-whether a compiler fuses c + a*b depends on -std and -ffp-contract.
+Every element of C is summed in an order that depends on K alone: from 0, in the order of k, over each
+BLOCK_K; and these sums are added to C in turn. Neither M, N, its place in C nor the number of threads enters,
+so a row has the same bits computed alone or among others (sampling with a cache relies on it). Threads divide
+C, never k. Multiply-adds are spelled out, as whether a compiler fuses c + a*b depends on -std and
+-ffp-contract.
 
-By expert: the rows of inp are sorted by expert, those of expert e are offsets[e] .. offsets[e+1]. Laid end to end the experts' work
-is a line, of which each thread takes an equal length: uneven experts cost nothing.
+By expert: the rows of inp are sorted by expert, those of expert e are offsets[e] .. offsets[e+1]. Laid end to
+end the experts' work is a line, of which each thread takes an equal length: uneven experts cost nothing.
 
-Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors: none. C is not read unless accumulate.
+Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors: none. C is not read unless
+accumulate.
 */
 #ifndef MATMUL_H
 #define MATMUL_H
@@ -44,7 +46,8 @@ Shapes: N tokens (P pairs when grouped), C inputs, OC outputs, E experts. Errors
 #endif
 // defines: int64_t, memcpy, omp_get_thread_num, _mm512_fmadd_ps, _mm256_fmadd_ps, vfmaq_f32
 
-// ALTERNATE_LOW takes the lower halves of two vectors in turn (a0, b0, a1, b1, ...), ALTERNATE_HIGH the upper ones
+// ALTERNATE_LOW takes the lower halves of two vectors in turn (a0, b0, a1, b1, ...), ALTERNATE_HIGH the upper
+// ones
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 8, TILE_VECS = 3 };
 #define ALTERNATE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
@@ -68,11 +71,11 @@ enum {
     BLOCK_M = 6 * TILE_ROWS,
     BLOCK_N = 768, // a multiple of every TILE_COLS
     BLOCK_K = 384,
-    PANEL_STEPS = BLOCK_K + 2, // two spare: panels a power of two apart would fall on the same few lines of the cache
+    PANEL_STEPS = BLOCK_K + 2, // 2 spare: panels a power of two apart would fall on the same few cache lines
 };
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // in memory, unaligned
+typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // unaligned
 typedef int32_t LaneNumbers __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
@@ -86,7 +89,8 @@ typedef struct {
     int64_t ldc;
 } Gemm;
 
-// Where tiles find an operand: element k of line i (a row of A, a column of B) of panel p is at[p*panel + i*line + k*step].
+// Where tiles find an operand: element k of line i (a row of A, a column of B) of panel p is at[p*panel +
+// i*line + k*step].
 typedef struct {
     const float *at;
     int64_t panel, line, step;
@@ -137,7 +141,8 @@ ALWAYS_INLINE void copy_few(float *to, const float *from, int64_t n) {
 // ----------------------------------------------------------------------------
 // the tile
 
-// rows x vecs vectors of C (+)= K steps of a times b. rows and vecs are constants: all loops but k's are unrolled
+// rows x vecs vectors of C (+)= K steps of a times b. rows and vecs are constants: all loops but k's are
+// unrolled
 ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, Panels a, Panels b, float *c, int64_t ldc,
                         int accumulate) {
     const Vec zero = {0};
@@ -173,9 +178,11 @@ ALWAYS_INLINE void tile(const int rows, const int vecs, int64_t K, Panels a, Pan
     }
 }
 
-// any number of rows and vectors: one of the TILE_ROWS * TILE_VECS loops that the compiler makes of the function above
+// any number of rows and vectors: one of the TILE_ROWS * TILE_VECS loops that the compiler makes of the
+// function above
 static inline void tile_of_vectors(int rows, int vecs, int64_t K, Panels a, Panels b, float *c, int64_t ldc,
                                    int accumulate) {
+    // clang-format off
     switch (rows * 4 + vecs) {
 #define TILE_CASE(r, v) case (r) * 4 + (v): tile(r, v, K, a, b, c, ldc, accumulate); break;
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -188,6 +195,7 @@ static inline void tile_of_vectors(int rows, int vecs, int64_t K, Panels a, Pane
 #undef TILE_CASES
 #undef TILE_CASE
     }
+    // clang-format on
 }
 
 // any number of columns: if the last of C are no whole vector, by way of a tile that has room for it
@@ -210,7 +218,8 @@ static inline void tile_of_columns(int rows, int cols, int64_t K, Panels a, Pane
 }
 
 // ----------------------------------------------------------------------------
-// packing n lines (rows of A or columns of B) of K steps into panels `width` lines wide, zeros behind the last line
+// packing n lines (rows of A or columns of B) of K steps into panels `width` lines wide, zeros behind the
+// last line
 
 // in memory the lines are side by side: line i of step k is from[k*ld + i]
 ALWAYS_INLINE void pack(float *to, const float *from, int64_t ld, int64_t K, int64_t n, const int width) {
@@ -231,15 +240,16 @@ ALWAYS_INLINE void pack(float *to, const float *from, int64_t ld, int64_t K, int
 
 ALWAYS_INLINE Vec alternate(Vec a, Vec b, const int high) {
 #ifdef __clang__
-    return high ? __builtin_shufflevector(a, b, ALTERNATE_HIGH) : __builtin_shufflevector(a, b, ALTERNATE_LOW);
+    return high ? __builtin_shufflevector(a, b, ALTERNATE_HIGH)
+                : __builtin_shufflevector(a, b, ALTERNATE_LOW);
 #else
     const LaneNumbers high_lanes = {ALTERNATE_HIGH}, low_lanes = {ALTERNATE_LOW};
     return __builtin_shuffle(a, b, high ? high_lanes : low_lanes);
 #endif
 }
 
-// LANES x LANES elements: a perfect shuffle of the upper with the lower rows, log2(LANES) times, is the transpose.
-// Where there are fewer rows the last one is read again.
+// LANES x LANES elements: a perfect shuffle of the upper with the lower rows, log2(LANES) times, is the
+// transpose. Where there are fewer rows the last one is read again.
 ALWAYS_INLINE void transpose(float *to, int64_t to_ld, const float *from, int64_t from_ld, int64_t rows) {
     Vec x[LANES], y[LANES];
     UNROLL for (int i = 0; i < LANES; i++) {
@@ -278,7 +288,8 @@ static inline void pack_transposed(float *to, const float *from, int64_t ld, int
 // ----------------------------------------------------------------------------
 // one thread's sgemm
 
-// Thread-local: too large for some stacks, wanted too often for malloc, and of no meaning once a call has returned.
+// Thread-local: too large for some stacks, wanted too often for malloc, and of no meaning once a call has
+// returned.
 ALWAYS_INLINE float *packing_memory(void) {
     static __thread float memory[PANEL_STEPS * (BLOCK_N + BLOCK_M)] __attribute__((aligned(64)));
     return memory;
@@ -354,8 +365,9 @@ static inline void gemm_serial(const Gemm *g) {
     }
 }
 
-static inline Gemm gemm_make(int trans_a, int trans_b, int64_t M, int64_t N, int64_t K, const float *A, int64_t lda,
-                             const float *B, int64_t ldb, float *C, int64_t ldc, int accumulate) {
+static inline Gemm gemm_make(int trans_a, int trans_b, int64_t M, int64_t N, int64_t K, const float *A,
+                             int64_t lda, const float *B, int64_t ldb, float *C, int64_t ldc,
+                             int accumulate) {
     Gemm g = {trans_a, trans_b, accumulate, M, N, K, A, lda, B, ldb, C, ldc};
     return g;
 }
@@ -375,7 +387,8 @@ static inline void sgemm_serial(int trans_a, int trans_b, int M, int N, int K, c
 // Below WORTH_THREADS multiply-adds, waking the other threads costs more than they save.
 enum { OVERHEAD_ROWS = 16, WORTH_THREADS = 200000 };
 
-// Expert e's product. Its rows are C's (by_k = 0; B has a matrix an expert) or the ones summed over (by_k = 1; C has).
+// Expert e's product. Its rows are C's (by_k = 0; B has a matrix an expert) or the ones summed over (by_k =
+// 1; C has).
 static inline Gemm gemm_of_expert(Gemm all, int by_k, const int64_t *offsets, int e) {
     Gemm g = all;
     g.A += offsets[e] * all.lda;
@@ -401,8 +414,8 @@ static inline Gemm gemm_part(Gemm g, int64_t i0, int64_t i1, int64_t j0, int64_t
     return g;
 }
 
-// Into how many parts to cut the rows, the columns being cut into threads / parts: so that a thread's part of C and
-// the packing of its columns are least together.
+// Into how many parts to cut the rows, the columns being cut into threads / parts: so that a thread's part of
+// C and the packing of its columns are least together.
 static inline int choose_row_parts(int64_t M, int64_t N, int threads) {
     int best = 1;
     int64_t least = INT64_MAX;
@@ -427,8 +440,8 @@ static inline int64_t expert_cost(const int64_t *offsets, int e) {
     return rows > 0 ? rows + OVERHEAD_ROWS : 0;
 }
 
-// This thread's part of the E products: an equal length of the line of costs, which cuts an expert's rows of C in proportion,
-// and its part of the columns. Called by every thread of a team.
+// This thread's part of the E products: an equal length of the line of costs, which cuts an expert's rows of
+// C in proportion, and its part of the columns. Called by every thread of a team.
 static inline void gemm_shared(Gemm all, int by_k, const int64_t *offsets, int E) {
     int thread = 0, threads = 1;
 #ifdef _OPENMP
@@ -437,7 +450,8 @@ static inline void gemm_shared(Gemm all, int by_k, const int64_t *offsets, int E
 #endif
     int row_parts = choose_row_parts(by_k ? E * all.M : offsets[E], all.N, threads);
     int col_parts = threads / row_parts, row = thread % row_parts, col = thread / row_parts;
-    int64_t j0 = part_begin(all.N, TILE_COLS, col, col_parts), j1 = part_begin(all.N, TILE_COLS, col + 1, col_parts);
+    int64_t j0 = part_begin(all.N, TILE_COLS, col, col_parts);
+    int64_t j1 = part_begin(all.N, TILE_COLS, col + 1, col_parts);
     int64_t length = 0;
     for (int e = 0; e < E; e++) {
         length += expert_cost(offsets, e);
@@ -458,8 +472,8 @@ static inline void gemm_shared(Gemm all, int by_k, const int64_t *offsets, int E
 }
 
 // C[M,N] = (accumulate ? C : 0) + op(A)[M,K] op(B)[K,N], C's rows and columns divided among the threads
-static inline void sgemm(int trans_a, int trans_b, int M, int N, int K, const float *A, int64_t lda, const float *B,
-                         int64_t ldb, float *C, int64_t ldc, int accumulate) {
+static inline void sgemm(int trans_a, int trans_b, int M, int N, int K, const float *A, int64_t lda,
+                         const float *B, int64_t ldb, float *C, int64_t ldc, int accumulate) {
     Gemm g = gemm_make(trans_a, trans_b, M, N, K, A, lda, B, ldb, C, ldc, accumulate);
     int64_t offsets[2] = {0, M};
 #pragma omp parallel if ((int64_t)M * N * K > WORTH_THREADS)
@@ -470,16 +484,18 @@ static inline void sgemm(int trans_a, int trans_b, int M, int N, int K, const fl
 // linear layers, by expert and whole
 
 // out[P, OC] = inp[P, C] weight[e][OC, C]^T, e the expert that owns the row
-static inline void matmul_grouped_forward(float *out, const float *inp, const float *weight, const int64_t *offsets,
-                                          int E, int C, int OC) {
+static inline void matmul_grouped_forward(float *out, const float *inp, const float *weight,
+                                          const int64_t *offsets, int E, int C, int OC) {
     Gemm g = gemm_make(0, 1, 0, OC, C, inp, C, weight, C, out, OC, 0);
 #pragma omp parallel if (offsets[E] * OC * C > WORTH_THREADS)
     gemm_shared(g, 0, offsets, E);
 }
 
-// dinp[P, C] = dout[P, OC] weight[e][OC, C] (may be NULL); dweight[e][OC, C] += dout^T inp over e's rows (may be NULL)
+// dinp[P, C] = dout[P, OC] weight[e][OC, C] (may be NULL); dweight[e][OC, C] += dout^T inp over e's rows (may
+// be NULL)
 static inline void matmul_grouped_backward(float *dinp, float *dweight, const float *dout, const float *inp,
-                                           const float *weight, const int64_t *offsets, int E, int C, int OC) {
+                                           const float *weight, const int64_t *offsets, int E, int C,
+                                           int OC) {
     Gemm to_inp = gemm_make(0, 0, 0, C, OC, dout, OC, weight, C, dinp, C, 0);
     Gemm to_weight = gemm_make(1, 0, OC, C, 0, dout, OC, inp, C, dweight, C, 1);
 #pragma omp parallel if (offsets[E] * OC * C > WORTH_THREADS)
@@ -494,7 +510,8 @@ static inline void matmul_grouped_backward(float *dinp, float *dweight, const fl
 }
 
 // out[N, OC] = inp[N, C] weight[OC, C]^T
-static inline void matmul_forward(float *out, const float *inp, const float *weight, int64_t N, int C, int OC) {
+static inline void matmul_forward(float *out, const float *inp, const float *weight, int64_t N, int C,
+                                  int OC) {
     int64_t offsets[2] = {0, N};
     matmul_grouped_forward(out, inp, weight, offsets, 1, C, OC);
 }

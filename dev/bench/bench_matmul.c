@@ -1,10 +1,11 @@
 /*
 Our sgemm against OpenBLAS's (where the library is installed) and the naive loop, on the model's shapes.
 
-Every linear layer has three products: forward NT, inp's gradient NN, weight's gradient TN. Each line is one of them on
-1 and on 2 threads, measured in turns (ours, OpenBLAS, ours, OpenBLAS, ...) so that both meet the same noise; a figure is the
-median of its turns. The last lines are the geometric mean and the minimum of the ratios ours / OpenBLAS.
-The naive loop runs on one thread and on a few rows of the problem: more would take minutes.
+Every linear layer has three products: forward NT, inp's gradient NN, weight's gradient TN. Each line is one
+of them on 1 and on 2 threads, measured in turns (ours, OpenBLAS, ours, OpenBLAS, ...) so that both meet the
+same noise; a figure is the median of its turns. The last line is the geometric mean and the minimum of the
+ratios ours / OpenBLAS. The naive loop runs on one thread and on a few rows of the problem: more would take
+minutes.
 
     make bench                      (part of it; about 30 seconds)
     build/bench_matmul TEXT         only the lines whose name contains TEXT
@@ -18,13 +19,13 @@ The naive loop runs on one thread and on a few rows of the problem: more would t
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-// defines: dlopen, dlsym, opendir, sched_setaffinity, exp, log, printf, setenv, strstr, clock_gettime, execv, usleep
+// defines: opendir, dlopen, log, sched_setaffinity, printf, setenv, strstr, clock_gettime, execv, usleep
 
 #include "../../llmc/check.h"
 #include "../../llmc/matmul.h"
 
-typedef void (*BlasSgemm)(int order, int trans_a, int trans_b, int M, int N, int K, float alpha, const float *A, int lda,
-                          const float *B, int ldb, float beta, float *C, int ldc);
+typedef void (*BlasSgemm)(int order, int trans_a, int trans_b, int M, int N, int K, float alpha,
+                          const float *A, int lda, const float *B, int ldb, float beta, float *C, int ldc);
 typedef void (*BlasThreads)(int threads);
 typedef char *(*BlasCore)(void);
 
@@ -39,18 +40,28 @@ typedef struct {
     int rows, C, OC; // out[rows, OC] = inp[rows, C] weight[OC, C]^T
 } Layer;
 
-// tiny: d = 192, F = 768; small: d = 768, F = 3072; 2048 tokens, 8 experts of which each token takes one or two
+// tiny: d = 192, F = 768; small: d = 768, F = 3072; 2048 tokens, 8 experts of which each token takes one or
+// two
 static const Layer layers[] = {
-    {"tiny qkv", 2048, 192, 320},          {"tiny o", 2048, 192, 192},          {"tiny router", 2048, 192, 8},
-    {"tiny gate_up, expert", 512, 192, 1536}, {"tiny down, expert", 512, 768, 192}, {"tiny head", 2048, 192, 2048},
-    {"tiny gate_up, 16 rows", 16, 192, 1536}, {"small qkv", 1024, 768, 1280},       {"small o", 1024, 768, 768},
-    {"small router", 2048, 768, 8},       {"small gate_up, expert", 256, 768, 6144},
-    {"small down, expert", 256, 3072, 768}, {"small head", 512, 768, 51200},
+    {"tiny qkv", 2048, 192, 320},
+    {"tiny o", 2048, 192, 192},
+    {"tiny router", 2048, 192, 8},
+    {"tiny gate_up, expert", 512, 192, 1536},
+    {"tiny down, expert", 512, 768, 192},
+    {"tiny head", 2048, 192, 2048},
+    {"tiny gate_up, 16 rows", 16, 192, 1536},
+    {"small qkv", 1024, 768, 1280},
+    {"small o", 1024, 768, 768},
+    {"small router", 2048, 768, 8},
+    {"small gate_up, expert", 256, 768, 6144},
+    {"small down, expert", 256, 3072, 768},
+    {"small head", 512, 768, 51200},
 };
 
 enum { ROUNDS = 5 };
 
-// Spinning threads of one library would slow the other's turns: have both give up soon. Read when they are loaded.
+// Spinning threads of one library would slow the other's turns: have both give up soon. Read when they are
+// loaded.
 static void keep_threads_quiet(char **argv) {
     if (getenv("OPENBLAS_THREAD_TIMEOUT") == NULL) {
         setenv("OPENBLAS_THREAD_TIMEOUT", "21", 1); // 2^21 cycles
@@ -64,7 +75,8 @@ static void keep_threads_quiet(char **argv) {
     }
 }
 
-// The kernel may leave two short-lived teams of threads on one core: bind thread 0 and 1 of either library to two.
+// The kernel may leave two short-lived teams of threads on one core: bind thread 0 and 1 of either library to
+// two.
 static void pin(pid_t thread, int index) {
     static cpu_set_t cores;
     static int known = 0;
@@ -141,7 +153,8 @@ static void naive(int trans_a, int trans_b, int M, int N, int K, const float *A,
         for (int j = 0; j < N; j++) {
             float sum = 0.0f;
             for (int k = 0; k < K; k++) {
-                sum += (trans_a ? A[k * lda + i] : A[i * lda + k]) * (trans_b ? B[j * ldb + k] : B[k * ldb + j]);
+                sum +=
+                    (trans_a ? A[k * lda + i] : A[i * lda + k]) * (trans_b ? B[j * ldb + k] : B[k * ldb + j]);
             }
             C[i * ldc + j] = sum;
         }
@@ -161,8 +174,8 @@ static void multiply(Who who, const Blas *blas, const Product *p) {
     if (who == OURS) {
         sgemm(p->trans_a, p->trans_b, p->M, p->N, p->K, p->A, p->lda, p->B, p->ldb, p->C, p->N, 0);
     } else if (who == BLAS) {
-        blas->sgemm(101, 111 + p->trans_a, 111 + p->trans_b, p->M, p->N, p->K, 1.0f, p->A, p->lda, p->B, p->ldb, 0.0f,
-                    p->C, p->N);
+        blas->sgemm(101, 111 + p->trans_a, 111 + p->trans_b, p->M, p->N, p->K, 1.0f, p->A, p->lda, p->B,
+                    p->ldb, 0.0f, p->C, p->N);
     } else {
         naive(p->trans_a, p->trans_b, p->M, p->N, p->K, p->A, p->lda, p->B, p->ldb, p->C, p->N);
     }
@@ -238,12 +251,13 @@ static float *random_floats(size_t n) {
 
 static void bench_layer(const Blas *blas, const Layer *layer, Ratios *ratios) {
     int rows = layer->rows, C = layer->C, OC = layer->OC;
-    float *inp = random_floats((size_t)rows * C), *out = random_floats((size_t)rows * OC);
-    float *weight = random_floats((size_t)OC * C);
+    size_t inp_size = (size_t)rows * C, out_size = (size_t)rows * OC, weight_size = (size_t)OC * C;
+    float *inp = random_floats(inp_size), *out = random_floats(out_size),
+          *weight = random_floats(weight_size);
     Product products[3] = {
-        {"NT", 0, 1, rows, OC, C, C, C, inp, weight, NEW(float, (size_t)rows * OC)},
-        {"NN", 0, 0, rows, C, OC, OC, C, out, weight, NEW(float, (size_t)rows * C)},
-        {"TN", 1, 0, OC, C, rows, OC, C, out, inp, NEW(float, (size_t)OC * C)},
+        {"NT", 0, 1, rows, OC, C, C, C, inp, weight, NEW(float, out_size)},
+        {"NN", 0, 0, rows, C, OC, OC, C, out, weight, NEW(float, inp_size)},
+        {"TN", 1, 0, OC, C, rows, OC, C, out, inp, NEW(float, weight_size)},
     };
     for (int i = 0; i < 3; i++) {
         const Product *p = &products[i];
@@ -268,8 +282,8 @@ int main(int argc, char **argv) {
     } else {
         printf("OpenBLAS for %s against %d lanes\n", blas.core, LANES);
     }
-    printf("GFLOP/s                                     naive |       1 thread        |       2 threads\n");
-    printf("layer                  op     M     N     K        |    ours    blas ratio |    ours    blas ratio\n");
+    printf("%-44snaive |       1 thread        |       2 threads\n", "GFLOP/s");
+    printf("%-22s op     M     N     K        |    ours    blas ratio |    ours    blas ratio\n", "layer");
     for (size_t i = 0; i < sizeof(layers) / sizeof(layers[0]); i++) {
         if (argc < 2 || strstr(layers[i].name, argv[1]) != NULL) {
             bench_layer(&blas, &layers[i], &ratios);

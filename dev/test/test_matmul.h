@@ -1,7 +1,8 @@
 /*
-Tests of llmc/matmul.h. What is computed: every transpose, odd sizes, leading dimensions and accumulation against a
-float64 product, relative to the norm of |A| |B| (a sum that cancels has no relative accuracy). How: the same bits as
-one chain of multiply-adds a block of k, whatever the tile, the number of threads and the neighbours.
+Tests of llmc/matmul.h. What is computed: every transpose, odd sizes, leading dimensions and accumulation
+against a float64 product, relative to the norm of |A| |B| (a sum that cancels has no relative accuracy). How:
+the same bits as one chain of multiply-adds a block of k, whatever the tile, the number of threads and the
+neighbours.
 */
 #ifndef TEST_MATMUL_H
 #define TEST_MATMUL_H
@@ -148,13 +149,15 @@ static float matmul_chain(const MatmulCase *c, int i, int j) {
 }
 
 static void test_matmul_order_of_sums(void) {
-    static const int sizes[][3] = {{1, 1, 40}, {13, 67, 2 * BLOCK_K + 17}, {17, 24, 64}, {50, 53, 31}, {1, 100, 500}};
+    static const int sizes[][3] = {
+        {1, 1, 40}, {13, 67, 2 * BLOCK_K + 17}, {17, 24, 64}, {50, 53, 31}, {1, 100, 500}};
     for (int size = 0; size < 5; size++) {
         for (int trans = 0; trans < 8; trans++) {
             const int *s = sizes[size];
             MatmulCase c = matmul_case_new(trans & 1, (trans >> 1) & 1, trans >> 2, s[0], s[1], s[2]);
             float *got = matmul_copy(c.C, (size_t)(c.ldc * c.M));
-            sgemm_serial(c.trans_a, c.trans_b, c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, got, c.ldc, c.accumulate);
+            sgemm_serial(c.trans_a, c.trans_b, c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, got, c.ldc,
+                         c.accumulate);
             int equal = 1;
             for (int i = 0; i < c.M; i++) {
                 for (int j = 0; j < c.N; j++) {
@@ -185,7 +188,8 @@ static void test_matmul_row_alone(void) {
 }
 
 static void test_matmul_threads(void) {
-    static const int sizes[][3] = {{129, 67, 400}, {8, 500, 100}, {700, 8, 100}, {1, 3000, 200}, {48, 48, 200}};
+    static const int sizes[][3] = {
+        {129, 67, 400}, {8, 500, 100}, {700, 8, 100}, {1, 3000, 200}, {48, 48, 200}};
     int most = matmul_most_threads();
     for (int size = 0; size < 5; size++) {
         for (int trans = 0; trans < 4; trans++) {
@@ -193,7 +197,8 @@ static void test_matmul_threads(void) {
             MatmulCase c = matmul_case_new(trans & 1, trans >> 1, trans % 2, s[0], s[1], s[2]);
             size_t n = (size_t)(c.ldc * c.M);
             float *want = matmul_copy(c.C, n);
-            sgemm_serial(c.trans_a, c.trans_b, c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, want, c.ldc, c.accumulate);
+            sgemm_serial(c.trans_a, c.trans_b, c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, want, c.ldc,
+                         c.accumulate);
             for (int threads = 1; threads <= 7; threads++) {
                 float *got = matmul_copy(c.C, n);
                 matmul_set_threads(threads);
@@ -253,15 +258,15 @@ static void test_matmul_layer(void) {
 
 // every expert by itself with sgemm_serial, against all in one call on 1 .. 7 threads
 static void test_matmul_grouped_case(const int64_t *offsets, int E, int C, int OC) {
-    size_t P = (size_t)offsets[E], matrix = (size_t)OC * (size_t)C;
-    float *inp = NEW(float, P * (size_t)C), *weight = NEW(float, (size_t)E * matrix), *dout = NEW(float, P * (size_t)OC);
-    float *want_out = NEW(float, P * (size_t)OC), *want_dinp = NEW(float, P * (size_t)C);
-    float *want_dweight = NEW(float, (size_t)E * matrix);
-    fill_uniform(inp, P * (size_t)C, 1, 1.0f);
-    fill_uniform(weight, (size_t)E * matrix, 2, 1.0f);
-    fill_uniform(dout, P * (size_t)OC, 3, 1.0f);
-    fill_uniform(want_dweight, (size_t)E * matrix, 4, 1.0f);
-    float *before = matmul_copy(want_dweight, (size_t)E * matrix);
+    size_t matrix = (size_t)OC * (size_t)C, all = matrix * (size_t)E;
+    size_t in = (size_t)offsets[E] * (size_t)C, to = (size_t)offsets[E] * (size_t)OC;
+    float *inp = NEW(float, in), *weight = NEW(float, all), *dout = NEW(float, to);
+    float *want_out = NEW(float, to), *want_dinp = NEW(float, in), *want_dweight = NEW(float, all);
+    fill_uniform(inp, in, 1, 1.0f);
+    fill_uniform(weight, all, 2, 1.0f);
+    fill_uniform(dout, to, 3, 1.0f);
+    fill_uniform(want_dweight, all, 4, 1.0f);
+    float *before = matmul_copy(want_dweight, all);
     for (int e = 0; e < E; e++) {
         int rows = (int)(offsets[e + 1] - offsets[e]);
         const float *x = inp + offsets[e] * C, *w = weight + (size_t)e * matrix, *dy = dout + offsets[e] * OC;
@@ -271,16 +276,16 @@ static void test_matmul_grouped_case(const int64_t *offsets, int E, int C, int O
     }
     int most = matmul_most_threads();
     for (int threads = 1; threads <= 7; threads++) {
-        float *out = NEW(float, P * (size_t)OC), *dinp = NEW(float, P * (size_t)C);
-        float *dweight = matmul_copy(before, (size_t)E * matrix);
-        memset(out, 0xff, P * (size_t)OC * sizeof(float)); // NaN
-        memset(dinp, 0xff, P * (size_t)C * sizeof(float));
+        float *out = NEW(float, to), *dinp = NEW(float, in);
+        float *dweight = matmul_copy(before, all);
+        memset(out, 0xff, to * sizeof(float)); // NaN
+        memset(dinp, 0xff, in * sizeof(float));
         matmul_set_threads(threads);
         matmul_grouped_forward(out, inp, weight, offsets, E, C, OC);
         matmul_grouped_backward(dinp, dweight, dout, inp, weight, offsets, E, C, OC);
-        CHECK(matmul_same_bits(out, want_out, P * (size_t)OC));
-        CHECK(matmul_same_bits(dinp, want_dinp, P * (size_t)C));
-        CHECK(matmul_same_bits(dweight, want_dweight, (size_t)E * matrix));
+        CHECK(matmul_same_bits(out, want_out, to));
+        CHECK(matmul_same_bits(dinp, want_dinp, in));
+        CHECK(matmul_same_bits(dweight, want_dweight, all));
         free(out);
         free(dinp);
         free(dweight);
