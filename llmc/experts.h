@@ -27,7 +27,7 @@ static inline void swiglu_forward(float *a, const float *h, int64_t P, int F) {
         const float *gate = h + r * 2 * F;
         const float *up = gate + F;
         for (int c = 0; c < F; c++) {
-            a[r * F + c] = gate[c] / (1.0f + fast_exp(-gate[c])) * up[c];
+            a[r * F + c] = gate[c] * fast_sigmoid(gate[c]) * up[c];
         }
     }
 }
@@ -43,7 +43,7 @@ static inline void swiglu_backward(float *h, float *da, float *dgate, const floa
         float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
         for (int c = 0; c < F; c++) {
-            float sigmoid = 1.0f / (1.0f + fast_exp(-gate[c]));
+            float sigmoid = fast_sigmoid(gate[c]);
             float silu = gate[c] * sigmoid;
             float a = silu * up[c];
             float d = row[c] * gates[r];
