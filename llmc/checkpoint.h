@@ -54,9 +54,9 @@ static inline void make_folder(const char *path) {
     }
 }
 
-// removes a folder of plain files; quiet when it is not there
+// removes a folder of plain files, or a link without what it points to; quiet when it is not there
 static inline void remove_folder(const char *path) {
-    DIR *folder = opendir(path);
+    DIR *folder = unlink(path) == 0 ? NULL : opendir(path);
     if (folder == NULL) {
         return;
     }
@@ -133,7 +133,7 @@ static inline int is_checkpoint_name(const char *name) {
 // left: they stay until it writes its own. A folder loses its name first: a kill leaves no half of one
 static inline void remove_oldest(const char *out, const char *current, int64_t keep) {
     struct dirent **names;
-    int n = keep > 0 ? scandir(out, &names, NULL, versionsort) : 0;
+    int n = scandir(out, &names, NULL, versionsort);
     int64_t seen = 0;
     for (int i = n - 1; i >= 0; i--) {
         const char *name = names[i]->d_name;
@@ -142,7 +142,7 @@ static inline void remove_oldest(const char *out, const char *current, int64_t k
         check_format(temporary, sizeof(temporary), "%s/.tmp_%s", out, name);
         if (strncmp(name, ".tmp_step_", 10) == 0) { // of a run that was killed while saving
             remove_folder(path);
-        } else if (is_checkpoint_name(name) && strverscmp(name, current) <= 0 && ++seen > keep) {
+        } else if (keep > 0 && is_checkpoint_name(name) && strverscmp(name, current) <= 0 && ++seen > keep) {
             remove_folder(temporary);
             rename(path, temporary);
             remove_folder(temporary);
@@ -311,7 +311,7 @@ static inline int checkpoint_load_state(RunState *state, Options *options, const
     state->step = state_int(json, path, "step", 0, STATE_MOST);
     state->optimizer_step = state_int(json, path, "optimizer_step", 0, STATE_MOST);
     state->sequences = state_int(json, path, "sequences", 0, STATE_MOST);
-    state->sparsity.lambda = (float)state_real(json, path, "lambda", 9e-31, 2e30); // rounding moves 1e30
+    state->sparsity.lambda = (float)state_real(json, path, "lambda", 1e-30, 1.00000002e30); // 1e30 as written
     state->sparsity.stage = (int)state_int(json, path, "stage", STAGE_DENSE, STAGE_SPARSE);
     state->sparsity.min_sparsity = state_real(json, path, "min_sparsity", 0.0, 1.0);
     state->sparsity.rising_steps = (int)state_int(json, path, "rising_steps", 0, 1 << 30);
