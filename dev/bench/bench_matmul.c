@@ -263,7 +263,9 @@ static void bench_layer(const Blas *blas, const Layer *layer, Ratios *ratios) {
         const Product *p = &products[i];
         printf("%-22s %s %5d %5d %5d %6.1f", layer->name, p->op, p->M, p->N, p->K, naive_speed(blas, *p));
         measure(blas, p, 1, ratios);
+#ifdef _OPENMP
         measure(blas, p, 2, ratios);
+#endif
         printf("\n");
         free(p->C);
     }
