@@ -103,7 +103,10 @@ for signal in KILL TERM; do # a shell makes its background jobs deaf to INT
         pid=$!
         sleep "$(seconds $limit)"
         kill -$signal $pid 2>/dev/null
-        if wait $pid 2>/dev/null; then
+        wait $pid 2>/dev/null
+        status=$?
+        if [ $status -le 128 ]; then # it ended by itself
+            [ $status = 0 ] || sed 's/^/    /' $here/output
             break
         fi
         kills=$((kills + 1))
