@@ -4,7 +4,7 @@ one run like any other. Include before any header of llmc/. A target is built an
     clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE dev/fuzz/fuzz_json.c -o build/fuzz_json -lm
     build/fuzz_json -max_total_time=60 -close_fd_mask=2 build/corpus_json dev/fuzz/corpus/json
 (the first folder, which must exist, takes what it discovers). A find goes to dev/fuzz/corpus/X, which is
-replayed by dev/test/test_X.h; the shards' by test_dataloader.h.
+replayed by dev/test/test_X.h; the shards' by test_dataloader.h, those of config, state and log by test_fuzz_corpus.h.
 */
 #ifndef FUZZ_H
 #define FUZZ_H
