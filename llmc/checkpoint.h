@@ -311,7 +311,7 @@ static inline int checkpoint_load_state(RunState *state, Options *options, const
     state->step = state_int(json, path, "step", 0, STATE_MOST);
     state->optimizer_step = state_int(json, path, "optimizer_step", 0, STATE_MOST);
     state->sequences = state_int(json, path, "sequences", 0, STATE_MOST);
-    state->sparsity.lambda = (float)state_real(json, path, "lambda", 1e-30, 1.00000002e30); // 1e30 as written
+    state->sparsity.lambda = (float)state_real(json, path, "lambda", 1e-30, 1.00000002e30); // as 1e30 prints
     state->sparsity.stage = (int)state_int(json, path, "stage", STAGE_DENSE, STAGE_SPARSE);
     state->sparsity.min_sparsity = state_real(json, path, "min_sparsity", 0.0, 1.0);
     state->sparsity.rising_steps = (int)state_int(json, path, "rising_steps", 0, 1 << 30);

@@ -162,9 +162,10 @@ static inline int config_int(const Json *json, const char *path, const char *key
 static inline double config_real(const Json *json, const char *path, const char *key) {
     double real = 0.0;
     const Json *value = json_get(json, key);
-    if (value == NULL || !json_double(value, &real) || !(real > 0.0 && real < 1e30)) {
-        die("%s: \"%s\" is %s; expected a positive number\n  ---> write the model's value there", path, key,
-            value == NULL ? "missing" : "unusable");
+    if (value == NULL || !json_double(value, &real) || real < 1e-30 || real > 1e30) {
+        die("%s: \"%s\" is %s; expected a positive number, 1e-30 to 1e30\n  ---> write the model's value "
+            "there",
+            path, key, value == NULL ? "missing" : "unusable");
     }
     return real;
 }
@@ -175,7 +176,8 @@ static inline int config_is_off(const Json *value) {
 }
 
 static inline int config_is_text(const Json *value, const char *text) {
-    return value != NULL && value->type == JSON_STRING && strcmp(value->text, text) == 0;
+    return value != NULL && value->type == JSON_STRING && value->text_size == strlen(text) &&
+           memcmp(value->text, text, value->text_size) == 0; // it may hold a zero byte
 }
 
 __attribute__((noreturn)) static inline void config_refuse(const char *path, const char *key,
@@ -238,7 +240,8 @@ static inline void config_read_router(Config *c, const Json *json, const char *p
         return;
     }
     int method = name != NULL && name->type == JSON_STRING ? router_from_name(name->text) : -1;
-    if (method < 0 || method == ROUTER_DENSE || config_is_text(json_get(json, "model_type"), "llama")) {
+    if (method < 0 || method == ROUTER_DENSE || !config_is_text(name, router_name((RouterMethod)method)) ||
+        config_is_text(json_get(json, "model_type"), "llama")) {
         die("%s: \"num_experts\" needs \"router\": \"relu\", \"topk\", \"ec\" or \"hash\", and "
             "\"model_type\": \"remoe\"\n"
             "  ---> write them, or drop the experts' keys of a dense model",
