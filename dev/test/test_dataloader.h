@@ -29,7 +29,7 @@ static void dl_write(const char *path, int first, int n) {
 
 // the first token of sequence index, after checking that the others follow it as dl_write wrote them
 static int dl_first_token(const DataLoader *loader, int64_t index) {
-    int inputs[64], targets[64], wrong = 0;
+    int inputs[64] = {0}, targets[64] = {0}, wrong = 0;
     dataloader_sequence(loader, index, DL_VOCAB, inputs, targets);
     for (int t = 0; t < loader->seq_len; t++) {
         wrong += inputs[t] != inputs[0] + t || targets[t] != inputs[t] + 1;

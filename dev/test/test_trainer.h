@@ -422,9 +422,9 @@ static void trainer_bad_command_lines(void) {
     trainer_refuses(2, "need a model", "--eval");
     trainer_refuses(2, "decides it", "--load dev/test/fixtures/relu --hidden 32");
     trainer_refuses(2, "exclude each other", "--load a --resume b");
-    trainer_refuses(1, "even head size", "--hidden 100 --heads 3");
-    trainer_refuses(1, "not a multiple of 3 key/value heads", "--heads 4 --kv-heads 3");
-    trainer_refuses(1, "5 active experts of only 4", "--experts 4 --active 5");
+    trainer_refuses(2, "even head size", "--hidden 100 --heads 3");
+    trainer_refuses(2, "not a multiple of 3 key/value heads", "--heads 4 --kv-heads 3");
+    trainer_refuses(2, "--active 5 of --experts 4", "--experts 4 --active 5");
     trainer_refuses(1, "no checkpoint in build/test/nowhere", "--load build/test/nowhere --eval");
     trainer_refuses(1, "build/test/nothing",
                     TRAINER_TINY "--data build/test/nothing*.bin --out build/test/refused");
@@ -450,14 +450,14 @@ static void trainer_nan_guard(void) {
 // the disk fills up while the second checkpoint is written: the first one is whole and goes on
 static void trainer_full_disk(void) {
     static TrainerCommand command;
-    trainer_clear("full");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 8 --max-minutes 1e-7 --out build/test/full"),
+    trainer_clear("full_disk");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 8 --max-minutes 1e-7 --out build/test/full_disk"),
                      "first part");
-    trainer_words(&command, "--resume build/test/full --max-minutes 0");
+    trainer_words(&command, "--resume build/test/full_disk --max-minutes 0");
     command.largest_file = 20000;
     check_dies(1, "cannot write", trainer_main, &command);
-    trainer_succeeds(trainer_run("--resume build/test/full --max-minutes 0"), "after the disk was freed");
-    CHECK(path_exists("build/test/full/step_00000008/model.safetensors"));
+    trainer_succeeds(trainer_run("--resume build/test/full_disk --max-minutes 0"), "after the disk was freed");
+    CHECK(path_exists("build/test/full_disk/step_00000008/model.safetensors"));
 }
 
 static void test_trainer(void) {
