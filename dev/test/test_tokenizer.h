@@ -6,9 +6,10 @@ other implementations agree (../shared/data, where it is present); and the built
 #ifndef TEST_TOKENIZER_H
 #define TEST_TOKENIZER_H
 
+#include <glob.h>
 #include <sys/stat.h>
 #include <time.h>
-// defines: mkdir, clock
+// defines: glob, mkdir, clock
 #include "../../data/corpus.h"
 #include "../../data/sha256.h"
 #include "../../llmc/tokenizer.h"
@@ -425,6 +426,41 @@ static void test_tokenizer_too_many(void) {
     check_dies(1, "holds 65537 tokens; expected an object of 257", tk_load, (void *)TK_FOLDER);
 }
 
+static void tk_write_file(const char *path, const char *bytes, size_t size) {
+    FILE *file = check_fopen(path, "wb", "");
+    check_fwrite(bytes, 1, size, file, path);
+    check_fclose(file, path);
+}
+
+static void tk_load_and_return(void *input) {
+    const char *text = (const char *)input; // 0-terminated, as all of them are
+    Tokenizer *t = tokenizer_load(TK_FOLDER);
+    exit(tk_round_trip(t, text, strlen(text)) ? 0 : 3);
+}
+
+// dev/fuzz/corpus/tokenizer: "V" vocab.json 0 merges.txt 0 text, or "T" text; those named bad_ are refused
+static void test_tokenizer_fuzz_corpus(void) {
+    glob_t found;
+    CHECK(glob("dev/fuzz/corpus/tokenizer/*", 0, NULL, &found) == 0);
+    CHECK(found.gl_pathc > 2);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        size_t size;
+        char *input = check_read_file(found.gl_pathv[i], &size, "");
+        char *text = input + 1;
+        tk_write();
+        if (input[0] == 'V') {
+            char *merges = input + strlen(input) + 1;
+            text = merges + strlen(merges) + 1;
+            tk_write_file(TK_FOLDER "/vocab.json", input + 1, strlen(input + 1));
+            tk_write_file(TK_FOLDER "/merges.txt", merges, strlen(merges));
+        }
+        int bad = strstr(found.gl_pathv[i], "/bad_") != NULL;
+        CHECK(run_in_child(tk_load_and_return, text, NULL, 0) == bad);
+        free(input);
+    }
+    globfree(&found);
+}
+
 // the k-th string over "abc" of a length, in base 3
 static void tk_spell(int k, int length, char *out) {
     for (int i = 0; i < length; i++) {
@@ -618,6 +654,7 @@ static void test_tokenizer(void) {
     check_dies(1, "is not in the vocabulary", tk_piece_outside, t);
     tokenizer_free(t);
     test_tokenizer_damaged();
+    test_tokenizer_fuzz_corpus();
     test_tokenizer_too_many();
     test_tokenizer_too_many_merges();
     test_tokenizer_gpt2();
