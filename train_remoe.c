@@ -21,9 +21,11 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+// defines: sysconf; omp_set_num_threads, omp_get_max_threads
 // defines: die, warn, NEW, GROW
 #include "llmc/check.h"
 // defines: rng_uniform
@@ -115,6 +117,45 @@ typedef struct {
 
 static float *floats(int64_t n) {
     return NEW(float, n);
+}
+
+enum { COPY_BLOCK = 16384 }; // floats: what one thread copies or clears at a time
+
+static void copy_floats(float *to, const float *from, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += COPY_BLOCK) {
+        memcpy(to + i, from + i, (size_t)(n - i < COPY_BLOCK ? n - i : COPY_BLOCK) * sizeof(float));
+    }
+}
+
+static void zero_floats(float *x, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += COPY_BLOCK) {
+        memset(x + i, 0, (size_t)(n - i < COPY_BLOCK ? n - i : COPY_BLOCK) * sizeof(float));
+    }
+}
+
+// bytes of weights (with gradients and moments) and of what a micro-batch of N tokens, each with `active`
+// experts, keeps
+static double model_bytes(const Config *c, int64_t N, double active, int training) {
+    double d = c->hidden, E = c->router.experts;
+    double layer = 5.0 * d + (double)config_qkv_width(c) + c->heads + E + 2.0 + active * (2.0 * c->ffn + 5.0);
+    double shared = 7.0 * d + (double)config_qkv_width(c) + E + active * (d + c->ffn + 2.0);
+    double weights = (double)config_params(c, c->router.experts) * (training ? 4.0 : 1.0);
+    return 4.0 * (weights + (double)N * (c->layers * layer + shared));
+}
+
+// refuses before anything is allocated what the machine's memory cannot hold
+static void check_memory(const Config *c, const Options *o, int training) {
+    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    int64_t N = o->batch * o->seq_len;
+    double need = model_bytes(c, N, c->router.active, training);
+    double fixed = model_bytes(c, 0, c->router.active, training);
+    if (need > have) {
+        double rows = (have - fixed) / (need - fixed) * (double)o->batch;
+        die("the run needs %.1f GB of memory, the machine has %.1f\n  ---> use %s", 1e-9 * need, 1e-9 * have,
+            rows < 1.0 ? "a smaller model, or a shorter --seq-len" : "a smaller --batch");
+    }
 }
 
 static void model_allocate_params(Model *m, const Config *config) {
@@ -244,7 +285,7 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     matmul_forward(qkv, a->attn_normed, w->qkv, N, d, width);
     rope_forward(qkv, m->rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width);
     attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size);
-    memcpy(a->mid, a->x, (size_t)(N * d) * sizeof(float));
+    copy_floats(a->mid, a->x, N * d);
     sgemm(0, 1, (int)N, d, d, a->att, d, w->o, d, a->mid, d, 1); // mid += att W_o^T
 }
 
@@ -268,7 +309,7 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
     pairs_count(a->counts, &a->pairs, E);
     dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
-    memcpy(out, a->mid, (size_t)(N * d) * sizeof(float));
+    copy_floats(out, a->mid, N * d);
     experts_forward(out, a->h, a->ffn_normed, w->gate_up, w->down, &a->pairs, &a->dispatch, E, d, c->ffn,
                     m->scratch);
 }
@@ -330,7 +371,7 @@ static void moe_block_backward(Model *m, int l, int64_t N, double reg_weight) {
     LayerWeights *g = &m->grads.layers[l];
     LayerActs *a = &m->layers[l];
     int d = c->hidden, E = c->router.experts;
-    memset(m->dnormed, 0, (size_t)(N * d) * sizeof(float));
+    zero_floats(m->dnormed, N * d);
     experts_backward(m->dnormed, m->dgate, g->gate_up, g->down, m->dx, a->ffn_normed, a->h, w->gate_up,
                      w->down, &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
     if (w->router != NULL) {
@@ -361,7 +402,7 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
 static void model_backward(Model *m, const int *ids, int B, int T, double reg_weight) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * T;
-    memset(m->dx, 0, (size_t)(N * c->hidden) * sizeof(float));
+    zero_floats(m->dx, N * c->hidden);
     rmsnorm_backward(m->dx, m->grads.norm, m->dnormed, m->x, m->weights.norm, m->rstd, N, c->hidden);
     for (int l = c->layers - 1; l >= 0; l--) {
         moe_block_backward(m, l, N, reg_weight);
@@ -534,7 +575,7 @@ static int train_step(Run *run, StepRecord *record) {
     double weight = regulariser_weight(c, run->state.sparsity.lambda, o->aux_coeff);
     m->k = k_in_force(o, c, run->state.step);
     stats_reset(&run->stats, c);
-    memset(m->grad, 0, (size_t)m->table.num_params * sizeof(float));
+    zero_floats(m->grad, m->table.num_params);
     for (int micro_batch = 0; micro_batch < run->micro_batches; micro_batch++) {
         int *inputs, *targets;
         prefetch_next(&run->ahead, &inputs, &targets);
@@ -863,6 +904,7 @@ static void build_model(Run *run) {
     }
     config.max_seq_len =
         o->seq_len > config.max_seq_len || folder[0] == '\0' ? (int)o->seq_len : config.max_seq_len;
+    check_memory(&config, o, training);
     model_allocate_params(m, &config);
     if (training || o->dump[0] != '\0') {
         model_allocate_training(m, training);
@@ -944,7 +986,8 @@ static void print_table(const Run *run) {
     const Options *o = &run->options;
     const Config *c = &run->model.config;
     const Router *r = &c->router;
-    double bytes = 4.0 * (double)run->model.table.num_params;
+    int64_t N = o->batch * o->seq_len;
+    double fixed = model_bytes(c, 0, r->active, 1);
     int threads = 1;
 #ifdef _OPENMP
     threads = omp_get_max_threads();
@@ -958,8 +1001,10 @@ static void print_table(const Run *run) {
     printf("params    %lld total, %lld active | %.4g GFLOPs a sequence\n",
            (long long)run->model.table.num_params, (long long)config_params(c, r->active),
            1e-9 * config_flops(c, o->seq_len, r->active));
-    printf("memory    %.2f GB of weights, gradients and moments; %d threads\n", 4.0 * bytes / 1073741824.0,
-           threads);
+    printf("memory    %.2f GB of weights, gradients and moments; %.2f GB of activations, %.2f if all experts "
+           "are on\n",
+           1e-9 * fixed, 1e-9 * (model_bytes(c, N, r->active, 1) - fixed),
+           1e-9 * (model_bytes(c, N, r->experts, 1) - fixed));
     printf("data      ");
     dataloader_print(&run->train, stdout);
     printf(" | %.1f epochs\n",
@@ -971,7 +1016,7 @@ static void print_table(const Run *run) {
         printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
                (double)run->state.sparsity.lambda, o->alpha);
     }
-    printf("output    %s\n", run->out);
+    printf("output    %s | %d threads\n", run->out, threads);
     fflush(stdout);
 }
 

@@ -353,14 +353,14 @@ static void trainer_eval(void) {
     trainer_clear("eval");
     trainer_succeeds(
         trainer_run(TRAINER_TINY "--steps 5 --val-data build/test/train.bin --out build/test/eval"), "train");
-    char *line = strstr(trainer_output, "val ");
+    char *line = strstr(trainer_output, "val  ");
     char first[256];
     snprintf(first, sizeof(first), "%.*s", (int)strcspn(line != NULL ? line : "", "\n"),
              line != NULL ? line : "");
     trainer_succeeds(
         trainer_run("--load build/test/eval --eval --val-data build/test/train.bin --seq-len 16 --batch 4"),
         "eval");
-    line = strstr(trainer_output, "val ");
+    line = strstr(trainer_output, "val  ");
     CHECK(line != NULL && strstr(first, "|") != NULL &&
           strncmp(strchr(line, '|'), strchr(first, '|'), 20) == 0);
 }
