@@ -182,6 +182,27 @@ mkdir $here/folder.txt
 refused 1 "cannot read" $tokenize --tokenizer $here/vocabulary --out $here/x $here/folder.txt
 refused 1 "no document in the input" $train --out $here/x $here/empty.jsonl
 
+# --- downloads, from file: URLs
+if command -v curl >/dev/null; then
+    from=file://$(pwd)/data/sample.jsonl
+    hash=$(sha256sum data/sample.jsonl | cut -d ' ' -f 1)
+    fetch() { # hash, url, folder
+        sh -c ". data/download_common.sh; add $2 sample.jsonl $1; download $3"
+    }
+    mkdir -p $here/fetched $here/wrong
+    head -c 1000 data/sample.jsonl >$here/fetched/sample.jsonl.part
+    fetch "$hash" "$from" $here/fetched >$here/output 2>&1 && cmp -s data/sample.jsonl $here/fetched/sample.jsonl
+    check "a download goes on where it was" $?
+    grep -q "to fetch into .*0\.4 MB; free there" $here/output
+    check "a download says how much before it starts" $?
+    refused 1 "is not the published file" fetch "0$hash" "$from" $here/wrong
+    [ ! -e $here/wrong/sample.jsonl ]
+    check "a wrong file does not get its name" $?
+    refused 1 "cannot reach" fetch "$hash" "$from.missing" $here/missing
+else
+    echo "skipped: downloads, for there is no curl"
+fi
+
 # --- the command line
 refused 2 "unknown kind of file" $tokenize --tokenizer $here/vocabulary --out $here/x data/corpus.h
 refused 2 "tokenizer is missing" $tokenize --out $here/x $here/a.jsonl
