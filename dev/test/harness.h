@@ -1,12 +1,13 @@
 /*
 The smallest test harness that does the job. A component's cases are functions without arguments in
-dev/test/test_X.h, each entered through `static void test_X(void)`, which the runner's table names. A case checks
-with the macros below: each failure prints file, line and figures and is counted; the runner exits 1 if any was.
+dev/test/test_X.h, each entered through `static void test_X(void)`, which the runner's table names. A case
+checks with the macros below: each failure prints file, line and figures and is counted; the runner exits 1 if
+any was.
 
-    CHECK(cond)                            a fact
-    check_close(what, got, want, n, tol)   ||got - want|| / ||want|| <= tol over n floats; NaN never passes
+    CHECK(cond)                               a fact
+    check_close(what, got, want, n, tol)      ||got - want|| / ||want|| <= tol over n floats; NaN never passes
     check_close_to(what, got, want, n, tol)   the same against a reference in double
-    check_dies(status, "text", fn, arg)    fn(arg), in a child process, ends with that status and says the text
+    check_dies(status, "text", fn, arg)       fn(arg), in a child process, ends so and says the text
 
 Comparisons are relative, per tensor: an absolute tolerance would hide a wrong small gradient.
 */
@@ -59,7 +60,8 @@ static inline double relative_error(const float *got, const float *want, size_t 
     return norm > 0.0 ? sqrt(diff / norm) : sqrt(diff);
 }
 
-static inline int check_close(const char *what, const float *got, const float *want, size_t n, double tolerance) {
+static inline int check_close(const char *what, const float *got, const float *want, size_t n,
+                              double tolerance) {
     double error = relative_error(got, want, n);
     int ok = error <= tolerance; // false for NaN
     tally.checks++;
@@ -88,8 +90,9 @@ static inline int check_close_to(const char *what, const float *got, const doubl
     return 1;
 }
 
-// gradient[i] = d f(context) / d x[i], for an f in double that reads x: central differences are then good to about 1e-9
-static inline void central_differences(double *gradient, double *x, size_t n, double (*f)(void *), void *context) {
+// gradient[i] = d f(context) / d x[i], for an f in double that reads x: good to about 1e-9
+static inline void central_differences(double *gradient, double *x, size_t n, double (*f)(void *),
+                                       void *context) {
     for (size_t i = 0; i < n; i++) {
         double here = x[i], h = 1e-5;
         x[i] = here + h;
@@ -106,6 +109,16 @@ static inline void to_double(double *out, const float *x, size_t n) {
         out[i] = x[i];
     }
 }
+
+#if defined(__clang__) && defined(__has_feature)
+#if __has_feature(address_sanitizer)
+// a forked child is without the threads that hold libomp's memory: that is not a leak of ours
+const char *__lsan_default_suppressions(void);
+const char *__lsan_default_suppressions(void) {
+    return "leak:libomp";
+}
+#endif
+#endif
 
 static inline void use_threads(int threads) {
 #ifdef _OPENMP
@@ -165,7 +178,8 @@ static inline int check_dies_at(int want, const char *text, void (*fn)(void *), 
     tally.checks++;
     if (!ok) {
         tally.failures++;
-        printf("  FAILED %s:%d: exit %d (expected %d) with \"%s\" in: %s\n", file, line, status, want, text, output);
+        printf("  FAILED %s:%d: exit %d (expected %d) with \"%s\" in: %s\n", file, line, status, want, text,
+               output);
     }
     return ok;
 }

@@ -1,6 +1,6 @@
 /*
-adamw.h: many steps against AdamW in double as its paper writes it, the norm over blocks of every size, clipping, and equal
-bits whatever the threads.
+adamw.h: many steps against AdamW in double as its paper writes it, the norm over blocks of every size,
+clipping, and equal bits whatever the threads.
 */
 #ifndef TEST_ADAMW_H
 #define TEST_ADAMW_H
@@ -14,8 +14,8 @@ typedef struct {
     float w[ADAMW_N], m[ADAMW_N], v[ADAMW_N];
 } AdamwState;
 
-static void adamw_reference(double *w, double *m, double *v, const float *grad, double lr, double decay, double clip,
-                            int t) {
+static void adamw_reference(double *w, double *m, double *v, const float *grad, double lr, double decay,
+                            double clip, int t) {
     for (int i = 0; i < ADAMW_N; i++) {
         double g = grad[i] * clip;
         m[i] = 0.9 * m[i] + 0.1 * g;
@@ -103,7 +103,8 @@ static void test_adamw_norm(void) {
 
 static void test_adamw_clip(void) {
     CHECK(clip_scale(0.0, 1.0) == 1.0f && clip_scale(0.5, 1.0) == 1.0f && clip_scale(0.999998, 1.0) == 1.0f);
-    CHECK(clip_scale(4.0, 1.0) == (float)(1.0 / (4.0 + 1e-6)) && clip_scale(4.0, 2.0) == (float)(2.0 / (4.0 + 1e-6)));
+    CHECK(clip_scale(4.0, 1.0) == (float)(1.0 / (4.0 + 1e-6)) &&
+          clip_scale(4.0, 2.0) == (float)(2.0 / (4.0 + 1e-6)));
     CHECK(clip_scale(1.0, 1.0) < 1.0f); // the 1e-6 of the formula
     CHECK(clip_scale(1e30, 0.0) == 1.0f);
 }

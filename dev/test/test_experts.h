@@ -1,6 +1,6 @@
 /*
-experts.h: Eq. 1 with SwiGLU experts in double, written without any dispatch, against the forward; its central differences, for
-x, both weights and the gates, against the backward. From all experts on to no pair at all.
+experts.h: Eq. 1 with SwiGLU experts in double, written without any dispatch, against the forward; its central
+differences, for x, both weights and the gates, against the backward. From all experts on to no pair at all.
 */
 #ifndef TEST_EXPERTS_H
 #define TEST_EXPERTS_H
@@ -8,7 +8,8 @@ x, both weights and the gates, against the backward. From all experts on to no p
 #include "../../llmc/experts.h"
 #include "harness.h"
 
-enum { EXPERTS_N = 9, EXPERTS_D = 6, EXPERTS_MOST_F = 5, EXPERTS_MOST_E = 4, EXPERTS_CELLS = EXPERTS_N * EXPERTS_MOST_E };
+enum { EXPERTS_N = 9, EXPERTS_D = 6, EXPERTS_MOST_F = 5, EXPERTS_MOST_E = 4 };
+enum { EXPERTS_CELLS = EXPERTS_N * EXPERTS_MOST_E };
 enum { EXPERTS_X = EXPERTS_N * EXPERTS_D, EXPERTS_W = EXPERTS_MOST_E * EXPERTS_MOST_F * EXPERTS_D };
 
 // in double, gates as a dense [N, E] picture; objective: sum_tc dy_tc y_tc
@@ -54,12 +55,12 @@ typedef struct {
     float y[EXPERTS_X], dx[EXPERTS_X], dgate[EXPERTS_CELLS], dgate_up[2 * EXPERTS_W], ddown[EXPERTS_W];
 } ExpertsRun;
 
-// all but x, dy and the weights are results; y, dx and the weights' gradients begin as `begin` everywhere, as they are added to
+// y, dx and the weights' gradients begin as `begin` everywhere: they are added to
 static void experts_run(ExpertsRun *run, const PairList *pairs, int E, int F, float begin) {
-    int64_t P = pairs->num_pairs;
+    int64_t P = pairs->num_pairs, floats = P * (EXPERTS_D + F + 1);
     Dispatch dispatch;
     float *h = NEW(float, P * 2 * F);
-    float *scratch = NEW(float, P * (EXPERTS_D + F + 1));
+    float *scratch = NEW(float, floats);
     fill_uniform(run->x, EXPERTS_X, 11, 1.0f);
     fill_uniform(run->dy, EXPERTS_X, 12, 1.0f);
     fill_uniform(run->gate_up, 2 * EXPERTS_W, 13, 1.0f);
@@ -74,15 +75,16 @@ static void experts_run(ExpertsRun *run, const PairList *pairs, int E, int F, fl
     dispatch_init(&dispatch, E);
     dispatch_sort(&dispatch, pairs, E);
     experts_forward(run->y, h, run->x, run->gate_up, run->down, pairs, &dispatch, E, EXPERTS_D, F, scratch);
-    experts_backward(run->dx, run->dgate, run->dgate_up, run->ddown, run->dy, run->x, h, run->gate_up, run->down,
-                     pairs, &dispatch, E, EXPERTS_D, F, scratch);
+    experts_backward(run->dx, run->dgate, run->dgate_up, run->ddown, run->dy, run->x, h, run->gate_up,
+                     run->down, pairs, &dispatch, E, EXPERTS_D, F, scratch);
     dispatch_free(&dispatch);
     free(scratch);
     free(h);
 }
 
 // the gradients of the reference, begin added
-static void experts_reference_gradient(ExpertsReference *r, double *gradient, double *x, size_t n, double begin) {
+static void experts_reference_gradient(ExpertsReference *r, double *gradient, double *x, size_t n,
+                                       double begin) {
     central_differences(gradient, x, n, experts_objective, r);
     for (size_t i = 0; i < n; i++) {
         gradient[i] += begin;
@@ -164,12 +166,12 @@ static void test_experts_saturation(void) {
 }
 
 static void test_experts(void) {
-    experts_check(3, 5, 0.0f, 0);   // a mixture
-    experts_check(4, 3, -0.4f, 2);  // two empty experts first
-    experts_check(2, 1, -2.0f, 0);  // every pair, width 1
-    experts_check(1, 4, -2.0f, 0);  // dense
-    experts_check(4, 2, 0.9f, 0);   // most tokens without an expert
-    experts_check(3, 5, 2.0f, 0);   // no pair at all
+    experts_check(3, 5, 0.0f, 0);  // a mixture
+    experts_check(4, 3, -0.4f, 2); // two empty experts first
+    experts_check(2, 1, -2.0f, 0); // every pair, width 1
+    experts_check(1, 4, -2.0f, 0); // dense
+    experts_check(4, 2, 0.9f, 0);  // most tokens without an expert
+    experts_check(3, 5, 2.0f, 0);  // no pair at all
     test_experts_saturation();
 }
 

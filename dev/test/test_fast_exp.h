@@ -1,5 +1,6 @@
 /*
-fast_exp.h: the relative error that its comment promises, over its whole range, what it does beyond, and the maximum of a row.
+fast_exp.h: the relative error that its comment promises, over its whole range, what it does beyond, and the
+maximum of a row.
 */
 #ifndef TEST_FAST_EXP_H
 #define TEST_FAST_EXP_H

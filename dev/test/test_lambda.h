@@ -1,5 +1,6 @@
 /*
-lambda.h: Eq. 7 as fp32 multiplications decided in integers, its clamps, and the stages of sparsity curves drawn by hand.
+lambda.h: Eq. 7 as fp32 multiplications decided in integers, its clamps, and the stages of sparsity curves
+drawn by hand.
 */
 #ifndef TEST_LAMBDA_H
 #define TEST_LAMBDA_H
@@ -9,7 +10,8 @@ lambda.h: Eq. 7 as fp32 multiplications decided in integers, its clamps, and the
 
 static void test_lambda_sign(void) {
     CHECK(sparsity_sign(13, 100, 8, 1) == 1 && sparsity_sign(12, 100, 8, 1) == -1); // 12.5 would be on target
-    CHECK(sparsity_sign(25, 200, 8, 1) == 0 && sparsity_sign(26, 200, 8, 1) == 1 && sparsity_sign(24, 200, 8, 1) == -1);
+    CHECK(sparsity_sign(25, 200, 8, 1) == 0 && sparsity_sign(26, 200, 8, 1) == 1 &&
+          sparsity_sign(24, 200, 8, 1) == -1);
     CHECK(sparsity_sign(1, 3, 3, 1) == 0 && sparsity_sign(2, 6, 3, 1) == 0); // 1 - 1/3 has no exact double
     CHECK(sparsity_sign(0, 10, 4, 1) == -1 && sparsity_sign(10, 10, 4, 4) == 0);
     // L 24, 2^19 tokens, 512 experts: one pair more or less than the target's 2^19 * 24 * 64
@@ -21,7 +23,8 @@ static void test_lambda_sign(void) {
 
 static void test_lambda_steps(void) {
     LambdaState s = lambda_init(1e-8, 1.2);
-    CHECK(s.lambda == 1e-8f && s.alpha == 1.2f && s.stage == STAGE_DENSE && s.stage2_step == -1 && s.stage3_step == -1);
+    CHECK(s.lambda == 1e-8f && s.alpha == 1.2f && s.stage == STAGE_DENSE && s.stage2_step == -1 &&
+          s.stage3_step == -1);
     float want = 1e-8f;
     for (int i = 0; i < 10; i++) { // too dense
         lambda_update(&s, 50, 100, 8, 1);
@@ -64,7 +67,8 @@ static LambdaState lambda_stages(LambdaState s, int64_t first_step, const int *a
 
 // S_min = 0.5 at step 2, so stage II needs S > 0.54 (fewer than 460) five times in a row
 static void test_lambda_stages(void) {
-    const int curve[] = {480, 490, 500, 495, 470, 459, 458, 457, 461, 459, 455, 440, 400, 300, 200, 101, 100, 90, 600, 600, 100, 100, 100, 100, 100, 100};
+    const int curve[] = {480, 490, 500, 495, 470, 459, 458, 457, 461, 459, 455, 440, 400,
+                         300, 200, 101, 100, 90,  600, 600, 100, 100, 100, 100, 100, 100};
     LambdaState s = lambda_init(1e-8, 1.2);
     s = lambda_stages(s, 0, curve, 8);
     CHECK(s.stage == STAGE_DENSE && s.min_sparsity == 0.5 && s.rising_steps == 3);

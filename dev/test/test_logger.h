@@ -1,6 +1,6 @@
 /*
-logger.h: every row is JSON with the values that went in, whatever they were; a log is cut back to the step of a
-resumed run, whatever state it was left in.
+logger.h: every row is JSON with the values that went in, whatever they were; a log is cut back to the step of
+a resumed run, whatever state it was left in.
 */
 #ifndef TEST_LOGGER_H
 #define TEST_LOGGER_H

@@ -1,5 +1,5 @@
 /*
-pairs.h: the compressed rows against a mask read entry by entry, lists reused larger and smaller, and empty ones.
+pairs.h: the compressed rows against a mask read entry by entry, lists reused and empty.
 */
 #ifndef TEST_PAIRS_H
 #define TEST_PAIRS_H
@@ -16,7 +16,8 @@ static void pairs_sample_mask(float *mask, int64_t N, int E) {
     mask[N * E - 1] = -1e-30f; // any value but 0 is active
 }
 
-static void pairs_check_against_mask(const PairList *pairs, const float *score, const float *mask, int64_t N, int E) {
+static void pairs_check_against_mask(const PairList *pairs, const float *score, const float *mask, int64_t N,
+                                     int E) {
     int64_t p = 0, wrong = 0;
     CHECK(pairs->tokens == N && pairs->row_start[0] == 0);
     for (int64_t t = 0; t < N; t++) {

@@ -1,5 +1,5 @@
 /*
-rmsnorm.h: forward against double, backward against central differences; rows where eps rules, and rows of zeros.
+rmsnorm.h: forward against double, backward against central differences; rows where eps rules, and zeros.
 */
 #ifndef TEST_RMSNORM_H
 #define TEST_RMSNORM_H
@@ -87,7 +87,7 @@ static void test_rmsnorm_zeros(void) {
 
 static void test_rmsnorm(void) {
     rmsnorm_check(5, 24, 1.0f);
-    rmsnorm_check(6, 150, 2.0f);  // d beyond a thread's block of columns
+    rmsnorm_check(6, 150, 2.0f); // d beyond a thread's block of columns
     rmsnorm_check(1, 64, 1.0f);
     rmsnorm_check(17, 1, 3.0f);
     rmsnorm_check(7, 33, 0.004f); // mean square about eps

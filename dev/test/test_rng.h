@@ -1,6 +1,7 @@
 /*
-rng.h: the mixer against SplitMix64's published outputs, the functions made of + - * / sqrt against libm, the distributions' moments,
-and the exact bits of some normals, since weights must be the same everywhere and for ever.
+rng.h: the mixer against SplitMix64's published outputs, the functions made of + - * / sqrt against libm, the
+distributions' moments, and the exact bits of some normals, since weights must be the same everywhere and for
+ever.
 */
 #ifndef TEST_RNG_H
 #define TEST_RNG_H
@@ -47,7 +48,8 @@ static void test_rng_uniform(void) {
     CHECK(rng_bits(5, 9, rng_counter_of(UINT64_MAX)) == UINT64_MAX && rng_bits(5, 9, rng_counter_of(0)) == 0);
     double most = rng_uniform(5, 9, rng_counter_of(UINT64_MAX)), least = rng_uniform(5, 9, rng_counter_of(0));
     CHECK(most < 1.0 && most > 1.0 - 1e-15 && least > 0.0 && least < 1e-15);
-    CHECK(rng_uniform(5, 9, rng_counter_of(1ull << 63)) > 0.5 && rng_uniform(5, 9, rng_counter_of((1ull << 63) - 1)) < 0.5);
+    CHECK(rng_uniform(5, 9, rng_counter_of(1ull << 63)) > 0.5 &&
+          rng_uniform(5, 9, rng_counter_of((1ull << 63) - 1)) < 0.5);
     for (int i = 0; i < N; i++) {
         double u = rng_uniform(1, 2, (uint64_t)i);
         mean += u / N;
@@ -62,7 +64,9 @@ static void test_rng_uniform(void) {
 static void test_rng_functions(void) {
     double worst_log = 0.0, worst_circle = 0.0;
     for (int i = 1; i < 100000; i++) {
-        double u = i % 3 == 0 ? i / 100000.0 : i % 3 == 1 ? 1.0 - i * 1e-13 : ldexp(1.0 + i / 100000.0, -1 - i % 53);
+        double u = i % 3 == 0   ? i / 100000.0
+                   : i % 3 == 1 ? 1.0 - i * 1e-13
+                                : ldexp(1.0 + i / 100000.0, -1 - i % 53);
         double cosine, sine;
         rng_cos_sin(u, &cosine, &sine);
         worst_log = fmax(worst_log, fabs(rng_log(u) / log(u) - 1.0));
@@ -78,7 +82,8 @@ static void test_rng_functions(void) {
 }
 
 // the mean of a(i) b(i) over n elements of two streams, in units of its standard error
-static double rng_correlation(uint64_t seed_a, uint64_t stream_a, uint64_t seed_b, uint64_t stream_b, int shift) {
+static double rng_correlation(uint64_t seed_a, uint64_t stream_a, uint64_t seed_b, uint64_t stream_b,
+                              int shift) {
     enum { N = 50000 };
     double sum = 0.0;
     for (uint64_t i = 0; i < N; i++) {
@@ -155,7 +160,7 @@ static void rng_fold(uint64_t *hash, double x) {
     *hash = rng_mix(*hash ^ bits);
 }
 
-// a product fused with its sum anywhere shows in the last bits of these doubles, long before it shows in a float
+// a product fused with its sum shows in the last bits of these doubles long before it shows in a float
 static void test_rng_rounding(void) {
     uint64_t logs = 0, cosines = 0, sines = 0;
     for (uint64_t i = 0; i < 1000; i++) {

@@ -1,6 +1,6 @@
 /*
-rope.h: the rotation of each pair (i, i + hd/2) against double, the columns that must stay as they are, and the backward as
-the forward's transpose.
+rope.h: the rotation of each pair (i, i + hd/2) against double, the columns that must stay as they are, and
+the backward as the forward's transpose.
 */
 #ifndef TEST_ROPE_H
 #define TEST_ROPE_H
@@ -63,8 +63,8 @@ static void rope_check(int B, int T, int start, int heads, int hd, int stride, d
 
 static void test_rope(void) {
     rope_check(2, 9, 0, 3, 24, 100, 1e6);
-    rope_check(1, 5, 4, 2, 2, 7, 1e6);   // hd 2: one pair a head, angle t
-    rope_check(3, 1, 0, 1, 8, 8, 1e4);   // T = 1: nothing turns
+    rope_check(1, 5, 4, 2, 2, 7, 1e6);      // hd 2: one pair a head, angle t
+    rope_check(3, 1, 0, 1, 8, 8, 1e4);      // T = 1: nothing turns
     rope_check(1, 3, 8189, 1, 64, 64, 1e6); // far positions keep their digits
     rope_check(1, 1, 17, 5, 24, 192, 1e6);  // a step of cached sampling
 }

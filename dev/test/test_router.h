@@ -1,6 +1,6 @@
 /*
-router.h: each method reaches its own file with its own weight and normalisation (1/L for relu alone), and a forced active
-set replaces the method's.
+router.h: each method reaches its own file with its own weight and normalisation (1/L for relu alone), and a
+forced active set replaces the method's.
 */
 #ifndef TEST_ROUTER_H
 #define TEST_ROUTER_H
@@ -40,11 +40,13 @@ static void router_run(RouterRun *run, Router router, const float *forced, int l
         dgate[i] = 0.01f;
     }
     fill_uniform(run->logits, ROUTER_CELLS, 1, 1.0f);
-    router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, ids, forced, router, ROUTER_TOKENS);
+    router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, ids, forced, router,
+                   ROUTER_TOKENS);
     pairs_count(counts, &run->pairs, router.experts);
     pairs_to_dense(run->gates, &run->pairs, router.experts);
     run->loss = router_loss(&run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers);
-    router_backward(run->dlogits, dgate, &run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers, weight);
+    router_backward(run->dlogits, dgate, &run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers,
+                    weight);
     pairs_free(&run->pairs);
 }
 
@@ -116,8 +118,8 @@ static void test_router_others(void) {
     }
     router_run(&run, router_of(ROUTER_HASH, 1), NULL, 2, 0.5);
     CHECK(run.loss == 0.0 && router_all_zero(run.dlogits, ROUTER_CELLS));
-    CHECK(run.gates[0] == 1.0f && run.gates[1] == 1.0f && run.gates[2] == 0.0f);                // id 0: experts 0, 1
-    CHECK(run.gates[4] == 0.0f && run.gates[6] == 1.0f && run.gates[7] == 1.0f);                // id 3: experts 2, 3
+    CHECK(run.gates[0] == 1.0f && run.gates[1] == 1.0f && run.gates[2] == 0.0f); // id 0: experts 0, 1
+    CHECK(run.gates[4] == 0.0f && run.gates[6] == 1.0f && run.gates[7] == 1.0f); // id 3: experts 2, 3
     router_run(&run, router_of(ROUTER_DENSE, 1), NULL, 2, 0.5);
     CHECK(run.loss == 0.0 && run.gates[0] == 1.0f && run.gates[ROUTER_TOKENS - 1] == 1.0f);
 }

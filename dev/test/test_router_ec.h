@@ -1,6 +1,6 @@
 /*
-router_ec.h: every expert's load, its choice against a search without sorting (ties included), and the gradient against
-central differences.
+router_ec.h: every expert's load, its choice against a search without sorting (ties included), and the
+gradient against central differences.
 */
 #ifndef TEST_ROUTER_EC_H
 #define TEST_ROUTER_EC_H
@@ -94,11 +94,11 @@ static void test_router_ec(void) {
     for (int threads = 1; threads <= 2; threads++) {
         use_threads(threads);
         router_ec_check_choice(40, 8, 1, 1000000, 5);
-        router_ec_check_choice(41, 8, 2, 5, 10);  // floor(82 / 8), ties
-        router_ec_check_choice(31, 5, 5, 3, 31);  // everybody
-        router_ec_check_choice(7, 8, 1, 100, 0);  // fewer tokens than experts: nobody
+        router_ec_check_choice(41, 8, 2, 5, 10); // floor(82 / 8), ties
+        router_ec_check_choice(31, 5, 5, 3, 31); // everybody
+        router_ec_check_choice(7, 8, 1, 100, 0); // fewer tokens than experts: nobody
         router_ec_check_choice(1, 1, 1, 100, 1);
-        router_ec_check_choice(33, 6, 1, 1, 5);   // all scores equal: the lowest tokens
+        router_ec_check_choice(33, 6, 1, 1, 5); // all scores equal: the lowest tokens
     }
     test_router_ec_gradient();
 }

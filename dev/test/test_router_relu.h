@@ -1,6 +1,6 @@
 /*
-router_relu.h: who is active, Eq. 9-11 on a case worked by hand and against double, and the gradient of
-gates and regulariser against central differences.
+router_relu.h: who is active, Eq. 9-11 on a case worked by hand and against double, and the gradient of gates
+and regulariser against central differences.
 */
 #ifndef TEST_ROUTER_RELU_H
 #define TEST_ROUTER_RELU_H

@@ -1,6 +1,6 @@
 /*
-router_topk.h: the softmax against double (far beyond exp's range too), the choice and its ties, the auxiliary loss,
-and the gradient against central differences.
+router_topk.h: the softmax against double (far beyond exp's range too), the choice and its ties, the auxiliary
+loss, and the gradient against central differences.
 */
 #ifndef TEST_ROUTER_TOPK_H
 #define TEST_ROUTER_TOPK_H
@@ -70,15 +70,16 @@ static void test_router_topk_pairs(void) {
     PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
     router_softmax(s, 2, 4);
     router_topk_forward(&pairs, s, 2, 4, 2);
-    CHECK(pairs.num_pairs == 4 && pairs.row_start[0] == 0 && pairs.row_start[1] == 2 && pairs.row_start[2] == 4);
+    CHECK(pairs.num_pairs == 4 && pairs.row_start[0] == 0 && pairs.row_start[1] == 2 &&
+          pairs.row_start[2] == 4);
     CHECK(pairs.expert[0] == experts[0] && pairs.expert[2] == experts[2] && pairs.expert[3] == experts[3]);
-    CHECK(pairs.gate[0] == 1.0f && pairs.gate[1] < 1e-37f);
+    CHECK(pairs.gate[0] == 1.0f && pairs.gate[1] < 2e-35f);
     CHECK(pairs.gate[2] == s[6] && pairs.gate[3] == s[7] && s[6] + s[7] < 0.9f);
     pairs_free(&pairs);
 }
 
 // ----------------------------------------------------------------------------
-// loss and gradient: of sum c_te s_te over the active pairs + weight sum_e f_e mean_t s_te, choice and f held constant
+// loss and gradient of sum c_te s_te over the active pairs + weight sum_e f_e mean_t s_te; f, choice constant
 
 typedef struct {
     double z[TOPK_CELLS], c[TOPK_CELLS], f[TOPK_E]; // c is 0 where not active
@@ -114,9 +115,12 @@ static void router_topk_check_gradient(int64_t global_tokens, int k, double weig
     double want[TOPK_CELLS];
     TopkCase x;
     PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    volatile int experts =
+        TOPK_E; // no constant: clang before 17 miscompiles such loops unrolled (llvm #63602)
+    int E = experts;
     router_topk_fill(&x, s, global_tokens, k, weight);
-    router_softmax(s, TOPK_TOKENS, TOPK_E);
-    router_topk_forward(&pairs, s, TOPK_TOKENS, TOPK_E, k);
+    router_softmax(s, TOPK_TOKENS, E);
+    router_topk_forward(&pairs, s, TOPK_TOKENS, E, k);
     CHECK(pairs.num_pairs == TOPK_TOKENS * k);
     fill_uniform(dgate, (size_t)pairs.num_pairs, 6, 0.1f);
     for (int64_t p = 0; p < pairs.num_pairs; p++) {
@@ -124,7 +128,7 @@ static void router_topk_check_gradient(int64_t global_tokens, int k, double weig
     }
     central_differences(want, x.z, TOPK_CELLS, router_topk_objective, &x);
     fill_uniform(dz, TOPK_CELLS, 7, 1.0f); // overwritten
-    router_topk_backward(dz, dgate, &pairs, s, topk_counts, global_tokens, TOPK_E, k, weight);
+    router_topk_backward(dz, dgate, &pairs, s, topk_counts, global_tokens, E, k, weight);
     check_close_to("router_topk dz", dz, want, TOPK_CELLS, 1e-6);
     pairs_free(&pairs);
 }

@@ -10,7 +10,8 @@ sampler.h: which tokens can come out, how often, and what no logit may do.
 enum { SAMPLER_V = 6, SAMPLER_DRAWS = 20000 };
 
 // frequency of each token over evenly spread u
-static void sampler_frequencies(double *frequency, const float *logits, int allowed, double temperature, int top_k) {
+static void sampler_frequencies(double *frequency, const float *logits, int allowed, double temperature,
+                                int top_k) {
     int outside = 0;
     memset(frequency, 0, SAMPLER_V * sizeof(double));
     for (int i = 0; i < SAMPLER_DRAWS; i++) {
@@ -76,12 +77,13 @@ static void test_sampler_extremes(void) {
     sampler_frequencies(frequency, near, SAMPLER_V, 1e-300, 0);
     CHECK(frequency[1] > 0.9999);
     float last[SAMPLER_V] = {0.0f, 0.0f, -2000.0f, 0.0f, -2000.0f, -3000.0f};
-    CHECK(sample_token(last, SAMPLER_V, 1.0, 0, 1.0) == 3); // rounding at its worst: still a token that can be
+    int token = sample_token(last, SAMPLER_V, 1.0, 0, 1.0);
+    CHECK(token == 3); // rounding at its worst: still a token that can be
     for (int i = 0; i < 2; i++) {
         float flat[SAMPLER_V] = {0}, broken[SAMPLER_V] = {NAN, NAN, NAN, NAN, NAN, NAN};
         double u = i == 0 ? 1e-17 : 1.0 - 1e-16;
         CHECK(sample_token(flat, SAMPLER_V, 1.0, 0, u) == (i == 0 ? 0 : SAMPLER_V - 1));
-        int token = sample_token(broken, SAMPLER_V, 1.0, 2, u);
+        token = sample_token(broken, SAMPLER_V, 1.0, 2, u);
         CHECK(token >= 0 && token < SAMPLER_V);
     }
 }
