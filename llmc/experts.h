@@ -61,6 +61,9 @@ static inline void experts_forward(float *y, float *h, const float *x, const flo
                                    const float *w_down, const PairList *pairs, const Dispatch *dispatch,
                                    int E, int d, int F, float *scratch) {
     int64_t P = pairs->num_pairs;
+    if (P == 0) {
+        return; // h and scratch may have no memory yet
+    }
     float *rows = scratch; // X', then Y
     float *a = scratch + P * d;
     dispatch_gather(rows, x, dispatch, P, d);
@@ -78,6 +81,9 @@ static inline void experts_backward(float *dx, float *dgate, float *dw_gate_up, 
                                     int E, int d, int F, float *scratch) {
     int64_t P = pairs->num_pairs;
     const int64_t *offsets = dispatch->offsets;
+    if (P == 0) {
+        return;
+    }
     float *rows = scratch; // dO', then X', then dX'
     float *a = rows + P * d;
     float *dgate_of_row = a + P * F;

@@ -59,8 +59,8 @@ typedef struct {
 static void experts_run(ExpertsRun *run, const PairList *pairs, int E, int F, float begin) {
     int64_t P = pairs->num_pairs, floats = P * (EXPERTS_D + F + 1);
     Dispatch dispatch;
-    float *h = NEW(float, P * 2 * F);
-    float *scratch = NEW(float, floats);
+    float *h = P > 0 ? NEW(float, P * 2 * F) : NULL; // the trainer has none either before its first pair
+    float *scratch = P > 0 ? NEW(float, floats) : NULL;
     fill_uniform(run->x, EXPERTS_X, 11, 1.0f);
     fill_uniform(run->dy, EXPERTS_X, 12, 1.0f);
     fill_uniform(run->gate_up, 2 * EXPERTS_W, 13, 1.0f);
