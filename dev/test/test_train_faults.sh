@@ -1,0 +1,300 @@
+#!/usr/bin/env bash
+# What the trainer does when things go wrong: killed at any moment, disk full, folder not writable, files damaged, options absurd.
+# Whatever happens, every checkpoint that has its name is whole and `latest` names one; a restart goes on to the same bits as a
+# run that nothing disturbed; every refusal says why.
+# usage: dev/test/test_train_faults.sh          (after make train_remoe; about half a minute)
+#        TRAINER=./train_remoe may name another trainer
+cd "$(dirname "$0")/../.." || exit 1
+trainer=$(realpath "${TRAINER:-./train_remoe}")
+here=build/test/train_faults
+passed=0
+failed=0
+skipped=0
+export OMP_NUM_THREADS=1
+RANDOM=20240520 # seeds bash's generator: the same moments every time, as far as the machine allows
+
+check() { # what, status of what was tested
+    if [ "$2" = 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED $1"
+    fi
+}
+
+refused() { # expected status, expected text, options of the trainer...; a bad file's refusal names a remedy
+    local expected=$1 text=$2 status
+    shift 2
+    # a limit of memory and time: what should be refused must not take the machine along if it is not
+    (ulimit -v 16000000 && timeout -k 1 20 "$trainer" "$@") >output 2>&1
+    status=$?
+    [ $status = "$expected" ] && grep -q -e "$text" output && { [ $status = 2 ] || grep -q '^  ---> ' output; }
+    status=$?
+    check "exit $expected with '$text' and a remedy: $*" $status
+    [ $status = 0 ] || sed 's/^/    /' output
+}
+
+# whole RUN REFERENCE: each checkpoint in RUN is the reference's of that step, byte for byte; `latest` names one of them
+whole() {
+    local folder name
+    for folder in "$1"/step_*; do
+        [ -e "$folder" ] || break
+        name=${folder##*/}
+        diff -rq -x state.json "$folder" "$2/$name" >&2 || return 1
+        grep -v '"options"' "$folder/state.json" | cmp - <(grep -v '"options"' "$2/$name/state.json") >&2 || return 1
+    done
+    [ ! -L "$1/latest" ] || [ -f "$1/latest/state.json" ]
+}
+
+# finished RUN REFERENCE STEPS: the last checkpoint and each step of the log exactly once, nothing left behind
+finished() {
+    local name
+    name=$(printf 'step_%08d' "$3")
+    whole "$1" "$2" && [ "$(readlink "$1/latest")" = "$name" ] &&
+        sed -n 's/^{"step": \([0-9]*\), "lm_loss".*/\1/p' "$1/log.jsonl" | cmp - <(seq 0 $(($3 - 1))) >&2 &&
+        [ -z "$(find "$1" -name '.tmp*' -o -name '*.tmp')" ]
+}
+
+le32() { # a number as four bytes, lowest first
+    local shift
+    for shift in 0 8 16 24; do
+        printf %b "\\x$(printf %02x $(($1 >> shift & 255)))"
+    done
+}
+
+shard() { # a token shard of the trainer's own text, a character a token
+    le32 20240520
+    le32 1
+    le32 "$1"
+    head -c 1012 /dev/zero
+    LC_ALL=C tr -dc ' -~' <../../../train_remoe.c | head -c "$1" | LC_ALL=C sed 's/./&\x00/g'
+}
+
+if [ ! -x "$trainer" ]; then
+    echo "error: no ${TRAINER:-./train_remoe}" >&2
+    echo "  ---> make train_remoe" >&2
+    exit 1
+fi
+rm -rf $here
+mkdir -p $here
+${CC:-cc} -shared -fPIC dev/test/fault_at.c -o $here/fault_at.so -ldl || exit 1
+cd $here || exit 1
+shard 20000 >data.bin
+model="--layers 2 --hidden 16 --heads 2 --kv-heads 1 --ffn-mult 2 --experts 4 --vocab-size 128"
+batch="--data data.bin --seq-len 16 --batch 4 --lr 1e-2 --lambda-init 1e-6"
+# shellcheck disable=SC2086 # options are many words
+train() { # in the foreground: in the background a kill would end the shell around it, not the trainer
+    "$trainer" $model $batch "$@"
+}
+
+# --- killed at random moments, again and again, until the run is complete
+begin=$(date +%s%N)
+train --steps 100 --save-every 2 --keep 0 --out reference >output 2>&1
+check "a run that nothing disturbs" $?
+took=$((($(date +%s%N) - begin) / 1000000)) # ms
+kills=0
+for _ in $(seq 12); do
+    if [ -L killed/latest ]; then
+        "$trainer" --resume latest --out killed >output 2>&1 &
+    else
+        # shellcheck disable=SC2086
+        "$trainer" $model $batch --steps 100 --save-every 2 --out killed >output 2>&1 &
+    fi
+    pid=$!
+    sleep "$(printf '0.%03d' $((10 + RANDOM % (took / 6 + 20))))"
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    [ $? = 137 ] && kills=$((kills + 1))
+    whole killed reference
+    check "checkpoints after kill $kills" $?
+done
+[ $kills -ge 6 ]
+check "$kills of 12 kills came before the end" $?
+"$trainer" --resume latest --out killed >output 2>&1
+finished killed reference 100
+check "the run killed $kills times ends as the one that was not" $?
+
+# --- killed, or out of space, at every single operation on files: while the next step is saved and an old one removed, and while
+# the same step is saved again
+train --steps 6 --save-every 2 --keep 0 --out short >output 2>&1
+mkdir start
+cp -r short/step_00000002 short/step_00000004 start
+ln -s step_00000004 start/latest
+sed -n 1,4p short/log.jsonl >start/log.jsonl
+
+disturb() { # disturb kill|full OPTIONS...: every n until nothing is left to disturb; the number of them in $n
+    local how=$1 status
+    shift
+    n=0
+    status=1
+    while [ $status != 0 ] && [ $n -lt 200 ]; do
+        n=$((n + 1))
+        rm -rf run
+        cp -r start run
+        {
+            LD_PRELOAD=./fault_at.so FAULT_AT=$n FAULT=$how "$trainer" --resume latest --out run "$@" >output 2>&1
+            status=$?
+        } 2>/dev/null # where the shell says who was killed
+        if [ "$how" = full ] && [ $status != 0 ]; then
+            [ $status = 1 ] && grep -q '^error: .*No space left on device' output && grep -q '  ---> ' output
+            check "the message when operation $n fails" $?
+        elif [ $status != 0 ] && [ $status != 137 ]; then
+            check "exit $status at operation $n" 1
+        fi
+        whole run short
+        check "checkpoints after $how at operation $n of: $*" $?
+        [ $((n % 4)) != 0 ] && [ "$how" = full ] && continue # that it goes on is shown for each kill
+        LD_PRELOAD=./fault_at.so "$trainer" --resume latest --out run --max-minutes 0 >output 2>&1
+        finished run short 6
+        check "the end after $how at operation $n of: $*" $?
+    done
+}
+
+disturb kill --save-every 2
+[ $n -gt 30 ] && [ $n -lt 200 ]
+check "$n operations were tried: the trainer is disturbed" $?
+disturb kill --max-minutes 1e-9
+disturb full --save-every 2
+disturb full --max-minutes 1e-9
+
+# --- a file size limit, and a small disk
+rm -rf run && cp -r start run
+(ulimit -f 100 && exec "$trainer" --resume latest --out run) >output 2>&1
+[ $? = 1 ] && grep -q 'cannot write run/.tmp_step_00000006/optimizer.safetensors: File too large' output && whole run short
+check "file size limit" $?
+"$trainer" --resume latest --out run >output 2>&1
+finished run short 6
+check "the end after the file size limit" $?
+
+small_disk() { # in a name space of its own: the mount goes with it
+    mkdir -p disk && mount -t tmpfs -o size=600k none disk || exit 99
+    cp -r start disk/run
+    "$trainer" --resume latest --out disk/run >output 2>&1
+    [ $? = 1 ] && grep -q 'No space left on device' output && grep -q '  ---> free some disk space' output || exit 1
+    whole disk/run short || exit 2
+    mount -o remount,size=8m disk || exit 99
+    "$trainer" --resume latest --out disk/run >output 2>&1
+    finished disk/run short 6
+}
+export -f small_disk whole finished
+export trainer
+if unshare -rm true 2>/dev/null; then
+    unshare -rm bash -c small_disk
+    status=$?
+else
+    status=99
+fi
+if [ $status = 99 ]; then
+    skipped=$((skipped + 1))
+    echo "skipped: a small disk, which needs the right to mount one"
+else
+    check "a small disk: $status" $status
+fi
+
+# --- nowhere to write
+touch file
+# shellcheck disable=SC2086 # options are many words, here and below
+{
+    refused 1 'cannot open file/log.jsonl: Not a directory' $model $batch --steps 2 --out file
+    refused 1 'cannot make the folder file/run: Not a directory' $model $batch --steps 2 --out file/run
+    refused 1 'cannot make the folder /proc/run' $model $batch --steps 2 --out /proc/run
+    for path in /dev/full nowhere/dump start; do
+        refused 1 "cannot write $path: " --load start --data data.bin --batch 1 --seq-len 8 --dump $path
+    done
+}
+
+# --- damaged checkpoints
+damage() { # a copy of a run; $file: one of its latest checkpoint
+    rm -rf bad bad_out
+    cp -r start bad
+    file=bad/latest/$1
+}
+
+unusable() { # expected text: neither resumed nor loaded
+    refused 1 "$1" --resume bad --out bad_out
+    refused 1 "$1" --load bad --data data.bin --batch 4 --seq-len 16 --steps 9 --out bad_out
+}
+
+train --steps 1 --hidden 32 --out wide >output 2>&1
+for name in model.safetensors optimizer.safetensors; do
+    damage $name && : >"$file" && unusable "$name is not a good safetensors file: it is empty"
+    damage $name && truncate -s 5 "$file" && unusable "$name is not a good safetensors file: it has 5 bytes"
+    damage $name && truncate -s -1 "$file" && unusable "$name is not a good safetensors file: data_offsets"
+    damage $name && echo >>"$file" && unusable "$name is not a good safetensors file: .* its tensors end at byte"
+    damage $name && le32 2147483647 | dd of="$file" bs=1 seek=4 conv=notrunc status=none &&
+        unusable "$name is not a good safetensors file: .* said to begin with a header of"
+    damage $name && printf '\xff' | dd of="$file" bs=1 seek=20 conv=notrunc status=none &&
+        unusable "$name is not a good safetensors file: header: line 1, column"
+    damage $name && sed -i 's/"F32"/"I32"/' "$file" && unusable "$name: tensor .* has dtype I32, expected F32"
+    damage $name && cp wide/latest/$name "$file" && unusable "$name: tensor .* has shape .*32.*, expected .*16"
+    damage $name && rm "$file" && mkdir "$file" && unusable "$name is not a good safetensors file: it is not a regular"
+done
+damage model.safetensors && rm "$file" && unusable 'cannot open bad/latest/model.safetensors'
+damage optimizer.safetensors && cp bad/latest/model.safetensors "$file" && unusable 'has no tensor exp_avg.'
+damage optimizer.safetensors && rm "$file" && refused 1 'has no optimizer.safetensors' --resume bad --out bad_out
+damage state.json && rm "$file" && refused 1 'has no state.json' --resume bad --out bad_out
+damage config.json && rm "$file" && unusable 'no checkpoint in bad'
+for name in config.json state.json; do
+    damage $name && : >"$file" && unusable "$name is not valid JSON: line 1, column 1"
+    damage $name && truncate -s 100 "$file" && unusable "$name is not valid JSON: line"
+    damage $name && head -c 300 /dev/zero >"$file" && unusable "$name is not valid JSON: line 1, column 1"
+    damage $name && echo '[]' >"$file" && unusable "$name: expected one JSON object"
+    damage $name && rm "$file" && mkdir "$file" && unusable "cannot read bad/latest/$name: Is a directory"
+done
+damage config.json && sed -i 's/"hidden_size": 16/"hidden_size": 32/' "$file" && unusable 'has shape .*16.*, expected .*32'
+damage config.json && sed -i 's/"num_experts": 4/"num_experts": 8/' "$file" && unusable 'has shape .*4.*, expected .*8'
+damage config.json && sed -i 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' "$file" && unusable 'no tensor model.layers.2'
+damage config.json && sed -i -E 's/"(vocab_size|intermediate_size)": [0-9]*/"\1": 16777216/; s/"hidden_size": 16/"hidden_size": 65536/' \
+    "$file" && unusable 'GB of memory'
+damage state.json && sed -i 's/"stage": [0-9]*/"stage": 4294967297/' "$file" && unusable '"stage" is missing or unusable'
+damage state.json && sed -i 's/"sequences": /&99999999999999999/' "$file" && unusable '"sequences" is missing or unusable'
+damage state.json && sed -i 's/"batch": 4/"batch": 0/' "$file" &&
+    refused 1 'batch (from the checkpoint) expects an integer from 1' --resume bad --out bad_out
+damage state.json && sed -i 's/"seq_len": 16/"seq_len": 20000/' "$file" &&
+    refused 1 'none long enough for a window of 20000' --resume bad --out bad_out
+
+# --- damaged data
+for bytes in 0 3 1000 1023 1024 20001; do
+    head -c $bytes data.bin >bad.bin
+    # shellcheck disable=SC2086
+    refused 1 'bad.bin is ' $model $batch --data bad.bin --steps 2 --out bad_out
+done
+cp data.bin long.bin && echo >>long.bin
+shard 16 >short.bin
+cp data.bin foreign.bin && le32 1 | dd of=foreign.bin bs=1 conv=notrunc status=none
+cp data.bin version.bin && le32 2 | dd of=version.bin bs=1 seek=4 conv=notrunc status=none
+cp data.bin negative.bin && printf '\xff\xff\xff\xff' | dd of=negative.bin bs=1 seek=8 conv=notrunc status=none
+cp data.bin token.bin && le32 8000000 | dd of=token.bin bs=1 seek=11024 conv=notrunc status=none
+# shellcheck disable=SC2086
+{
+    refused 1 'long.bin is damaged' $model $batch --data long.bin --steps 2 --out bad_out
+    refused 1 'none long enough for a window' $model $batch --data short.bin --steps 2 --out bad_out
+    refused 1 'foreign.bin is not a token shard' $model $batch --data foreign.bin --steps 2 --out bad_out
+    refused 1 'a token shard of version 2' $model $batch --data version.bin --steps 2 --out bad_out
+    refused 1 'negative.bin is damaged' $model $batch --data negative.bin --steps 2 --out bad_out
+    refused 1 'token.bin: token 5000 is 4608, but the vocabulary has 128' $model $batch --data token.bin --steps 400 --out bad_out
+    refused 1 'not a token shard: it is JSON text' $model $batch --data start/latest/config.json --steps 2 --out bad_out
+    refused 1 'start is not a regular file' $model $batch --data start --steps 2 --out bad_out
+    refused 1 'no file matches none\*.bin' $model $batch --data 'none*.bin' --steps 2 --out bad_out
+    refused 2 'an empty name in a list of data files' $model $batch --data 'data.bin,' --steps 2 --out bad_out
+    refused 2 'the weight of data.bin:0' $model $batch --data 'data.bin:0' --steps 2 --out bad_out
+}
+
+# --- absurd options: refused before anything is allocated
+# shellcheck disable=SC2086
+{
+    refused 1 'GB of memory' $batch --hidden 65536 --heads 512 --kv-heads 512
+    refused 1 'GB of memory' $model $batch --layers 1024 --hidden 4096 --batch 4
+    refused 1 'GB of memory' $model $batch --batch 65536 --seq-len 16000
+    refused 1 'GB of memory' --load start --data data.bin --batch 65536 --seq-len 16000 --dump dump
+    refused 2 'experts of .* weights' --layers 1024 --hidden 65536 --heads 1024 --kv-heads 1024 --ffn-mult 1024 --experts 65536
+    refused 2 '' --experts 65536 --granularity 65536
+    refused 2 '' --experts 1 --granularity 65536 --active 65536 --ffn-mult 1024
+    refused 2 'expects an integer from 1' $model $batch --batch 9223372036854775808
+    refused 2 'expects an integer' $model $batch --val-batches 9223372036854775807
+    refused 2 'expects a number' $model $batch --lr nan
+    refused 2 'longer than 1023 bytes' $model $batch --out "$(head -c 5000 /dev/zero | tr '\0' x)"
+}
+
+echo "$passed passed, $failed failed$([ $skipped -gt 0 ] && echo ", $skipped skipped")"
+[ $failed -eq 0 ]
