@@ -355,8 +355,8 @@ static inline void safetensors_read_f32_range(const Safetensors *st, const Safet
             out[i] = is_bf16 ? bf16_to_float(h) : f16_to_float(h);
         }
     } else {
-        die("%s: tensor %s has dtype %.20s, expected F32, BF16, F16 or F64", st->path, entry->name,
-            entry->dtype);
+        die("%s: tensor %s has dtype %.20s, expected F32, BF16, F16 or F64\n  ---> convert it to one of them",
+            st->path, entry->name, entry->dtype);
     }
 }
 
