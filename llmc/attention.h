@@ -96,6 +96,10 @@ static inline void attention_softmax_backward(float *p, float *ds, const float *
         for (int j = 0; j < n; j++) {
             srow[j] = prow[j] * (srow[j] - D) * scale;
         }
+        if (n == 1) { // also where the score is so large that the rounding of lse shows
+            prow[0] = 1.0f;
+            srow[0] = 0.0f;
+        }
         for (int j = n; j < ld; j++) {
             prow[j] = 0.0f;
             srow[j] = 0.0f;
