@@ -2,16 +2,16 @@
 Documents out of files, one after another, in constant memory.
 
     FILE.jsonl   a JSON object a line: {"text": ..., "meta": {"pile_set_name": ...}}, as the Pile has it
-    FILE.txt     plain text, cut into documents at lines <|endoftext|> and at the first blank line behind text_bytes
+    FILE.txt     plain text, cut into documents at <|endoftext|> and at the first blank line behind text_bytes
                  bytes (0: not there)
     FILE.zst     either of them, through `zstd -dc`
     -            JSON Lines from standard input
 
-A record is what the file holds of a document, unparsed: reading is one thread's work, corpus_parse() any thread's.
-A position (file, offset in its uncompressed bytes, line) can be returned to.
+A record is what the file holds of a document, unparsed: reading is one thread's work, corpus_parse() any
+thread's. A position (file, offset in its uncompressed bytes, line) can be returned to.
 
-Shapes: none. Errors: a file that cannot be read ends the program, naming it; a record that is no document is the
-caller's to count.
+Shapes: none. Errors: a file that cannot be read ends the program, naming it; a record that is no document is
+the caller's to count.
 */
 #ifndef CORPUS_H
 #define CORPUS_H
@@ -225,8 +225,8 @@ static inline void corpus_fill(Corpus *c) {
     c->size += (size_t)got;
 }
 
-// bytes of text to the first blank line behind text_bytes, its newlines included; a text without one is cut at
-// CORPUS_LONGEST_TEXT times that. 0: more must be read first
+// bytes of text to the first blank line behind text_bytes, its newlines included; a text without one is cut
+// at CORPUS_LONGEST_TEXT times that. 0: more must be read first
 static inline size_t corpus_paragraph_end(const Corpus *c, const char *text, size_t size) {
     size_t longest = c->text_bytes * CORPUS_LONGEST_TEXT;
     size_t window = size < longest ? size : longest;
@@ -247,7 +247,7 @@ static inline size_t corpus_paragraph_end(const Corpus *c, const char *text, siz
     return end;
 }
 
-// bytes of the record at the buffer's start and, in *skip, of what separates it from the next; 0: read more first
+// bytes of the record at the buffer's start and, in *skip, of what separates it from the next; 0: read more
 static inline int corpus_cut(Corpus *c, size_t *bytes, size_t *skip) {
     const char *text = c->buffer + c->start;
     size_t size = c->size - c->start;

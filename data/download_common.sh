@@ -1,9 +1,9 @@
 # shellcheck shell=sh
 # What the download scripts share; sourced by them.
 #     add URL FILE [SHA256]    one more file to fetch
-#     download DIR             says how much there is to fetch and the room for it, then fetches what is missing
-# A file is FILE.part until it is whole, and is continued where it was when the script is started again. It is checked
-# against SHA256, or against the hash that the server itself publishes (Hugging Face does for large files).
+#     download DIR             says how much there is to fetch and the room for it, then fetches it
+# A file is FILE.part until it is whole, and is continued where it was when the script is started again. It is
+# checked against SHA256, or against the hash that the server itself publishes, as Hugging Face does.
 set -eu
 
 files=""
@@ -38,12 +38,13 @@ size_of() {
 }
 
 gigabytes() {
-    awk -v bytes="$1" 'BEGIN { printf bytes < 1e8 ? "%.1f MB" : "%.1f GB", bytes < 1e8 ? bytes / 1e6 : bytes / 1e9 }'
+    awk -v bytes="$1" 'BEGIN { printf "%.2f GB", bytes / 1e9 }'
 }
 
 # "SIZE SHA256" of a URL, from the headers alone; "-" where the server does not say
 remote() {
-    headers=$(curl -sSfIL --retry 3 "$1") || fail "cannot reach $1" "check the network, and whether the file still exists"
+    headers=$(curl -sSfIL --retry 3 "$1") ||
+        fail "cannot reach $1" "check the network, and whether the file still exists"
     printf '%s\n' "$headers" | tr -d '\r"' | awk '
         tolower($1) == "content-length:" { length_ = $2 }
         tolower($1) == "x-linked-size:" { linked = $2 }
@@ -87,7 +88,8 @@ $files
 END
     free=$(df -Pk "$dir" | awk 'NR == 2 { printf "%.0f", $4 * 1024 }')
     echo "to fetch into $dir: $(gigabytes $bytes); free there: $(gigabytes "$free")"
-    [ "$bytes" -lt "$free" ] || fail "not enough room in $dir" "free some disk space, or name another folder: $0 DIR"
+    [ "$bytes" -lt "$free" ] ||
+        fail "not enough room in $dir" "free some disk space, or name another folder: $0 DIR"
     while read -r url file size hash; do
         [ -z "$url" ] || fetch "$url" "$file" "$size" "$hash"
     done <<END

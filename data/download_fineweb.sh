@@ -1,5 +1,5 @@
 #!/bin/sh
-# FineWeb's 10B-token sample as GPT-2 tokens in llm.c's shards (200 MB each, 103 of them): they train as they are.
+# FineWeb's 10B-token sample as GPT-2 tokens in llm.c's shards (103 of 200 MB): they train as they are.
 #     data/download_fineweb.sh [DIR] [SHARDS]       (default: data/fineweb 103)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
@@ -15,4 +15,5 @@ while [ "$i" -le "$last" ]; do
 done
 download "$dir"
 echo "next: data/download_gpt2.sh"
-echo "      ./train_remoe --preset small --tokenizer data/gpt2 --train-data '$dir/fineweb_train_*.bin' --val-data '$dir/val.*.bin'"
+echo "      ./train_remoe --preset small --tokenizer data/gpt2 \\"
+echo "          --train-data '$dir/fineweb_train_*.bin' --val-data '$dir/val.*.bin'"

@@ -1,5 +1,6 @@
 #!/bin/sh
-# GPT-2's vocabulary (1.5 MB) from OpenAI.          data/download_gpt2.sh [DIR]       (default: data/gpt2)
+# GPT-2's vocabulary (1.5 MB) from OpenAI.
+#     data/download_gpt2.sh [DIR]       (default: data/gpt2)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
 dir=${1:-data/gpt2}

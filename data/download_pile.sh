@@ -1,6 +1,6 @@
 #!/bin/sh
-# The Pile without its copyrighted parts: 30 files of JSON Lines, each about 11 GB as .zst. Any of them is a fair sample
-# of the whole. The shards need about twice the room of the files they are made of.
+# The Pile without its copyrighted parts: 30 files of JSON Lines, each about 11 GB as .zst. Any of them is a
+# fair sample of the whole. The shards need about twice the room of the files they are made of.
 #     data/download_pile.sh [DIR] [FIRST] [LAST]       (default: data/pile 0 29)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"

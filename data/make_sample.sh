@@ -1,8 +1,8 @@
 #!/bin/sh
 # The built-in sample: this project's own sources, tests and docs as JSON Lines, a few KB a document.
 #     data/make_sample.sh [FILE]          (default: data/sample.jsonl)
-# Long files are cut at blank lines before unindented ones, that is between functions or sections. What would exceed
-# 400 KB is thinned out evenly. Made files ("do not edit") and whatever is no source or doc are left out.
+# Long files are cut at blank lines before unindented ones, that is between functions or sections. What would
+# exceed 400 KB is thinned out evenly. Made files ("do not edit") and what is no source or doc are left out.
 set -eu
 cd "$(dirname "$0")/.."
 out=${1:-data/sample.jsonl}
@@ -33,7 +33,8 @@ git ls-files | sort | while IFS= read -r path; do
     if [ -z "$domain" ] || [ ! -s "$path" ] || head -n 5 "$path" | grep -q "do not edit"; then
         continue
     fi
-    sed -e 's/\\/\\\\/g' -e 's/"/\\"/g' -e "s/$tab/\\\\t/g" -e 's/[[:cntrl:]]//g' "$path" | awk -v domain="$domain" '
+    sed -e 's/\\/\\\\/g' -e 's/"/\\"/g' -e "s/$tab/\\\\t/g" -e 's/[[:cntrl:]]//g' "$path" |
+        awk -v domain="$domain" '
         function flush() {
             if (text != "") {
                 print "{\"text\": \"" text "\", \"meta\": {\"pile_set_name\": \"" domain "\"}}"

@@ -1,7 +1,9 @@
 /*
 SHA-256: the hashes of the manifest, which say that a shard is the one that was made.
 
-Source: FIPS 180-4, sections 4.1.2, 4.2.2, 5.1.1, 5.3.3, 6.2.2. Shapes: none. Errors: a file that cannot be read.
+Source: FIPS 180-4, sections 4.1.2, 4.2.2, 5.1.1, 5.3.3, 6.2.2.
+
+Shapes: none. Errors: a file that cannot be read.
 */
 #ifndef SHA256_H
 #define SHA256_H

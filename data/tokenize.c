@@ -1,19 +1,20 @@
 /*
-Text to token shards: JSON Lines or plain text in, llm.c shards out, on all cores, in constant memory, in order.
+Text to token shards: JSON Lines or plain text in, llm.c shards out, on all cores, in their order.
 
     build/tokenize --tokenizer data/gpt2 --out data/pile pile/train/00.jsonl.zst ...
 
-One thread reads batches of records while the others parse and encode the batch before; then that batch is written.
-Each document begins with <|endoftext|>. A hash of its text sends it to the training shards train_000000.bin, ...,
-or to its domain's validation shard val.DOMAIN.bin, so that copies of a text stay on one side.
+One thread reads batches of records while the others parse and encode the batch before; then that batch is
+written. Each document begins with <|endoftext|>. A hash of its text sends it to the training shards
+train_000000.bin, ..., or to its domain's validation shard val.DOMAIN.bin, so that copies of a text stay on
+one side.
 
 A file is NAME.partial until it is finished. Every few seconds what was written is made durable and then
-tokenize.state.json says how far it goes (file, offset, line, sizes). Started again after a crash, the program cuts
-the partial files to these sizes and goes on there: the result is the same as without the crash.
-At the end manifest.json counts documents, tokens and bytes a domain and names the shards with their SHA-256.
+tokenize.state.json says how far it goes (file, offset, line, sizes). Started again after a crash, the program
+cuts the partial files to these sizes and goes on there: the result is the same as without the crash. At the
+end manifest.json counts documents, tokens and bytes a domain and names the shards with their SHA-256.
 
-Shards: 256 int32 {20240520, 1, number of tokens, 0...}, then uint16 tokens. Errors: exit 1, 2 for usage; a record
-that is no document is counted and named in unreadable.txt.
+Shards: 256 int32 {20240520, 1, number of tokens, 0...}, then uint16 tokens. Errors: exit 1, 2 for usage; a
+record that is no document is counted and named in unreadable.txt.
 */
 #include "../llmc/dataloader.h"
 #include "../llmc/newfile.h"
@@ -184,7 +185,7 @@ static void append_train(Output *out, const uint16_t *tokens, size_t n) {
     }
 }
 
-// renames what tokenize.state.json calls finished; done again after a crash, hence the missing file is no error
+// renames what tokenize.state.json calls finished; done again after a crash, so a missing file is no error
 static void rename_partial(const Output *out, const char *name) {
     char partial[4096], path[4096];
     output_path(out, partial, name, ".partial");

@@ -1,14 +1,14 @@
 /*
-Trains a byte-level BPE vocabulary: text in, vocab.json and merges.txt out, for llmc/tokenizer.h and for Hugging
-Face's tokenizers (GPT2Tokenizer) alike.
+Trains a byte-level BPE vocabulary: text in, vocab.json and merges.txt out, for llmc/tokenizer.h and for
+Hugging Face's tokenizers (GPT2Tokenizer) alike.
 
     build/train_tokenizer --vocab-size 4096 --out build/my_vocabulary my_text.jsonl ...
 
 1. All threads count the words of the text, as tokenizer.h cuts them.
-2. The vocabulary starts as the 256 bytes. Again and again the most frequent adjacent pair of tokens becomes a token
-   and is replaced wherever it stands; of equally frequent pairs, the one with the smaller ids. Counts are kept
-   up to date instead of counted anew: each pair knows the words it may stand in, and a heap knows the most frequent
-   pairs, with counts that may be too old (too high) and are then entered again.
+2. The vocabulary starts as the 256 bytes. Again and again the most frequent adjacent pair of tokens becomes a
+   token and is replaced wherever it stands; of equally frequent pairs, the one with the smaller ids. Counts
+   are kept up to date instead of counted anew: each pair knows the words it may stand in, and a heap knows
+   the most frequent pairs, with counts that may be too old (too high) and are then entered again.
 3. <|endoftext|> gets the last id.
 Source: Sennrich et al. 2016, algorithm 1; GPT-2's files. The result does not depend on the number of threads.
 

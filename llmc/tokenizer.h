@@ -20,6 +20,8 @@ tokens.
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 
+#include <sys/mman.h>
+// defines: mmap, munmap, madvise
 #include "check.h"
 #include "json.h"
 #include "unicode_classes.h"
@@ -31,9 +33,13 @@ tokens.
 
 enum {
     TOKENIZER_MULTIBYTE = 4,   // a fifth class beside unicode_classes.h's: the byte alone does not tell
+    TOKENIZER_BLANK = 0x10,    // marks of ' ', which may begin a word of any class,
+    TOKENIZER_QUOTE = 0x20,    // and of "'", which may begin a contraction
+    TOKENIZER_WINDOW = 2048,   // bytes marked at a time
+    TOKENIZER_BATCH = 32,      // words cut at a time
     TOKENIZER_CACHE_WORD = 15, // bytes
     TOKENIZER_CACHE_IDS = 7,
-    TOKENIZER_CACHE_BITS = 16, // log2 of the number of pairs of words
+    TOKENIZER_CACHE_BITS = 17, // log2 of the number of pairs of words: 8 MiB
     TOKENIZER_FILTER_BITS = 19,
     TOKENIZER_SHORT = 64 // symbols of a word up to which searching all pairs beats keeping a heap
 };
@@ -320,31 +326,41 @@ tokenizer_encode_long(Tokenizer *t, const uint8_t *word, size_t size, int **ids,
     return n;
 }
 
-// the high bit of each byte that is no ASCII letter, eight at a time
-static inline uint64_t tokenizer_no_letters(uint64_t bytes) {
-    const uint64_t ones = 0x0101010101010101u;
-    uint64_t low = (bytes | ones * 0x20) & ones * 0x7F;
-    uint64_t letter = (low + ones * (0x80 - 'a')) & ~(low + ones * (0x7F - 'z')) & ~bytes;
-    return ~letter & ones * 0x80;
+// the class of each byte, as far as the byte alone tells, with marks for the two that may begin a word of
+// another class; without tables, so that compilers make vectors of the loop
+static inline void tokenizer_mark(const uint8_t *text, size_t size, uint8_t *marks) {
+    for (size_t i = 0; i < size; i++) {
+        uint8_t c = text[i];
+        uint8_t letter = (uint8_t)((c | 0x20) - 'a') < 26;
+        uint8_t digit = (uint8_t)(c - '0') < 10;
+        uint8_t blank = c == ' ';
+        uint8_t control = (uint8_t)(c - '\t') < 5;
+        uint8_t quote = c == '\'';
+        uint8_t kind =
+            (uint8_t)(letter * UNICODE_LETTER | digit * UNICODE_NUMBER | (blank | control) * UNICODE_SPACE);
+        marks[i] = (uint8_t)(kind | (c >> 7) * TOKENIZER_MULTIBYTE | blank * TOKENIZER_BLANK |
+                             quote * TOKENIZER_QUOTE);
+    }
 }
 
-// bytes of the word ` ?[A-Za-z]+` that bytes[0..1] begin with, if it ends among them at an ASCII character;
-// else 0
-static inline size_t tokenizer_ascii_word(const uint64_t *bytes) {
-    uint64_t space = (bytes[0] & 0xFF) == ' ';
-    uint64_t stop = tokenizer_no_letters(bytes[0]) & ~(space << 7);
-    size_t n = 0;
-    if (stop == 0) {
-        stop = tokenizer_no_letters(bytes[1]);
-        n = 8;
-        if (stop == 0) {
-            return 0;
-        }
+// bytes of the word that 16 marked bytes begin with: tokenizer_word_size without branches, eight bytes at a
+// time. 0 when it is not that simple: a contraction perhaps, a character of many bytes, no end in sight
+static inline size_t tokenizer_marked_word(const uint8_t *marks) {
+    const uint64_t ones = 0x0101010101010101u;
+    uint64_t low, high;
+    memcpy(&low, marks, 8);
+    memcpy(&high, marks + 8, 8);
+    uint64_t blank = (low & TOKENIZER_BLANK) != 0;
+    uint64_t kind = low >> 8 * blank & 7;
+    uint64_t other_low = (low ^ kind * ones) & ones * 7 & ~(blank * 7);
+    uint64_t other_high = ((high ^ kind * ones) & ones * 7) | 1ull << 56; // at the last byte we give up
+    size_t n =
+        other_low != 0 ? (size_t)__builtin_ctzll(other_low) / 8 : 8 + (size_t)__builtin_ctzll(other_high) / 8;
+    if (((low & TOKENIZER_QUOTE) | (kind & TOKENIZER_MULTIBYTE) | (marks[n] & TOKENIZER_MULTIBYTE)) != 0 ||
+        n == 15) {
+        return 0;
     }
-    unsigned bit = (unsigned)__builtin_ctzll(stop);
-    int ascii = (bytes[n / 8] >> bit & 1) == 0;
-    n += bit >> 3;
-    return n > space && ascii ? n : 0;
+    return n - (kind == UNICODE_SPACE && n > 1); // the last space goes with what follows
 }
 
 // cuts bytes[0..1] to a word of at most TOKENIZER_CACHE_WORD bytes and puts its size into the last byte
@@ -359,65 +375,116 @@ static inline size_t tokenizer_hash(const uint64_t *key) {
     return (size_t)((h ^ h >> 29) * 0x9E3779B97F4A7C15ull >> (64 - TOKENIZER_CACHE_BITS));
 }
 
-// the ids of a word that is not the first of its two entries: if it is the second they change places, else it
-// is merged and, when its ids fit, becomes the first. Returns the number of ids
-__attribute__((noinline, unused)) static size_t tokenizer_encode_rare(Tokenizer *t, const uint8_t *word,
-                                                                      size_t size, const uint64_t *key,
-                                                                      TokenizerWord *entries, int *ids) {
-    uint16_t merged[TOKENIZER_SHORT] = {0};
-    TokenizerWord found = entries[1];
-    const uint16_t *from = found.ids;
-    size_t n = found.ids[TOKENIZER_CACHE_IDS];
-    if (found.key[0] != key[0] || found.key[1] != key[1]) {
-        from = merged;
-        n = tokenizer_merge_short(t, word, size, merged);
-        memcpy(found.key, key, sizeof(found.key));
-        memcpy(found.ids, merged, sizeof(found.ids));
-        found.ids[TOKENIZER_CACHE_IDS] = (uint16_t)n;
+// where a text is being cut into words
+typedef struct {
+    const uint8_t *word; // the next one
+    const uint8_t *end;  // of the text
+    const uint8_t *marked;
+    const uint8_t *marked_end; // [marked, marked_end) have marks
+    uint8_t *marks;            // [TOKENIZER_WINDOW]
+} TokenizerCutter;
+
+typedef struct {
+    uint64_t key[2]; // all ones, which no entry has, for a word too long for the cache
+    const uint8_t *word;
+    size_t size;
+    TokenizerWord *entries; // its two, on their way from memory
+} TokenizerCut;
+
+static inline void tokenizer_cut(const Tokenizer *t, TokenizerCutter *c, TokenizerCut *cut) {
+    size_t left = (size_t)(c->end - c->word), size = 0;
+    uint64_t key[2] = {0, 0};
+    memcpy(key, c->word, left < 16 ? left : 16);
+    if (left >= 16) {
+        if (c->marked_end - c->word < 16) {
+            size_t window = left < TOKENIZER_WINDOW ? left : (size_t)TOKENIZER_WINDOW;
+            tokenizer_mark(c->word, window, c->marks);
+            c->marked = c->word;
+            c->marked_end = c->word + window;
+        }
+        size = tokenizer_marked_word(c->marks + (c->word - c->marked));
     }
-    if (n <= TOKENIZER_CACHE_IDS) {
-        entries[1] = entries[0];
-        entries[0] = found;
+    if (size == 0) {
+        size = tokenizer_word_size(t, c->word, left);
     }
-    for (size_t i = 0; i < n; i++) {
-        ids[i] = from[i];
+    if (size <= TOKENIZER_CACHE_WORD) {
+        tokenizer_key(key, size);
+    } else {
+        memset(key, 0xFF, sizeof(key));
     }
-    return n;
+    cut->key[0] = key[0];
+    cut->key[1] = key[1];
+    cut->word = c->word;
+    cut->size = size;
+    cut->entries = &t->cache[2 * tokenizer_hash(key)];
+    __builtin_prefetch(cut->entries);
+    c->word += size;
 }
 
-// appends the text's ids to ids[0..*n); special tokens in the text are text
+// the ids of a word that is not the first of its two entries: if it is the second they change places, else it
+// is merged and, when its ids fit, becomes the first. Returns the number of ids so far
+__attribute__((noinline, unused)) static size_t tokenizer_encode_rare(Tokenizer *t, const TokenizerCut *cut,
+                                                                      int **ids, size_t n, size_t *capacity) {
+    if (cut->size > TOKENIZER_CACHE_WORD) {
+        n = tokenizer_encode_long(t, cut->word, cut->size, ids, n, capacity);
+        tokenizer_reserve(ids, n, capacity,
+                          TOKENIZER_BATCH * TOKENIZER_CACHE_WORD); // the batch's others still have room
+        return n;
+    }
+    uint16_t merged[TOKENIZER_SHORT] = {0};
+    TokenizerWord found = cut->entries[1];
+    const uint16_t *from = found.ids;
+    size_t count = found.ids[TOKENIZER_CACHE_IDS];
+    if (found.key[0] != cut->key[0] || found.key[1] != cut->key[1]) {
+        from = merged;
+        count = tokenizer_merge_short(t, cut->word, cut->size, merged);
+        memcpy(found.key, cut->key, sizeof(found.key));
+        memcpy(found.ids, merged, sizeof(found.ids));
+        found.ids[TOKENIZER_CACHE_IDS] = (uint16_t)count;
+    }
+    if (count <= TOKENIZER_CACHE_IDS) {
+        cut->entries[1] = cut->entries[0];
+        cut->entries[0] = found;
+    }
+    for (size_t i = 0; i < count; i++) {
+        (*ids)[n + i] = from[i];
+    }
+    return n + count;
+}
+
+// appends the text's ids to ids[0..*n); special tokens in the text are text. Some words are cut, then looked
+// up, so that the memory has time to answer
 static inline void tokenizer_encode(Tokenizer *t, const char *text, size_t size, int **ids, size_t *n,
                                     size_t *capacity) {
-    const uint8_t *word = (const uint8_t *)text;
-    const uint8_t *end = word + size;
+    TokenizerCut cuts[TOKENIZER_BATCH];
+    uint8_t marks[TOKENIZER_WINDOW];
+    TokenizerCutter cutter;
+    cutter.marks = marks;
+    cutter.marked = NULL;
+    cutter.word = (const uint8_t *)text;
+    cutter.end = cutter.word + size;
+    cutter.marked_end = cutter.word;
     size_t count = *n;
-    size_t bytes = 0;
-    for (; word < end; word += bytes) {
-        uint64_t key[2] = {0, 0};
-        size_t left = (size_t)(end - word);
-        memcpy(key, word, left < 16 ? left : 16);
-        bytes = tokenizer_ascii_word(key);
-        if (bytes == 0) {
-            bytes = tokenizer_word_size(t, word, left);
+    while (cutter.word < cutter.end) {
+        int batch = 0;
+        while (batch < TOKENIZER_BATCH && cutter.word < cutter.end) {
+            tokenizer_cut(t, &cutter, &cuts[batch++]);
         }
-        if (bytes > TOKENIZER_CACHE_WORD) {
-            count = tokenizer_encode_long(t, word, bytes, ids, count, capacity);
-            continue;
+        tokenizer_reserve(ids, count, capacity, TOKENIZER_BATCH * TOKENIZER_CACHE_WORD);
+        for (int i = 0; i < batch; i++) {
+            const TokenizerWord *entry = cuts[i].entries;
+            if (((entry->key[0] ^ cuts[i].key[0]) | (entry->key[1] ^ cuts[i].key[1])) != 0) {
+                count = tokenizer_encode_rare(t, &cuts[i], ids, count, capacity);
+                continue;
+            }
+            uint16_t known[TOKENIZER_CACHE_IDS + 1];
+            int *out = *ids + count;
+            memcpy(known, entry->ids, sizeof(known));
+            for (int k = 0; k <= TOKENIZER_CACHE_IDS; k++) { // all of them: quicker than as many as there are
+                out[k] = known[k];
+            }
+            count += known[TOKENIZER_CACHE_IDS];
         }
-        tokenizer_reserve(ids, count, capacity, TOKENIZER_CACHE_WORD);
-        int *out = *ids + count;
-        tokenizer_key(key, bytes);
-        TokenizerWord *entries = &t->cache[2 * tokenizer_hash(key)];
-        if (((entries->key[0] ^ key[0]) | (entries->key[1] ^ key[1])) != 0) {
-            count += tokenizer_encode_rare(t, word, bytes, key, entries, out);
-            continue;
-        }
-        uint16_t known[TOKENIZER_CACHE_IDS + 1];
-        memcpy(known, entries->ids, sizeof(known));
-        for (int i = 0; i <= TOKENIZER_CACHE_IDS; i++) { // all of them: quicker than as many as there are
-            out[i] = known[i];
-        }
-        count += known[TOKENIZER_CACHE_IDS];
     }
     *n = count;
 }
@@ -677,8 +744,19 @@ static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, 
     free(text);
 }
 
+#define TOKENIZER_CACHE_SIZE (sizeof(TokenizerWord) * 2 << TOKENIZER_CACHE_BITS)
+
 static inline void tokenizer_new_scratch(Tokenizer *t) {
-    t->cache = NEW(TokenizerWord, (size_t)2 << TOKENIZER_CACHE_BITS);
+    void *cache =
+        mmap(NULL, TOKENIZER_CACHE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (cache == MAP_FAILED) {
+        die("out of memory: no %zu bytes for the tokenizer\n  ---> use fewer --threads",
+            TOKENIZER_CACHE_SIZE);
+    }
+#ifdef MADV_HUGEPAGE
+    madvise(cache, TOKENIZER_CACHE_SIZE, MADV_HUGEPAGE); // the entries lie far apart: fewer pages to look up
+#endif
+    t->cache = (TokenizerWord *)cache;
     t->symbols = NULL;
     t->heap = NULL;
     t->symbols_capacity = 0;
@@ -728,7 +806,7 @@ static inline void tokenizer_free(Tokenizer *t) {
         free(t->filter);
         free(t->classes);
     }
-    free(t->cache);
+    munmap(t->cache, TOKENIZER_CACHE_SIZE);
     free(t->symbols);
     free(t->heap);
     free(t);

@@ -1,5 +1,5 @@
 /*
-The Unicode classes of GPT-2's pre-tokenization: \p{L} (letter), \p{N} (number), \s (White_Space), the rest.
+Unicode classes of GPT-2's pre-tokenization: \p{L} (letter), \p{N} (number), \s (White_Space), rest.
 Unicode 16.0.0. Made by dev/make_unicode_classes.py from the Unicode Character Database: do not edit.
 
 Shapes: classes [UNICODE_SIZE], one byte a code point. Errors: none.
@@ -19,6 +19,7 @@ enum { UNICODE_OTHER, UNICODE_LETTER, UNICODE_NUMBER, UNICODE_SPACE };
 
 static inline void unicode_fill_classes(uint8_t *classes) {
     // runs of equal class from code point 0 on: 4 * length + class
+    // clang-format off
     static const uint32_t runs[] = {
         36, 23, 72, 7, 60, 42, 28, 105, 24, 105, 40, 7, 104, 7, 36, 5, 28, 10, 4, 5, 12, 6, 5, 4, 14, 4, 93,
         4, 125, 4, 1833, 16, 49, 56, 21, 28, 5, 4, 5, 516, 21, 4, 9, 8, 17, 4, 5, 24, 5, 4, 13, 4, 5, 4, 81,
@@ -84,6 +85,7 @@ static inline void unicode_fill_classes(uint8_t *classes) {
         4120, 170881, 128, 16617, 24, 889, 8, 23049, 56, 29893, 60, 2489, 9864, 2169, 6024, 19757, 20, 16769,
         3633472,
     };
+    // clang-format on
     size_t at = 0;
     for (size_t i = 0; i < sizeof(runs) / sizeof(runs[0]); i++) {
         memset(classes + at, (int)(runs[i] & 3), runs[i] >> 2);

@@ -1,7 +1,8 @@
 #!/bin/sh
-# What data/'s programs do when things go wrong: killed at any moment, disk full, folder not writable, input damaged,
-# command line mistyped. A restart goes on, finished shards are never harmed, and every refusal says why.
-# usage: dev/test/test_data_faults.sh          (after make data-tools; about half a minute)
+# What data/'s programs do when things go wrong: killed at any moment, disk full, folder not writable, input
+# damaged, command line mistyped. A restart goes on, finished shards are never harmed, and every refusal says
+# why. About a quarter of a minute.
+# usage: dev/test/test_data_faults.sh          (after make data-tools)
 # shellcheck disable=SC2086 # $run is a command of many words
 cd "$(dirname "$0")/../.." || exit 1
 here=build/test/data_faults
@@ -193,7 +194,7 @@ if command -v curl >/dev/null; then
     head -c 1000 data/sample.jsonl >$here/fetched/sample.jsonl.part
     fetch "$hash" "$from" $here/fetched >$here/output 2>&1 && cmp -s data/sample.jsonl $here/fetched/sample.jsonl
     check "a download goes on where it was" $?
-    grep -q "to fetch into .*0\.4 MB; free there" $here/output
+    grep -q "to fetch into .*0\.00 GB; free there" $here/output
     check "a download says how much before it starts" $?
     refused 1 "is not the published file" fetch "0$hash" "$from" $here/wrong
     [ ! -e $here/wrong/sample.jsonl ]

@@ -1,7 +1,7 @@
 /*
-tokenizer.h: words and merges against a literal reading of their definition on random text, any bytes there and
-back, very long words, special tokens, damaged vocabularies; GPT-2's ids on the strings and files on which five
-other implementations agree (../shared/data, where it is present); and the built-in sample's shards.
+tokenizer.h: words and merges against a literal reading of their definition on random text, any bytes there
+and back, very long words, special tokens, damaged vocabularies; GPT-2's ids on the strings and files on which
+five other implementations agree (../shared/data, where it is present); and the built-in sample's shards.
 */
 #ifndef TEST_TOKENIZER_H
 #define TEST_TOKENIZER_H
@@ -529,7 +529,7 @@ static int tk_golden(Tokenizer *t, const char *path, int special) {
     return wrong == 0 ? lines : 0;
 }
 
-// SHA-256 of the ids of all documents of a file, as little-endian uint16, each followed by <|endoftext|> if wanted
+// SHA-256 of the ids of all documents of a file, as little-endian uint16, with_eot each followed by it
 static void tk_hash_file(Tokenizer *t, const char *path, int with_eot, char *hex) {
     char copy[256], error[256];
     char *paths[1] = {copy};
