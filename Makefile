@@ -49,6 +49,9 @@ $(SAMPLE): data/sample.jsonl build/train_tokenizer build/tokenize
 
 sample-data: $(SAMPLE)
 
+sample:
+	data/make_sample.sh
+
 train: train_remoe $(SAMPLE)
 	./train_remoe
 

@@ -24,6 +24,7 @@ the tests that watch it from outside.
 #include "dev/test/test_embedding.h"
 #include "dev/test/test_experts.h"
 #include "dev/test/test_fast_exp.h"
+#include "dev/test/test_fuzz_corpus.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_lambda.h"
 #include "dev/test/test_logger.h"
@@ -81,6 +82,7 @@ static const TestRow test_rows[] = {
     {"sampler", test_sampler},
     {"logger", test_logger},
     {"checkpoint", test_checkpoint},
+    {"fuzz_corpus", test_fuzz_corpus},
     {"trainer", test_trainer},
 };
 
