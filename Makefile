@@ -64,7 +64,7 @@ build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
 
 bench: build/bench_matmul train_remoe $(SAMPLE)
 	build/bench_matmul
-	./train_remoe --bench
+	./train_remoe --bench --lambda-init 1e-3
 
 # one fuzz target (clang's libFuzzer) for FUZZ_SECONDS; a find goes to dev/fuzz/corpus, which the tests replay
 TARGET ?= fuzz_json

@@ -849,40 +849,62 @@ static void train(Run *run) {
     show_sample(run, "");
 }
 
-// reaches stage III's sparsity with one micro-batch a step, then times whole steps at the given global batch
+enum { SETTLED_STEPS = 20, TIMED_STEPS = 10, MOST_STEPS = 2000 };
+
+// trains with one micro-batch a step until stage III, and S within 0.005 of its target over the last
+// SETTLED_STEPS
+static void bench_settle(Run *run, double target) {
+    double recent[SETTLED_STEPS] = {0};
+    int micro_batches = run->micro_batches;
+    run->micro_batches = 1;
+    for (int step = 0; has_lambda(run); step++) {
+        StepRecord r;
+        double mean = 0.0;
+        train_step(run, &r);
+        recent[step % SETTLED_STEPS] = r.sparsity;
+        for (int i = 0; i < SETTLED_STEPS; i++) {
+            mean += recent[i] / SETTLED_STEPS;
+        }
+        if (r.stage == STAGE_SPARSE && step >= SETTLED_STEPS && fabs(mean - target) < 0.005) {
+            break;
+        }
+        if (step == MOST_STEPS) {
+            warn("S is still %.4f, not %.4f, after %d steps: the timing below is of another sparsity", mean,
+                 target, MOST_STEPS);
+            break;
+        }
+    }
+    run->micro_batches = micro_batches;
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// whole steps at the given global batch, once S has settled; medians
 static void bench(Run *run) {
-    enum { SETTLED_STEPS = 20, TIMED_STEPS = 10, MOST_STEPS = 2000 };
     const Config *c = &run->model.config;
     double target = 1.0 - (double)c->router.active / c->router.experts;
     double times[TIMED_STEPS], sparsity = 0.0, active = 0.0;
-    int micro_batches = run->micro_batches;
-    StepRecord r;
-    run->micro_batches = 1;
-    for (int settled = 0, step = 0; has_lambda(run) && settled < SETTLED_STEPS && step < MOST_STEPS; step++) {
-        train_step(run, &r);
-        settled = fabs(r.sparsity - target) < 0.005 ? settled + 1 : 0;
-    }
-    run->micro_batches = micro_batches;
+    bench_settle(run, target);
     for (int i = 0; i < TIMED_STEPS; i++) {
+        StepRecord r;
         train_step(run, &r);
-        int at = i; // insertion keeps the times sorted, for the median
-        for (; at > 0 && times[at - 1] > r.ms; at--) {
-            times[at] = times[at - 1];
-        }
-        times[at] = r.ms;
+        times[i] = r.ms;
         sparsity += r.sparsity / TIMED_STEPS;
         active += r.active_experts / TIMED_STEPS;
     }
+    qsort(times, TIMED_STEPS, sizeof(double), compare_doubles);
     double seconds = 0.5e-3 * (times[(TIMED_STEPS - 1) / 2] + times[TIMED_STEPS / 2]);
-    double sequences = (double)run->stats.tokens / (double)run->options.seq_len;
-    double nominal = config_flops(c, run->options.seq_len, c->router.active) * sequences / seconds;
-    double measured = config_flops(c, run->options.seq_len, active) * sequences / seconds;
-    printf("bench: %lld tokens a step, median %.1f ms (%.1f to %.1f) | %.0f tok/s | %.1f GFLOP/s nominal, "
-           "%.1f active | "
-           "S %.4f (target %.4f) | %.2f GB\n",
-           (long long)run->stats.tokens, 1e3 * seconds, times[0], times[TIMED_STEPS - 1],
-           (double)run->stats.tokens / seconds, 1e-9 * nominal, 1e-9 * measured, sparsity, target,
-           peak_memory_gb());
+    double tokens = (double)run->stats.tokens, T = (double)run->options.seq_len;
+    double nominal = config_flops(c, run->options.seq_len, c->router.active) * tokens / T / seconds;
+    double measured = config_flops(c, run->options.seq_len, active) * tokens / T / seconds;
+    printf("bench     %.0f tokens a step, median %.1f ms (%.1f to %.1f) | S %.4f, target %.4f\n", tokens,
+           1e3 * seconds, times[0], times[TIMED_STEPS - 1], sparsity, target);
+    printf(
+        "          %.0f tok/s | %.1f GFLOP/s at nominal k, %.1f at the measured active experts | %.2f GB\n",
+        tokens / seconds, 1e-9 * nominal, 1e-9 * measured, peak_memory_gb());
 }
 
 // ----------------------------------------------------------------------------
