@@ -136,7 +136,7 @@ disturb() { # disturb kill|full OPTIONS...: every n until nothing is left to dis
             status=$?
         } 2>/dev/null # where the shell says who was killed
         if [ "$how" = full ] && [ $status != 0 ]; then
-            [ $status = 1 ] && grep -q '^error: .*No space left on device' output && grep -q '  ---> ' output
+            [ $status = 1 ] && grep -q 'error: .*No space left on device' output && grep -q '^  ---> ' output
             check "the message when operation $n fails" $?
         elif [ $status != 0 ] && [ $status != 137 ]; then
             check "exit $status at operation $n" 1
