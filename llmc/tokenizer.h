@@ -67,8 +67,8 @@ typedef struct {
     int byte_ids[256];
     uint64_t *merges; // open addressing: left << 48 | right << 32 | rank << 16 | id, all ones when empty
     int merge_bits;   // log2 of its size
-    uint64_t *filter; // [1 << TOKENIZER_FILTER_BITS] bits: 0 when no pair of that hash merges; small enough
-                      // to stay near
+    uint64_t *
+        filter; // [1 << TOKENIZER_FILTER_BITS] bits, few enough to stay near: 0 when no pair so hashed merges
     uint8_t *classes; // [UNICODE_SIZE]
     uint8_t byte_classes[256];
     TokenizerWord *cache; // [2 << TOKENIZER_CACHE_BITS]: a word is one of two, the last used first
@@ -427,8 +427,7 @@ __attribute__((noinline, unused)) static size_t tokenizer_encode_rare(Tokenizer 
                                                                       int **ids, size_t n, size_t *capacity) {
     if (cut->size > TOKENIZER_CACHE_WORD) {
         n = tokenizer_encode_long(t, cut->word, cut->size, ids, n, capacity);
-        tokenizer_reserve(ids, n, capacity,
-                          TOKENIZER_BATCH * TOKENIZER_CACHE_WORD); // the batch's others still have room
+        tokenizer_reserve(ids, n, capacity, TOKENIZER_BATCH * TOKENIZER_CACHE_WORD); // for the batch's others
         return n;
     }
     uint16_t merged[TOKENIZER_SHORT] = {0};

@@ -596,6 +596,115 @@ static void test_tokenizer_gpt2(void) {
 }
 
 // ----------------------------------------------------------------------------
+// data/corpus.h: documents out of files
+
+enum { TK_CORPUS_SIZE = 3000000 };
+
+// words, now and then a blank line, rarely a separator; the bytes without separators in *plain
+static char *tk_corpus_text(char *plain, size_t *plain_size) {
+    static const char *const parts[] = {"word ",    "\u00e9t\u00e9 ", "line\n",        "x",
+                                        "end.\n\n", "end.\n\n\n\n",   CORPUS_SEPARATOR};
+    char *text = NEW(char, TK_CORPUS_SIZE + 64);
+    unsigned long long state = 5;
+    size_t size = 0;
+    *plain_size = 0;
+    while (size < TK_CORPUS_SIZE) {
+        state = state * 6364136223846793005ull + 1442695040888963407ull;
+        unsigned r = (unsigned)(state >> 40) % 1000;
+        const char *part = parts[r < 960 ? r % 4 : r < 999 ? 4 + r % 2 : 6];
+        memcpy(text + size, part, strlen(part));
+        size += strlen(part);
+        if (r < 999) {
+            memcpy(plain + *plain_size, part, strlen(part));
+            *plain_size += strlen(part);
+        }
+    }
+    text[size] = '\0';
+    return text;
+}
+
+// every byte of a text file is in one document, and from each position an earlier run may go on
+static void tk_corpus_cuts(size_t text_bytes, const char *plain, size_t plain_size) {
+    char path[] = TK_FOLDER "/cuts.txt";
+    char *paths[1] = {path};
+    Corpus corpus, again;
+    CorpusRecord record, same;
+    size_t at = 0, records = 0, wrong = 0;
+    corpus_init(&corpus, paths, 1, text_bytes);
+    for (;;) {
+        CorpusPosition before = corpus.position;
+        if (!corpus_next(&corpus, &record)) {
+            break;
+        }
+        wrong += at + record.size > plain_size || memcmp(plain + at, record.bytes, record.size) != 0;
+        wrong += (record.bytes[0] & 0xC0) == 0x80; // never within a character
+        at += record.size;
+        if (records++ % 500 == 0) {
+            corpus_init(&again, paths, 1, text_bytes);
+            corpus_seek(&again, before);
+            wrong += !corpus_next(&again, &same) || same.size != record.size || same.line != record.line ||
+                     memcmp(same.bytes, record.bytes, same.size) != 0;
+            corpus_free(&again);
+        }
+    }
+    CHECK(wrong == 0 && at == plain_size);
+    CHECK(text_bytes == 0 ? records > 10 : records > 100 && records <= 2 * plain_size / text_bytes + 1000);
+    corpus_free(&corpus);
+}
+
+static void test_tokenizer_corpus_text(void) {
+    char *plain = NEW(char, TK_CORPUS_SIZE + 64);
+    size_t plain_size;
+    char *text = tk_corpus_text(plain, &plain_size);
+    tk_write_file(TK_FOLDER "/cuts.txt", text, strlen(text));
+    tk_corpus_cuts(0, plain, plain_size);
+    tk_corpus_cuts(100, plain, plain_size);
+    tk_corpus_cuts(10000, plain, plain_size);
+    free(text);
+    memset(plain, '-', plain_size); // no blank line at all
+    tk_write_file(TK_FOLDER "/cuts.txt", plain, plain_size);
+    tk_corpus_cuts(100, plain, plain_size);
+    free(plain);
+}
+
+static void test_tokenizer_corpus_lines(void) {
+    static const char lines[] =
+        "\n{\"text\": \"a\"}\r\n   \n{\"text\": \"b\", \"meta\": {\"pile_set_name\": \"Wikipedia (en)\"}}\n"
+        "{\"text\": 1}\n[]\n{\"text\": \"\xff\"}\n{\"text\": \"last\"}";
+    static const char *const want[] = {"2 a lines",
+                                       "4 b wikipedia_en",
+                                       "5 \"text\" is not a string",
+                                       "6 not an object",
+                                       "7 column 11: invalid UTF-8 in a string",
+                                       "8 last lines"};
+    char path[] = TK_FOLDER "/lines.jsonl", error[256], got[512];
+    char *paths[1] = {path};
+    size_t n = 0;
+    Corpus corpus;
+    CorpusRecord record;
+    CorpusDocument document;
+    JsonArena arena;
+    tk_write_file(path, lines, sizeof(lines) - 1);
+    json_arena_init(&arena);
+    corpus_init(&corpus, paths, 1, 0);
+    while (corpus_next(&corpus, &record) && n < 6) {
+        int line = (int)record.line;
+        if (corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error))) {
+            check_format(got, sizeof(got), "%d %.*s %s", line, (int)document.size, document.text,
+                         document.domain);
+        } else {
+            check_format(got, sizeof(got), "%d %s", line, error);
+        }
+        if (!CHECK(strcmp(got, want[n++]) == 0)) {
+            printf("    %s\n", got);
+        }
+    }
+    CHECK(n == 6);
+    corpus_free(&corpus);
+    json_arena_free(&arena);
+}
+
+// ----------------------------------------------------------------------------
 // what data/ makes of the built-in sample
 
 // the training and validation shards, decoded, hold each document of the sample once
@@ -658,6 +767,8 @@ static void test_tokenizer(void) {
     test_tokenizer_too_many();
     test_tokenizer_too_many_merges();
     test_tokenizer_gpt2();
+    test_tokenizer_corpus_text();
+    test_tokenizer_corpus_lines();
     test_tokenizer_sample();
 }
 
