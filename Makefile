@@ -44,7 +44,7 @@ data-tools: build/train_tokenizer build/tokenize
 $(SAMPLE): data/sample.jsonl build/train_tokenizer build/tokenize
 	@mkdir -p build/sample
 	build/train_tokenizer --vocab-size 2048 --out build/sample data/sample.jsonl
-	rm -f build/sample/*.bin build/sample/manifest.json
+	rm -f build/sample/*.bin* build/sample/manifest.json build/sample/tokenize.state.json build/sample/unreadable.txt*
 	build/tokenize --tokenizer build/sample --out build/sample --val-fraction 0.1 data/sample.jsonl
 
 sample-data: $(SAMPLE)
@@ -61,6 +61,10 @@ test: test_remoe train_remoe $(SAMPLE)
 build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
 	@mkdir -p build
 	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS) -ldl
+
+build/bench_tokenizer: dev/bench/bench_tokenizer.c $(HEADERS) Makefile
+	@mkdir -p build
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
 
 bench: build/bench_matmul train_remoe $(SAMPLE)
 	build/bench_matmul
