@@ -3,20 +3,20 @@
 CC ?= cc
 # fp-contract and the two no- flags let loops use fused multiply-adds and vector selects; none of them reorders a sum
 CFLAGS ?= -O3 -march=native
-CFLAGS += -std=c11 -D_GNU_SOURCE -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+override CFLAGS += -std=c11 -D_GNU_SOURCE -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
 LDLIBS += -lm -lpthread
 
 # OpenMP is used where the compiler has it (OPENMP=0 leaves it out); the loops' SIMD hints need no library
 OPENMP ?= $(shell printf 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo 1 || echo 0)
 ifeq ($(OPENMP),1)
-  CFLAGS += -fopenmp
+  override CFLAGS += -fopenmp
 else
-  CFLAGS += -fopenmp-simd -Wno-unknown-pragmas
+  override CFLAGS += -fopenmp-simd -Wno-unknown-pragmas
 endif
 # 512-bit registers where the machine has them: compilers are shy of them by default
 ifneq ($(findstring -march=native,$(CFLAGS)),)
   ifeq ($(shell $(CC) -march=native -dM -E -x c /dev/null 2>/dev/null | grep -c __AVX512F__),1)
-    CFLAGS += -mprefer-vector-width=512
+    override CFLAGS += -mprefer-vector-width=512
   endif
 endif
 
