@@ -89,7 +89,7 @@ train() { # in the foreground: in the background a kill would end the shell arou
 
 # --- killed at random moments, again and again, until the run is complete
 begin=$(date +%s%N)
-train --steps 100 --save-every 2 --keep 0 --out reference >output 2>&1
+train --steps 200 --save-every 2 --keep 0 --out reference >output 2>&1
 check "a run that nothing disturbs" $?
 took=$((($(date +%s%N) - begin) / 1000000)) # ms
 kills=0
@@ -98,10 +98,10 @@ for _ in $(seq 12); do
         "$trainer" --resume latest --out killed >output 2>&1 &
     else
         # shellcheck disable=SC2086
-        "$trainer" $model $batch --steps 100 --save-every 2 --out killed >output 2>&1 &
+        "$trainer" $model $batch --steps 200 --save-every 2 --out killed >output 2>&1 &
     fi
     pid=$!
-    sleep "$(printf '0.%03d' $((10 + RANDOM % (took / 6 + 20))))"
+    sleep "$(printf '0.%03d' $((10 + RANDOM % (took / 12 + 20))))"
     kill -9 $pid 2>/dev/null
     wait $pid 2>/dev/null
     [ $? = 137 ] && kills=$((kills + 1))
@@ -111,7 +111,7 @@ done
 [ $kills -ge 6 ]
 check "$kills of 12 kills came before the end" $?
 "$trainer" --resume latest --out killed >output 2>&1
-finished killed reference 100
+finished killed reference 200
 check "the run killed $kills times ends as the one that was not" $?
 
 # --- killed, or out of space, at every single operation on files: while the next step is saved and an old one removed, and while
