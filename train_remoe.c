@@ -21,11 +21,13 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-// defines: sysconf; omp_set_num_threads, omp_get_max_threads
+// defines: open, flock, sysconf; omp_set_num_threads, omp_get_max_threads
 // defines: die, warn, NEW, GROW
 #include "llmc/check.h"
 // defines: rng_uniform
@@ -147,10 +149,12 @@ static double model_bytes(const Config *c, int64_t N, double active, int trainin
 
 // refuses before anything is allocated what the machine's memory cannot hold
 static void check_memory(const Config *c, const Options *o, int training) {
+    int fresh = c->router.method == ROUTER_RELU && o->load[0] == '\0' && o->resume[0] == '\0';
+    double active = fresh ? 0.5 * c->router.experts : c->router.active; // about half are on at initialisation
     double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
     int64_t N = o->batch * o->seq_len;
-    double need = model_bytes(c, N, c->router.active, training);
-    double fixed = model_bytes(c, 0, c->router.active, training);
+    double need = model_bytes(c, N, active, training);
+    double fixed = model_bytes(c, 0, active, training);
     if (need > have) {
         double rows = (have - fixed) / (need - fixed) * (double)o->batch;
         die("the run needs %.1f GB of memory, the machine has %.1f\n  ---> use %s", 1e-9 * need, 1e-9 * have,
@@ -489,7 +493,9 @@ enum { BAD_STEPS_LIMIT = 3 }; // non-finite steps in a row that end a run
 static volatile sig_atomic_t stop_requested; // a signal's only way to speak
 
 static void request_stop(int signal_number) {
-    (void)signal_number;
+    if (signal_number == SIGINT) {
+        signal(SIGINT, SIG_DFL); // a second Ctrl-C does not wait for the end of the step
+    }
     stop_requested = 1;
 }
 
@@ -812,6 +818,13 @@ static void train(Run *run) {
     while (run->state.step < o->steps && !stop_requested && !out_of_time(run)) {
         StepRecord record;
         int stage = run->state.sparsity.stage;
+        // before a step, not after the last: a run resumed here validates here, so the log misses and repeats nothing
+        if (run->state.step > 0 && every(o->val_every, run->state.step)) {
+            validate(run);
+        }
+        if (run->state.step > 0 && every(o->sample_every, run->state.step)) {
+            show_sample(run, "");
+        }
         int finite = train_step(run, &record);
         double now = seconds_now();
         log_step(run->log, run->log_path, &record);
@@ -828,12 +841,6 @@ static void train(Run *run) {
         }
         if (every(o->save_every, run->state.step)) {
             save(run);
-        }
-        if (every(o->val_every, run->state.step)) {
-            validate(run);
-        }
-        if (every(o->sample_every, run->state.step)) {
-            show_sample(run, "");
         }
     }
     double seconds = seconds_now() - run->started;
@@ -926,7 +933,7 @@ static void build_model(Run *run) {
     }
     config.max_seq_len =
         o->seq_len > config.max_seq_len || folder[0] == '\0' ? (int)o->seq_len : config.max_seq_len;
-    check_memory(&config, o, training);
+    check_memory(&config, o, training || o->dump[0] != '\0');
     model_allocate_params(m, &config);
     if (training || o->dump[0] != '\0') {
         model_allocate_training(m, training);
@@ -1043,7 +1050,17 @@ static void print_table(const Run *run) {
 }
 
 static void open_log(Run *run) {
+    char name[64], folder[PATH_SIZE];
     make_folder(run->out);
+    int lock = open(run->out, O_RDONLY | O_DIRECTORY); // held until the process ends, however it ends
+    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        die("another process trains in %s\n  ---> stop it, or choose another folder with --out", run->out);
+    }
+    check_format(name, sizeof(name), "step_%08lld", (long long)run->state.step);
+    check_format(folder, sizeof(folder), "%.1900s/%s", run->out, name);
+    if (run->options.resume[0] != '\0' && path_exists(folder)) {
+        point_latest(run->out, name); // to where the log is cut back: later checkpoints are of another future
+    }
     check_format(run->log_path, PATH_SIZE, "%.2000s/log.jsonl", run->out);
     log_cut(run->log_path, run->state.step);
     run->log = check_fopen(run->log_path, "ab", "choose another folder with --out");

@@ -47,7 +47,7 @@ static inline double peak_memory_gb(void) {
 }
 
 // drops the rows of steps from `step` on, and a half-written last one. The row of step i says i, a validation
-// after n steps says n: that of the step resumed from will not be made again
+// after n steps says n: a run resumed there makes it again
 static inline void log_cut(const char *path, int64_t step) {
     size_t size;
     FILE *exists = fopen(path, "rb");
@@ -71,7 +71,7 @@ static inline void log_cut(const char *path, int64_t step) {
         if (json == NULL || json->type != JSON_OBJECT || json_get(json, "step") == NULL ||
             !json_int64(json_get(json, "step"), &row)) {
             dropped++;
-        } else if (row < step || (row == step && json_get(json, "val_loss") != NULL)) {
+        } else if (row < step) {
             newfile_write(&kept, line, 1, (size_t)(end - line) + 1);
         }
     }

@@ -12,6 +12,8 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 
 #include "checkpoint.h"
 #include "options.h"
+#include <libgen.h>
+// defines: dirname
 
 // --dump, --eval and --sample only look at a model
 static inline int wants_training(const Options *o) {
@@ -75,7 +77,7 @@ static inline int inherit_options(Options *o, RunState *state, const char *folde
     return found;
 }
 
-// --resume: the run goes on with its own options and folder, unless the command line says otherwise
+// --resume: the run goes on with its own options, in its folder, unless the command line says otherwise
 static inline void resume_options(Options *o, RunState *state, int argc, const char *const *argv) {
     char folder[PATH_SIZE], out[PATH_SIZE];
     default_out(out, o->preset, o->router, 1);
@@ -84,6 +86,10 @@ static inline void resume_options(Options *o, RunState *state, int argc, const c
     if (!inherit_options(o, state, folder, argc, argv)) {
         die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s",
             folder, folder);
+    }
+    if (!options_given(argc, argv, "out")) { // a run that was moved or copied goes on where it is now
+        check_format(out, sizeof(out), "%s", folder);
+        check_format(o->out, sizeof(o->out), "%s", dirname(out));
     }
     check_format(o->resume, sizeof(o->resume), "%s", folder);
 }
@@ -104,6 +110,13 @@ static inline void check_options(const Options *o) {
     if (o->global_batch % o->batch != 0) {
         die_usage("--global-batch %lld is not a multiple of --batch %lld", (long long)o->global_batch,
                   (long long)o->batch);
+    }
+    if (o->batch * o->seq_len > INT32_MAX) {
+        die_usage("--batch %lld x --seq-len %lld: more than %d tokens a micro-batch", (long long)o->batch,
+                  (long long)o->seq_len, INT32_MAX);
+    }
+    if (o->eval && o->val_data[0] == '\0') {
+        die_usage("--eval has nothing to evaluate\n  ---> name shards with --val-data");
     }
     if (strcmp(o->save_dtype, "f32") != 0 && strcmp(o->save_dtype, "bf16") != 0) {
         die_usage("--save-dtype %s: expected f32 or bf16", o->save_dtype);

@@ -9,10 +9,7 @@ static int stays(const char *line, size_t size, JsonArena *arena) {
     char error[128];
     int64_t step;
     const Json *row = json_parse(line, size, arena, error, sizeof(error));
-    if (row == NULL || !json_int64(json_get(row, "step"), &step)) {
-        return 0;
-    }
-    return step < FIRST_STEP || (step == FIRST_STEP && json_get(row, "val_loss") != NULL);
+    return row != NULL && json_int64(json_get(row, "step"), &step) && step < FIRST_STEP;
 }
 
 // the expected file, made line by line

@@ -163,16 +163,13 @@ static void test_logger_cut(void) {
         log_step(log, LOGGER_PATH, &r);
         ends[i] = (size_t)ftell(log);
         if (i == 1) {
-            log_validation(log, LOGGER_PATH, 2, 2.5, "all");
-            ends[i] = (size_t)ftell(log);
+            log_validation(log, LOGGER_PATH, 2, 2.5, "all"); // made again by a run that resumes after 2 steps
         }
     }
     check_fclose(log, LOGGER_PATH);
     char *text = check_read_file(LOGGER_PATH, &size, "");
     for (int64_t step = 0; step <= 5; step++) {
-        size_t kept = step == 0   ? 0
-                      : step >= 4 ? size
-                                  : ends[step - 1]; // the validation that step 2 ended with
+        size_t kept = step == 0 ? 0 : step >= 4 ? size : ends[step - 1];
         memcpy(whole, text, kept);
         whole[kept] = '\0';
         logger_check_cut(text, size, step, whole);

@@ -46,12 +46,16 @@ whole() {
     [ ! -L "$1/latest" ] || [ -f "$1/latest/state.json" ]
 }
 
-# finished RUN REFERENCE STEPS: the last checkpoint and each step of the log exactly once, nothing left behind
+rows() { # of a log: each step and its loss, each validation
+    grep -o '^{"step": [0-9]*, "[a-z]*_loss": [^,}]*' "$1/log.jsonl"
+}
+
+# finished RUN REFERENCE STEPS: the last checkpoint, the rows of the log each exactly once, and nothing left behind
 finished() {
     local name
     name=$(printf 'step_%08d' "$3")
     whole "$1" "$2" && [ "$(readlink "$1/latest")" = "$name" ] &&
-        sed -n 's/^{"step": \([0-9]*\), "lm_loss".*/\1/p' "$1/log.jsonl" | cmp - <(seq 0 $(($3 - 1))) >&2 &&
+        rows "$1" | cmp - <(rows "$2") >&2 && [ "$(rows "$1" | grep -c lm_loss)" = "$3" ] &&
         [ -z "$(find "$1" -name '.tmp*' -o -name '*.tmp')" ]
 }
 
@@ -116,11 +120,11 @@ check "the run killed $kills times ends as the one that was not" $?
 
 # --- killed, or out of space, at every single operation on files: while the next step is saved and an old one removed, and while
 # the same step is saved again
-train --steps 6 --save-every 2 --keep 0 --out short >output 2>&1
+train --steps 6 --save-every 2 --keep 0 --val-data data.bin --val-every 2 --val-batches 2 --out short >output 2>&1
 mkdir start
 cp -r short/step_00000002 short/step_00000004 start
 ln -s step_00000004 start/latest
-sed -n 1,4p short/log.jsonl >start/log.jsonl
+grep -v '^{"step": [456]' short/log.jsonl >start/log.jsonl
 
 disturb() { # disturb kill|full OPTIONS...: every n until nothing is left to disturb; the number of them in $n
     local how=$1 status
@@ -157,6 +161,32 @@ disturb kill --max-minutes 1e-9
 disturb full --save-every 2
 disturb full --max-minutes 1e-9
 
+# --- a run that was copied goes on where it is; one that goes back to an earlier step has its `latest` there at once
+rm -rf moved && cp -r start moved
+"$trainer" --resume moved >output 2>&1
+finished moved short 6 && [ "$(readlink start/latest)" = step_00000004 ]
+check "a copied run" $?
+rm -rf run && cp -r short run
+LD_PRELOAD=./fault_at.so FAULT_AT=15 FAULT=full "$trainer" --resume run/step_00000002 >output 2>&1
+[ $? = 1 ] && [ "$(readlink run/latest)" = step_00000002 ] && "$trainer" --resume run >output 2>&1 && finished run short 6
+check "back to step 2, disturbed, and on" $?
+
+# --- two at once; and a second interrupt, which does not wait for the step
+"$trainer" --load start --data data.bin --batch 1 --seq-len 8 --global-batch 16000000 --out endless >output 2>&1 &
+pid=$!
+while [ ! -e endless/log.jsonl ] && kill -0 $pid; do
+    sleep 0.05
+done
+refused 1 'another process trains in endless' --load start --data data.bin --batch 1 --seq-len 8 --out endless
+kill -INT $pid
+sleep 0.2
+kill -0 $pid
+check "the first interrupt waits for the end of the step" $?
+kill -INT $pid
+wait $pid
+[ $? = 130 ]
+check "the second does not" $?
+
 # --- a file size limit, and a small disk
 rm -rf run && cp -r start run
 (ulimit -f 100 && exec "$trainer" --resume latest --out run) >output 2>&1
@@ -176,7 +206,7 @@ small_disk() { # in a name space of its own: the mount goes with it
     "$trainer" --resume latest --out disk/run >output 2>&1
     finished disk/run short 6
 }
-export -f small_disk whole finished
+export -f small_disk whole finished rows
 export trainer
 if unshare -rm true 2>/dev/null; then
     unshare -rm bash -c small_disk
@@ -290,6 +320,8 @@ cp data.bin token.bin && le32 8000000 | dd of=token.bin bs=1 seek=11024 conv=not
     refused 2 'experts of .* weights' --layers 1024 --hidden 65536 --heads 1024 --kv-heads 1024 --ffn-mult 1024 --experts 65536
     refused 2 '' --experts 65536 --granularity 65536
     refused 2 '' --experts 1 --granularity 65536 --active 65536 --ffn-mult 1024
+    refused 2 'tokens a micro-batch' $model $batch --batch 65536 --seq-len 1048576
+    refused 2 'nothing to evaluate' --load start --eval --train-data data.bin
     refused 2 'expects an integer from 1' $model $batch --batch 9223372036854775808
     refused 2 'expects an integer' $model $batch --val-batches 9223372036854775807
     refused 2 'expects a number' $model $batch --lr nan

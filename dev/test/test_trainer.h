@@ -275,7 +275,7 @@ static void trainer_resume_stopped_in_the_middle(void) {
 // an endless run in a child; SIGINT once it has trained a step
 static void trainer_ctrl_c(void) {
     static TrainerCommand command;
-    int fds[2], status = 0;
+    int fds[2], status = 0, interrupted = 0;
     size_t used = 0;
     trainer_clear("interrupted");
     trainer_words(&command, TRAINER_TINY "--steps 100000000 --out build/test/interrupted");
@@ -292,8 +292,8 @@ static void trainer_ctrl_c(void) {
         got = read(fds[0], trainer_output + used, sizeof(trainer_output) - 1 - used);
         got = got < 0 ? 0 : got;
         trainer_output[used + (size_t)got] = '\0';
-        if (strstr(trainer_output, "step     1/") != NULL) {
-            kill(pid, SIGINT);
+        if (!interrupted && strstr(trainer_output, "step     1/") != NULL) {
+            interrupted = kill(pid, SIGINT) == 0; // once: a second one would not wait
         }
     }
     close(fds[0]);
