@@ -2,7 +2,7 @@
 # Routers side by side on your own text, at equal active size and equal data order:
 #     dev/compare_routers.sh OUT FILE...            JSON Lines (.jsonl, .jsonl.zst) or text; a domain a file
 # Trains a vocabulary of VOCAB tokens and makes shards (once), trains relu, topk and dense for STEPS steps each, and prints their
-# validation loss a domain. Further options go into OPTIONS. Everything stays under OUT.
+# validation loss a domain. The model is the tiny preset's; further options go into OPTIONS. Everything stays under OUT.
 set -eu
 if [ $# -lt 2 ]; then
     sed -n '2,5p' "$0"
@@ -14,7 +14,7 @@ shift
 VOCAB=${VOCAB:-4096}
 STEPS=${STEPS:-400}
 ROUTERS=${ROUTERS:-relu topk dense}
-OPTIONS=${OPTIONS:---layers 4 --hidden 128 --batch 16 --seq-len 128 --lr 2e-3 --lr-min 2e-4}
+OPTIONS=${OPTIONS:-}
 make train_remoe build/train_tokenizer build/tokenize >/dev/null
 mkdir -p "$out/data"
 if [ ! -f "$out/data/manifest.json" ]; then

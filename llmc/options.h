@@ -27,9 +27,9 @@ enum { OPTION_TEXT_SIZE = 1024 };
     OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                       \
     OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")                \
     OPTION(INT, granularity, "1", 1, 65536, "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")  \
-    OPTION(INT, layers, "4", 1, 1024, "L, transformer layers")                                               \
-    OPTION(INT, hidden, "128", 2, 65536, "d, width of the residual stream")                                  \
-    OPTION(INT, heads, "4", 1, 1024, "H, query heads")                                                       \
+    OPTION(INT, layers, "3", 1, 1024, "L, transformer layers")                                               \
+    OPTION(INT, hidden, "192", 2, 65536, "d, width of the residual stream")                                  \
+    OPTION(INT, heads, "6", 1, 1024, "H, query heads")                                                       \
     OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                         \
     OPTION(INT, ffn_mult, "4", 1, 1024,                                                                      \
            "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)")                    \
@@ -49,9 +49,9 @@ enum { OPTION_TEXT_SIZE = 1024 };
            "validation shards, one a domain: val.DOMAIN.bin")                                                \
     OPTION(TEXT, tokenizer, "build/sample", 0, 0, "folder with vocab.json and merges.txt, to show samples")  \
     OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                               \
-    OPTION(INT, seq_len, "128", 1, 1048576, "T, tokens a sequence")                                          \
+    OPTION(INT, seq_len, "192", 1, 1048576, "T, tokens a sequence")                                          \
     OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                      \
-    OPTION(INT, steps, "600", 1, 1e12, "optimizer steps of the whole run")                                   \
+    OPTION(INT, steps, "500", 1, 1e12, "optimizer steps of the whole run")                                   \
     OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                \
     OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                   \
     OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")         \

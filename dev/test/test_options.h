@@ -48,7 +48,7 @@ static void test_options_presets(void) {
     options_parse_line(&o, "--layers 3");    // the user's words come after
     CHECK(o.layers == 3 && o.hidden == 1536);
     options_defaults(&o, "tiny");
-    CHECK(strcmp(o.preset, "tiny") == 0 && o.layers == 4 && o.vocab_size == 2048 && o.seq_len == 128);
+    CHECK(strcmp(o.preset, "tiny") == 0 && o.layers == 3 && o.vocab_size == 2048 && o.seq_len == 192);
 }
 
 static void test_options_spellings(void) {
