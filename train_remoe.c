@@ -818,7 +818,8 @@ static void train(Run *run) {
     while (run->state.step < o->steps && !stop_requested && !out_of_time(run)) {
         StepRecord record;
         int stage = run->state.sparsity.stage;
-        // before a step, not after the last: a run resumed here validates here, so the log misses and repeats nothing
+        // before a step, not after the last: a run resumed here validates here, so the log misses and repeats
+        // nothing
         if (run->state.step > 0 && every(o->val_every, run->state.step)) {
             validate(run);
         }

@@ -71,14 +71,6 @@ static inline void remove_folder(const char *path) {
     rmdir(path);
 }
 
-static inline void sync_folder(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-}
-
 // ----------------------------------------------------------------------------
 // saving
 
@@ -214,10 +206,9 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
         check_format(path, sizeof(path), "%s/state.json", temporary);
         save_state(path, state, options);
     }
-    sync_folder(temporary);
     place_folder(temporary, folder);
     point_latest(out, name);
-    sync_folder(out);
+    newfile_sync_folder(folder); // the names in `out`
     remove_oldest(out, name, options->keep);
 }
 

@@ -51,7 +51,7 @@ enum { OPTION_TEXT_SIZE = 1024 };
     OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                               \
     OPTION(INT, seq_len, "192", 1, 1048576, "T, tokens a sequence")                                          \
     OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                      \
-    OPTION(INT, steps, "500", 1, 1e12, "optimizer steps of the whole run")                                   \
+    OPTION(INT, steps, "400", 1, 1e12, "optimizer steps of the whole run")                                   \
     OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                \
     OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                   \
     OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")         \

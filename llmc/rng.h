@@ -1,15 +1,16 @@
 /*
-Counter-based random numbers: a pure function of (seed, stream, counter), so that nothing depends on order, threads,
-ranks or sharding, and any element can be drawn alone.
+Counter-based random numbers: a pure function of (seed, stream, counter), so that nothing depends on order,
+threads, ranks or sharding, and any element can be drawn alone.
 
-    rng_bits(seed, stream, counter)     64 bits: three rounds of a multiply-xorshift mixer (Steele et al.'s SplitMix64)
+    rng_bits(seed, stream, counter)     64 bits: three rounds of a multiply-xorshift mixer (Steele et al.)
     rng_uniform(...)                    double in (0, 1), 52 bits, never 0 or 1
     rng_normal(seed, stream, counter)   float, N(0, 1), by Box-Muller:
         z_{2i} = sqrt(-2 ln u_{2i}) cos(2 pi u_{2i+1}),   z_{2i+1} = sqrt(-2 ln u_{2i}) sin(2 pi u_{2i+1})
 
-Weights are initialised from rng_normal by both trainers on the host: the same seed gives the same bits on every
-machine and compiler. So ln, sin and cos are made here from IEEE + - * / and sqrt alone (a libm may differ in its last
-bit), and no a*b + c may be contracted into one rounding: rng_round() hides each product from the optimiser.
+Weights are initialised from rng_normal by both trainers on the host: the same seed gives the same bits on
+every machine and compiler. So ln, sin and cos are made here from IEEE + - * / and sqrt alone (a libm may
+differ in its last bit), and no a*b + c may be contracted into one rounding: rng_round() hides each product
+from the optimiser.
 */
 #ifndef RNG_H
 #define RNG_H
@@ -31,7 +32,8 @@ static inline uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t counter
 }
 
 static inline double rng_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
-    uint64_t bits = rng_bits(seed, stream, counter) >> 12; // with the half added they fill a double's 53: nothing rounds
+    uint64_t bits =
+        rng_bits(seed, stream, counter) >> 12; // with the half added they fill a double's 53: nothing rounds
     return ((double)bits + 0.5) * (1.0 / 4503599627370496.0);
 }
 
@@ -58,9 +60,10 @@ static inline double rng_polynomial(double x, const double *c, int n) {
     return y;
 }
 
-// ln u for a normal positive double: u = m 2^e with m in [sqrt(1/2), sqrt(2)), ln m = 2 atanh((m - 1) / (m + 1))
+// ln u for a normal positive double: u = m 2^e with m in [sqrt(1/2), sqrt(2)), ln m = 2 atanh((m - 1) / (m +
+// 1))
 static inline double rng_log(double u) {
-    static const double series[9] = {1.0,       1.0 / 3,  1.0 / 5,  1.0 / 7, 1.0 / 9,
+    static const double series[9] = {1.0,      1.0 / 3,  1.0 / 5,  1.0 / 7, 1.0 / 9,
                                      1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17};
     uint64_t bits;
     memcpy(&bits, &u, sizeof(bits));
@@ -88,14 +91,9 @@ static inline void rng_cos_sin(double u, double *cosine, double *sine) {
                                          1.0 / 479001600,
                                          -1.0 / 87178291200.0,
                                          1.0 / 20922789888000.0};
-    static const double sin_series[8] = {1.0,
-                                         -1.0 / 6,
-                                         1.0 / 120,
-                                         -1.0 / 5040,
-                                         1.0 / 362880,
-                                         -1.0 / 39916800,
-                                         1.0 / 6227020800.0,
-                                         -1.0 / 1307674368000.0};
+    static const double sin_series[8] = {
+        1.0,          -1.0 / 6,        1.0 / 120,          -1.0 / 5040,
+        1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0, -1.0 / 1307674368000.0};
     int quarter = (int)(rng_round(u * 4.0) + 0.5); // the nearest multiple of a quarter turn, 0..4
     double x = (u - (double)quarter * 0.25) * 6.28318530717958647693;
     double x2 = rng_round(x * x);

@@ -83,7 +83,8 @@ static void test_config_options_refused(void) {
         {"--experts 1 --active 65536 --granularity 65536", "--active 65536 of --experts 1"},
         {"--experts 32769 --granularity 2", "at most 65536 experts"},
         {"--hidden 128 --granularity 3", "--granularity 3 does not divide the width 512"},
-        {"--experts 65536 --hidden 65536 --heads 1024 --layers 1024 --ffn-mult 1024", "use fewer layers or experts"},
+        {"--experts 65536 --hidden 65536 --heads 1024 --layers 1024 --ffn-mult 1024",
+         "use fewer layers or experts"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         char line[128];

@@ -1,7 +1,7 @@
 /*
-The inputs of dev/fuzz/corpus that no component's own test replays: config.json, state.json and log.jsonl, each in a child, since a
-refusal ends the program. A file named bad_* must be refused, with exit 1 and a message that names the file and a remedy; any other
-must be read. What a fuzzer finds is added there.
+The inputs of dev/fuzz/corpus that no component's own test replays: config.json, state.json and log.jsonl,
+each in a child, since a refusal ends the program. A file named bad_* must be refused, with exit 1 and a
+message that names the file and a remedy; any other must be read. What a fuzzer finds is added there.
 */
 #include <glob.h>
 // defines: glob, globfree
@@ -24,7 +24,8 @@ static void corpus_read_state(void *path) {
     printf("step %lld\n", (long long)state.step);
 }
 
-// whatever the rows: every one that stays is of a step before 3, or a validation after 3 steps; and cut again, nothing changes
+// whatever the rows: every one that stays is of a step before 3, or a validation after 3 steps; and cut
+// again, nothing changes
 static void corpus_cut_log(void *path) {
     size_t size, size_again;
     log_cut((const char *)path, 3);
