@@ -918,6 +918,28 @@ static void bench(Run *run) {
 // ----------------------------------------------------------------------------
 // setting up a run
 
+// the first lines of the start-up table: before anything is allocated or opened, so that a refusal has its
+// figures above it
+static void print_model(const Options *o, const Config *c) {
+    const Router *r = &c->router;
+    const char *name = o->resume[0] != '\0' ? o->resume : o->load[0] != '\0' ? o->load : o->preset;
+    int64_t N = o->batch * o->seq_len;
+    double fixed = model_bytes(c, 0, r->active, 1);
+    double gflops = 1e-9 * config_flops(c, o->seq_len, r->active);
+    printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
+           c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);
+    printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active,
+           r->experts, c->granularity,
+           r->method == ROUTER_RELU && !r->load_balance ? ", no load balance" : "");
+    printf("params    %lld total, %lld active | %.*f GFLOPs a sequence\n",
+           (long long)config_params(c, r->experts), (long long)config_params(c, r->active),
+           gflops < 100.0 ? 3 : 1, gflops);
+    printf("memory    %.2f GB of weights, gradients and moments; %.2f GB of activations, %.2f if all experts "
+           "are on\n",
+           1e-9 * fixed, 1e-9 * (model_bytes(c, N, r->active, 1) - fixed),
+           1e-9 * (model_bytes(c, N, r->experts, 1) - fixed));
+}
+
 // weights, moments and state: drawn from the seed, loaded, or resumed
 static void build_model(Run *run) {
     Model *m = &run->model;
@@ -934,6 +956,9 @@ static void build_model(Run *run) {
     }
     config.max_seq_len =
         o->seq_len > config.max_seq_len || folder[0] == '\0' ? (int)o->seq_len : config.max_seq_len;
+    if (training) {
+        print_model(o, &config);
+    }
     check_memory(&config, o, training || o->dump[0] != '\0');
     model_allocate_params(m, &config);
     if (training || o->dump[0] != '\0') {
@@ -1014,27 +1039,11 @@ static void open_data(Run *run) {
 
 static void print_table(const Run *run) {
     const Options *o = &run->options;
-    const Config *c = &run->model.config;
-    const Router *r = &c->router;
-    int64_t N = o->batch * o->seq_len;
-    double fixed = model_bytes(c, 0, r->active, 1);
+    const Router *r = &run->model.config.router;
     int threads = 1;
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
-    const char *name = o->resume[0] != '\0' ? o->resume : o->load[0] != '\0' ? o->load : o->preset;
-    printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
-           c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);
-    printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active,
-           r->experts, c->granularity,
-           r->method == ROUTER_RELU && !r->load_balance ? ", no load balance" : "");
-    printf("params    %lld total, %lld active | %.4g GFLOPs a sequence\n",
-           (long long)run->model.table.num_params, (long long)config_params(c, r->active),
-           1e-9 * config_flops(c, o->seq_len, r->active));
-    printf("memory    %.2f GB of weights, gradients and moments; %.2f GB of activations, %.2f if all experts "
-           "are on\n",
-           1e-9 * fixed, 1e-9 * (model_bytes(c, N, r->active, 1) - fixed),
-           1e-9 * (model_bytes(c, N, r->experts, 1) - fixed));
     printf("data      ");
     dataloader_print(&run->train, stdout);
     printf(" | %.1f epochs\n",
