@@ -507,7 +507,6 @@ typedef struct {
     DataLoader train;
     Prefetcher ahead;     // batches of `train`, assembled while a step computes
     Tokenizer *tokenizer; // NULL: no text can be shown
-    char out[PATH_SIZE];
     char log_path[PATH_SIZE];
     FILE *log;
     StepStats stats;
@@ -607,9 +606,9 @@ static int train_step(Run *run, StepRecord *record) {
 }
 
 static void save(Run *run) {
-    checkpoint_save(run->out, &run->model.config, &run->model.table, run->model.params, run->model.exp_avg,
-                    run->model.exp_avg_sq, &run->state, &run->options);
-    printf("saved %s/step_%08lld\n", run->out, (long long)run->state.step);
+    checkpoint_save(run->options.out, &run->model.config, &run->model.table, run->model.params,
+                    run->model.exp_avg, run->model.exp_avg_sq, &run->state, &run->options);
+    printf("saved %s/step_%08lld\n", run->options.out, (long long)run->state.step);
     fflush(stdout);
 }
 
@@ -808,7 +807,7 @@ static void guard_finite(Run *run, int finite) {
     if (run->bad_steps == BAD_STEPS_LIMIT) {
         save(run);
         die("%d non-finite steps in a row\n  ---> --resume %s with a smaller --lr, or look at the data",
-            BAD_STEPS_LIMIT, run->out);
+            BAD_STEPS_LIMIT, run->options.out);
     }
 }
 
@@ -850,7 +849,7 @@ static void train(Run *run) {
     save(run); // before anything that could fail
     if (run->state.step < o->steps) {
         printf("stopped at step %lld of %lld\n  ---> continue with --resume %s\n", (long long)run->state.step,
-               (long long)o->steps, run->out);
+               (long long)o->steps, run->options.out);
         return;
     }
     validate(run);
@@ -1055,23 +1054,25 @@ static void print_table(const Run *run) {
         printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
                (double)run->state.sparsity.lambda, o->alpha);
     }
-    printf("output    %s | %d threads\n", run->out, threads);
+    printf("output    %s | %d threads\n", run->options.out, threads);
     fflush(stdout);
 }
 
 static void open_log(Run *run) {
     char name[64], folder[PATH_SIZE];
-    make_folder(run->out);
-    int lock = open(run->out, O_RDONLY | O_DIRECTORY); // held until the process ends, however it ends
+    make_folder(run->options.out);
+    int lock = open(run->options.out, O_RDONLY | O_DIRECTORY); // held until the process ends, however it ends
     if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-        die("another process trains in %s\n  ---> stop it, or choose another folder with --out", run->out);
+        die("another process trains in %s\n  ---> stop it, or choose another folder with --out",
+            run->options.out);
     }
     check_format(name, sizeof(name), "step_%08lld", (long long)run->state.step);
-    check_format(folder, sizeof(folder), "%.1900s/%s", run->out, name);
+    check_format(folder, sizeof(folder), "%.1900s/%s", run->options.out, name);
     if (run->options.resume[0] != '\0' && path_exists(folder)) {
-        point_latest(run->out, name); // to where the log is cut back: later checkpoints are of another future
+        point_latest(run->options.out,
+                     name); // to where the log is cut back: later checkpoints are of another future
     }
-    check_format(run->log_path, PATH_SIZE, "%.2000s/log.jsonl", run->out);
+    check_format(run->log_path, PATH_SIZE, "%.2000s/log.jsonl", run->options.out);
     log_cut(run->log_path, run->state.step);
     run->log = check_fopen(run->log_path, "ab", "choose another folder with --out");
 }
@@ -1104,11 +1105,10 @@ static void open_out(Run *run) {
         default_out(out, name, router_name(run->model.config.router.method), 0);
         check_format(o->out, OPTION_TEXT_SIZE, "%s", out);
     }
-    check_format(run->out, PATH_SIZE, "%s", o->out);
-    check_format(latest, sizeof(latest), "%.1900s/latest", run->out);
+    check_format(latest, sizeof(latest), "%.1900s/latest", o->out);
     if (o->resume[0] == '\0' && path_exists(latest)) {
-        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", run->out,
-            run->out);
+        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", o->out,
+            o->out);
     }
 }
 
