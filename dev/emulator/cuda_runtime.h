@@ -1,0 +1,695 @@
+/*
+emulator: runs remoe.c's CUDA sources on a CPU, for machines without a GPU and for debuggers.
+
+It stands in the include path where NVIDIA's cuda_runtime.h would be; llmc/cuda_common.cuh's launch() calls
+emulator::run(), and memory is the host's. A block's threads are fibers on one stack each: they take turns, one
+going on until it meets a barrier or a warp's exchange (__syncthreads, __syncwarp, __shfl_*, __ballot_sync,
+mma), and blocks are shared out over OpenMP threads. So a kernel computes here what it computes on a GPU as
+far as indices, masks, missing writes and barriers that not all reach are concerned; races it cannot show
+(nothing runs at the same time within a block), nor speed, nor what PTX does. A thousand times slower than a GPU.
+
+Assumes converged warps and full masks at exchanges. Shared memory and device buffers start as NaN patterns.
+*/
+#ifndef EMULATOR_CUDA_RUNTIME_H
+#define EMULATOR_CUDA_RUNTIME_H
+
+#include <algorithm>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define __constant__ static const
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint3 {
+    unsigned x, y, z;
+};
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+static inline int2 make_int2(int x, int y) {
+    return {x, y};
+}
+static inline int4 make_int4(int x, int y, int z, int w) {
+    return {x, y, z, w};
+}
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
+static inline float2 make_float2(float x, float y) {
+    return {x, y};
+}
+static inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
+
+// ----------------------------------------------------------------------------
+// fibers
+
+// saves the running fiber's registers on its stack and its stack pointer in *from; goes on where `to` stands
+extern "C" void emulator_switch(void **from, void *to);
+#if defined(__x86_64__)
+asm(".text\n.globl emulator_switch\nemulator_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+enum { EMULATOR_SAVED_WORDS = 6 };
+#else
+#error "the emulator knows x86-64 only: port emulator_switch() and first_frame()"
+#endif
+
+namespace emulator {
+
+enum { STACK_BYTES = 128 * 1024, SLOT_BYTES = 64, MOST_THREADS = 1024 };
+
+struct Warp {
+    int alive, arrived;
+    unsigned generation;
+    alignas(16) unsigned char slots[2][32 * SLOT_BYTES]; // what lanes show: two sets in turn, so one barrier is enough
+};
+
+struct Block {
+    void *scheduler; // stack pointers of what does not run
+    void *fibers[MOST_THREADS];
+    unsigned char *stacks;
+    uint3 thread_index[MOST_THREADS];
+    bool done[MOST_THREADS];
+    Warp warps[MOST_THREADS / 32];
+    int alive, arrived;
+    unsigned generation;
+    bool progress;
+    int current; // thread that runs now
+    uint3 block_index;
+    dim3 block_size, grid_size;
+    std::vector<unsigned char> shared;
+    void (*body)(void *);
+    void *argument;
+    Block() : stacks(NULL) {}
+    ~Block() { free(stacks); }
+};
+
+static inline Block *&block() {
+    static thread_local Block *current = NULL;
+    return current;
+}
+
+// the address of a thread_local must not be kept across a switch of fibers, so it is asked for each time
+static __attribute__((noinline)) Block *here() {
+    asm volatile("");
+    return block();
+}
+
+static inline void yield() {
+    Block *b = here();
+    int me = b->current;
+    emulator_switch(&b->fibers[me], b->scheduler);
+}
+
+// waits until all `alive` have come
+static inline void barrier(int *arrived, const int *alive, unsigned *generation) {
+    Block *b = here();
+    unsigned mine = *generation;
+    (*arrived)++;
+    if (*arrived == *alive) {
+        *arrived = 0;
+        (*generation)++;
+    }
+    while (*(volatile unsigned *)generation == mine) {
+        yield();
+    }
+    b->progress = true;
+}
+
+static inline Warp *warp() {
+    Block *b = here();
+    return &b->warps[b->current / 32];
+}
+
+static inline void sync_warp() {
+    Warp *w = warp();
+    barrier(&w->arrived, &w->alive, &w->generation);
+}
+
+// every lane shows a value to its warp; returns all of them, by lane
+template <class T> static inline const T *show(const T &value) {
+    static_assert(sizeof(T) <= SLOT_BYTES, "too large for a slot");
+    Warp *w = warp();
+    T *slots = (T *)w->slots[w->generation % 2];
+    memcpy(&slots[here()->current % 32], &value, sizeof(T));
+    sync_warp();
+    return slots;
+}
+
+static inline unsigned char *shared_memory() {
+    Block *b = here();
+    return (unsigned char *)(((uintptr_t)b->shared.data() + 1023) / 1024 * 1024);
+}
+
+static inline void finish_thread() {
+    Block *b = here();
+    Warp *w = warp();
+    b->done[b->current] = true;
+    b->progress = true;
+    b->alive--;
+    w->alive--;
+    if (b->alive > 0 && b->arrived == b->alive) {
+        b->arrived = 0;
+        b->generation++;
+    }
+    if (w->alive > 0 && w->arrived == w->alive) {
+        w->arrived = 0;
+        w->generation++;
+    }
+}
+
+static void fiber_main() {
+    Block *b = here();
+    b->body(b->argument);
+    finish_thread();
+    yield(); // for good
+}
+
+// a stack on which emulator_switch() finds saved registers and, as its return address, fiber_main
+static inline void *first_frame(unsigned char *stack) {
+    uintptr_t top = ((uintptr_t)stack + STACK_BYTES) / 16 * 16;
+    void **frame = (void **)top - EMULATOR_SAVED_WORDS - 2; // as if fiber_main had been called: 8 mod 16
+    memset(frame, 0, (EMULATOR_SAVED_WORDS + 2) * sizeof(void *));
+    frame[EMULATOR_SAVED_WORDS] = (void *)fiber_main;
+    return frame;
+}
+
+static inline void run_block(Block *b) {
+    int threads = (int)(b->block_size.x * b->block_size.y * b->block_size.z);
+    b->alive = threads;
+    b->arrived = 0;
+    b->generation = 0;
+    for (int w = 0; w < (threads + 31) / 32; w++) {
+        b->warps[w].alive = std::min(32, threads - 32 * w);
+        b->warps[w].arrived = 0;
+        b->warps[w].generation = 0;
+    }
+    for (int t = 0; t < threads; t++) {
+        unsigned x = b->block_size.x, y = b->block_size.y;
+        b->thread_index[t] = {(unsigned)t % x, (unsigned)t / x % y, (unsigned)t / (x * y)};
+        b->done[t] = false;
+        b->fibers[t] = first_frame(b->stacks + (size_t)t * STACK_BYTES);
+    }
+    while (b->alive > 0) {
+        b->progress = false;
+        for (int t = 0; t < threads; t++) {
+            if (!b->done[t]) {
+                b->current = t;
+                emulator_switch(&b->scheduler, b->fibers[t]);
+            }
+        }
+        if (!b->progress) {
+            fprintf(stderr, "emulator: block (%u, %u, %u) waits at a barrier that some threads never reach\n",
+                    b->block_index.x, b->block_index.y, b->block_index.z);
+            abort();
+        }
+    }
+}
+
+template <class F> static void call_body(void *f) {
+    (*(F *)f)();
+}
+
+template <class F> static void run(dim3 grid, dim3 block_size, size_t shared_bytes, F body) {
+    int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
+    int threads = (int)(block_size.x * block_size.y * block_size.z);
+    if (threads < 1 || threads > MOST_THREADS || shared_bytes > 227 * 1024) {
+        fprintf(stderr, "emulator: impossible launch: %d threads, %zu bytes of shared memory\n", threads,
+                shared_bytes);
+        abort();
+    }
+#pragma omp parallel
+    {
+        Block *mine = new Block;
+        block() = mine;
+        mine->stacks = (unsigned char *)malloc((size_t)threads * STACK_BYTES);
+        mine->block_size = block_size;
+        mine->grid_size = grid;
+        mine->body = call_body<F>;
+        mine->argument = &body;
+        mine->shared.resize(shared_bytes + 1024);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < blocks; i++) {
+            mine->block_index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
+                                 (unsigned)(i / grid.x / grid.y)};
+            memset(mine->shared.data(), 0xff, mine->shared.size());
+            run_block(mine);
+        }
+        block() = NULL;
+        delete mine;
+    }
+}
+
+} // namespace emulator
+
+#define threadIdx (emulator::here()->thread_index[emulator::here()->current])
+#define blockIdx (emulator::here()->block_index)
+#define blockDim (emulator::here()->block_size)
+#define gridDim (emulator::here()->grid_size)
+
+// ----------------------------------------------------------------------------
+// device functions
+
+static inline void __syncthreads() {
+    emulator::Block *b = emulator::here();
+    emulator::barrier(&b->arrived, &b->alive, &b->generation);
+}
+
+static inline void __syncwarp(unsigned = 0xffffffffu) {
+    emulator::sync_warp();
+}
+
+static inline void __threadfence() {
+}
+
+static inline void __threadfence_block() {
+}
+
+static inline int emulator_lane() {
+    return emulator::here()->current % 32;
+}
+
+template <class T> static inline T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+    int base = emulator_lane() / width * width;
+    return emulator::show(x)[base + (lane & (width - 1))];
+}
+
+template <class T> static inline T __shfl_xor_sync(unsigned, T x, int mask, int width = 32) {
+    int from = emulator_lane() ^ mask;
+    int same = from / width == emulator_lane() / width;
+    return emulator::show(x)[same ? from : emulator_lane()];
+}
+
+template <class T> static inline T __shfl_up_sync(unsigned, T x, unsigned delta, int width = 32) {
+    int from = emulator_lane() - (int)delta;
+    return emulator::show(x)[emulator_lane() % width >= (int)delta ? from : emulator_lane()];
+}
+
+template <class T> static inline T __shfl_down_sync(unsigned, T x, unsigned delta, int width = 32) {
+    int from = emulator_lane() + (int)delta;
+    return emulator::show(x)[emulator_lane() % width + (int)delta < width ? from : emulator_lane()];
+}
+
+static inline unsigned __ballot_sync(unsigned, int predicate) {
+    const int *all = emulator::show(predicate);
+    int alive = emulator::warp()->alive;
+    unsigned ballot = 0;
+    for (int lane = 0; lane < std::min(alive, 32); lane++) {
+        ballot |= (unsigned)(all[lane] != 0) << lane;
+    }
+    return ballot;
+}
+
+static inline int __any_sync(unsigned mask, int predicate) {
+    return __ballot_sync(mask, predicate) != 0;
+}
+
+static inline int __all_sync(unsigned mask, int predicate) {
+    return __ballot_sync(mask, !predicate) == 0;
+}
+
+template <class T, class F> static inline T emulator_reduce(T x, F combine) {
+    const T *all = emulator::show(x);
+    T sum = all[0];
+    for (int lane = 1; lane < 32; lane++) {
+        sum = combine(sum, all[lane]);
+    }
+    return sum;
+}
+
+template <class T> static inline T __reduce_add_sync(unsigned, T x) {
+    return emulator_reduce(x, [](T a, T b) { return (T)(a + b); });
+}
+
+template <class T> static inline T __reduce_max_sync(unsigned, T x) {
+    return emulator_reduce(x, [](T a, T b) { return a > b ? a : b; });
+}
+
+template <class T> static inline T __reduce_min_sync(unsigned, T x) {
+    return emulator_reduce(x, [](T a, T b) { return a < b ? a : b; });
+}
+
+static inline int __popc(unsigned x) {
+    return __builtin_popcount(x);
+}
+static inline int __popcll(unsigned long long x) {
+    return __builtin_popcountll(x);
+}
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+static inline int __clz(int x) {
+    return x == 0 ? 32 : __builtin_clz((unsigned)x);
+}
+#define __expf(x) expf(x) // the C library has functions of these names
+#define __logf(x) logf(x)
+static inline float __fdividef(float x, float y) {
+    return x / y;
+}
+static inline float __frcp_rn(float x) {
+    return 1.0f / x;
+}
+static inline float __fsqrt_rn(float x) {
+    return sqrtf(x);
+}
+static inline float __fmaf_rn(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
+static inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b; // not contracted
+    return product;
+}
+static inline float __fadd_rn(float a, float b) {
+    volatile float sum = a + b;
+    return sum;
+}
+static inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+static inline double __dmul_rn(double a, double b) {
+    volatile double product = a * b;
+    return product;
+}
+static inline double __dadd_rn(double a, double b) {
+    volatile double sum = a + b;
+    return sum;
+}
+static inline float rsqrtf(float x) {
+    return 1.0f / sqrtf(x);
+}
+static inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+static inline int __float_as_int(float x) {
+    return (int)__float_as_uint(x);
+}
+static inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static inline float __int_as_float(int bits) {
+    return __uint_as_float((unsigned)bits);
+}
+template <class T> static inline T __ldg(const T *p) {
+    return *p;
+}
+template <class T> static inline T __ldcs(const T *p) {
+    return *p;
+}
+template <class T> static inline T __ldcg(const T *p) {
+    return *p;
+}
+template <class T> static inline void __stcs(T *p, T x) {
+    *p = x;
+}
+template <class T> static inline void __stcg(T *p, T x) {
+    *p = x;
+}
+static inline int min(int a, int b) {
+    return a < b ? a : b;
+}
+static inline int max(int a, int b) {
+    return a > b ? a : b;
+}
+static inline int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t max(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+template <class T> static inline T atomicAdd(T *p, T x) {
+    static_assert(!std::is_floating_point<T>::value, "float atomics have no fixed order");
+    return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST);
+}
+template <class T> static inline T atomicOr(T *p, T x) {
+    return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST);
+}
+template <class T> static inline T atomicMax(T *p, T x) {
+    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+    while (old < x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
+    return old;
+}
+template <class T> static inline T atomicExch(T *p, T x) {
+    return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST);
+}
+
+// ----------------------------------------------------------------------------
+// the runtime: device memory is the host's, streams are in order at once
+
+typedef enum { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorNotSupported } cudaError_t;
+typedef struct EmulatorStream *cudaStream_t;
+typedef struct EmulatorGraph *cudaGraph_t;
+typedef struct EmulatorGraphExec *cudaGraphExec_t;
+typedef struct {
+    double seconds;
+} EmulatorEvent, *cudaEvent_t;
+typedef enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault } cudaMemcpyKind;
+typedef enum {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor
+} cudaDeviceAttr;
+typedef enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal } cudaStreamCaptureMode;
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+
+typedef struct {
+    char name[256];
+    size_t totalGlobalMem;
+    int multiProcessorCount, major, minor;
+} cudaDeviceProp;
+
+static inline const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : error == cudaErrorNotSupported ? "not emulated" : "out of memory";
+}
+
+enum { EMULATED_BYTES_LOG2 = 33 }; // 8 GB of "device" memory
+
+static inline int64_t *emulator_used() {
+    static int64_t used = 0;
+    return &used;
+}
+
+template <class T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
+    size_t *block = (size_t *)malloc(bytes + 256);
+    if (block == NULL || (*emulator_used() + (int64_t)bytes) >> EMULATED_BYTES_LOG2 > 0) {
+        free(block);
+        return cudaErrorMemoryAllocation;
+    }
+    *emulator_used() += (int64_t)bytes;
+    block[0] = bytes;
+    unsigned char *memory = (unsigned char *)block + 256;
+    memset(memory, 0xff, bytes);
+    *p = (T *)memory;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaFree(void *p) {
+    if (p != NULL) {
+        size_t *block = (size_t *)((unsigned char *)p - 256);
+        *emulator_used() -= (int64_t)block[0];
+        free(block);
+    }
+    return cudaSuccess;
+}
+
+template <class T> static inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
+    *p = (T *)malloc(bytes);
+    return *p != NULL ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+static inline cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMemset(void *p, int value, size_t bytes) {
+    memset(p, value, bytes);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
+    memset(p, value, bytes);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    *total = (size_t)1 << EMULATED_BYTES_LOG2;
+    *available = *total - (size_t)*emulator_used();
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+             : attribute == cudaDevAttrComputeCapabilityMajor     ? 8
+             : attribute == cudaDevAttrComputeCapabilityMinor     ? 0
+                                                                  : 4; // processors
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int) {
+    memset(prop, 0, sizeof(*prop));
+    strcpy(prop->name, "emulated on the CPU");
+    prop->totalGlobalMem = (size_t)1 << EMULATED_BYTES_LOG2;
+    prop->multiProcessorCount = 4;
+    prop->major = 8;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaPeekAtLastError() {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    *stream = NULL;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamCreate(cudaStream_t *stream) {
+    *stream = NULL;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamDestroy(cudaStream_t) {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaDeviceSynchronize() {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    return cudaErrorNotSupported;
+}
+
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *) {
+    return cudaErrorNotSupported;
+}
+
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *, cudaGraph_t, unsigned long long = 0) {
+    return cudaErrorNotSupported;
+}
+
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) {
+    return cudaErrorNotSupported;
+}
+
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) {
+    return cudaErrorNotSupported;
+}
+
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t) {
+    return cudaErrorNotSupported;
+}
+
+static inline cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    *event = new EmulatorEvent;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    return cudaEventCreate(event);
+}
+
+static inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = NULL) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    event->seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaEventQuery(cudaEvent_t) {
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
+    *ms = (float)(1e3 * (end->seconds - begin->seconds));
+    return cudaSuccess;
+}
+
+#endif
