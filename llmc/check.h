@@ -24,7 +24,7 @@ instead.
 #define DIE_EXIT(status) exit(status)
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define PRINTF_LIKE(fmt, args) __attribute__((format(gnu_printf, fmt, args)))
 #else
 #define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
