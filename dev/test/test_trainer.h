@@ -377,12 +377,11 @@ static void trainer_cached_sampling(void) {
     o.heads = 4;
     o.vocab_size = V;
     o.seq_len = T;
+    o.batch = 1;
     Config c = config_from_options(&o);
-    Model *m = NEW(Model, 1);
+    Model *m = model_open(&c, &o, FOR_INFERENCE);
     int ids[T];
-    model_allocate_params(m, &c);
     fill_uniform(m->params, (size_t)m->table.num_params, 7, 0.2f);
-    model_allocate_activations(m, 1, T);
     for (int t = 0; t < T; t++) {
         ids[t] = (t * 37 + 11) % V;
     }
@@ -391,13 +390,12 @@ static void trainer_cached_sampling(void) {
     matmul_forward(full, m->normed, m->weights.head, T, c.hidden, V);
     int equal = 1;
     for (int n = 5, cached = 0; n <= T; cached = n, n += 1 + n % 3) {
-        float *logits = next_logits(m, ids, n, cached);
+        const float *logits = model_next_logits(m, ids, n, cached);
         equal = equal && memcmp(logits, full + (n - 1) * V, V * sizeof(float)) == 0;
     }
     CHECK(equal);
     free(full);
-    model_free(m);
-    free(m);
+    model_close(m);
 }
 
 // ----------------------------------------------------------------------------
