@@ -102,6 +102,9 @@ typedef struct {
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 1675 // nvcc hands GCC's pragma on, but does not know it
+#endif
 
 static inline int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
