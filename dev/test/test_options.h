@@ -25,6 +25,7 @@ static void test_options_defaults(void) {
     CHECK(o.experts == 8 && o.active == 1 && o.granularity == 1 && o.load_balance == 1 && o.eval == 0);
     CHECK(o.lambda_init == 1e-8 && o.alpha == 1.2 && o.aux_coeff == 0.01 && o.lr == 5e-4 && o.lr_min == 5e-5);
     CHECK(o.weight_decay == 0.01 && o.grad_clip == 1.0 && o.warmup_steps == -1 && o.topk_warmup_k == 6);
+    CHECK(o.pair_budget == 0.0 && o.recompute == 0);
     CHECK(strcmp(o.preset, "tiny") == 0 && strcmp(o.router, "relu") == 0 && o.out[0] == '\0');
     for (int i = 0; i < count; i++) { // names are distinct, and each is found as it is typed
         char spelled[64];
@@ -62,6 +63,8 @@ static void test_options_spellings(void) {
     CHECK(o.eval == 1 && o.steps == 9);
     o = options_of("--eval 1 --shuffle 0 --bench=1 --load-balance=0");
     CHECK(o.eval == 1 && o.shuffle == 0 && o.bench == 1 && o.load_balance == 0);
+    o = options_of("--pair-budget 1.5 --recompute");
+    CHECK(o.pair_budget == 1.5 && o.recompute == 1);
     errno = ERANGE; // left by something earlier
     o = options_of("--out= --seed 9223372036854775807 --lambda 1e30 --lr 0");
     CHECK(o.out[0] == '\0' && o.seed == INT64_MAX && o.lambda_init == 1e30 && o.lr == 0.0);
@@ -122,6 +125,8 @@ static void test_options_refused(void) {
         {"--lr inf", "--lr expects a number"},
         {"--lr 1e999", "--lr expects a number"},
         {"--lr -1", "--lr expects a number from 0 to 1000"},
+        {"--pair-budget -1", "--pair-budget expects a number from 0"},
+        {"--recompute=2", "--recompute expects an integer from 0 to 1"},
         {"--alpha 0.99", "--alpha expects a number from 1 to 1000"},
         {"--lambda 0", "--lambda-init expects a number from 1e-30"},
         {"--eval=2", "--eval expects an integer from 0 to 1"},
