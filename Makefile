@@ -1,4 +1,5 @@
-# remoe.c: make train trains the tiny preset on the built-in sample, make test runs the CPU tests; make help lists the rest.
+# remoe.c: make builds what this machine has compilers for, make train trains the tiny preset on the built-in sample,
+# make test runs the CPU tests; make help lists the rest.
 
 CC ?= cc
 # fp-contract and the two no- flags let loops use fused multiply-adds and vector selects; none of them reorders a sum
@@ -20,18 +21,66 @@ ifneq ($(findstring -march=native,$(CFLAGS)),)
   endif
 endif
 
+# nvcc, if there is one (NVCC= leaves CUDA out), and the GPUs to compile for: this machine's, or where none is to be seen
+# the oldest and the fastest that are supported. A plain 80 is kept as PTX too, which newer GPUs translate when they load
+# it; 90a is Hopper with all its instructions
+ifeq ($(origin NVCC),undefined)
+  NVCC := $(firstword $(wildcard $(shell command -v nvcc) $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+endif
+GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+	awk -F. 'NF == 2 && $$1 >= 8 { print $$1 $$2 ($$1 == 9 ? "a" : "") }' | sort -u)
+CUDA_ARCHS ?= $(or $(GPU_ARCHS),80 90a)
+gencode = '-gencode=arch=compute_$(1),code=$(if $(filter %a,$(1)),sm_$(1),[sm_$(1),compute_$(1)])'
+NVCCFLAGS ?= -O3 -Xcompiler -march=native
+override NVCCFLAGS += -std=c++17 -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
+# the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers
+EMULATED := -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas
+ifeq ($(OPENMP),1)
+  override NVCCFLAGS += -Xcompiler -fopenmp
+  EMULATED += -fopenmp
+else
+  override NVCCFLAGS += -Xcompiler -Wno-unknown-pragmas
+endif
+# CUDA programs come in two precisions: NAME computes in bf16, NAME_fp32, for checking, in fp32
+%_fp32: private PRECISION_FLAG := -DPRECISION_FP32
+$(if $(filter-out bf16,$(PRECISION)),$(error instead of PRECISION=$(PRECISION), make train_remoecu_fp32 or test_remoecu_fp32))
+
 HEADERS := $(wildcard llmc/*.h data/*.h)
+CUDA_HEADERS := $(HEADERS) $(wildcard llmc/*.cuh)
+CUDA_TESTS := $(wildcard dev/test/*.h dev/test/cuda/*.cuh)
+EMULATOR := $(wildcard dev/emulator/*)
 SAMPLE := build/sample/manifest.json
 
-.PHONY: all train test bench sample sample-data fuzz clean help
+.PHONY: all found train test test-cuda test-emulated compare bench sample sample-data fuzz clean help
 
-all: train_remoe data-tools
+all: found train_remoe data-tools $(if $(and $(NVCC),$(wildcard train_remoe.cu)),train_remoecu)
+
+found: # what was found, and what each missing piece costs
+	@dev/found.sh '$(CC)' '$(OPENMP)' '$(NVCC)' '$(GPU_ARCHS)' '$(CUDA_ARCHS)'
 
 train_remoe: train_remoe.c $(HEADERS) Makefile
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
 
 test_remoe: test_remoe.c train_remoe.c $(HEADERS) $(wildcard dev/test/*.h) Makefile
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+
+need_nvcc = $(if $(NVCC),,$(error $@ needs nvcc, of the CUDA Toolkit: make $@ NVCC=/path/to/nvcc))
+nvcc_build = $(need_nvcc)$(NVCC) $(foreach arch,$(CUDA_ARCHS),$(call gencode,$(arch))) $(NVCCFLAGS) $(PRECISION_FLAG) \
+	$< -o $@ -lcublas -lcublasLt $(LDLIBS)
+emulated_build = $(CXX) $(EMULATED) $(PRECISION_FLAG) -x c++ $< -o $@ $(LDLIBS)
+
+train_remoecu train_remoecu_fp32: train_remoe.cu $(CUDA_HEADERS) Makefile
+	$(nvcc_build)
+
+test_remoecu test_remoecu_fp32: dev/test/test_remoe.cu $(wildcard train_remoe.cu) $(CUDA_HEADERS) $(CUDA_TESTS) Makefile
+	$(nvcc_build)
+
+train_remoecu_emulated train_remoecu_emulated_fp32: train_remoe.cu $(CUDA_HEADERS) $(EMULATOR) Makefile
+	$(emulated_build)
+
+test_remoecu_emulated test_remoecu_emulated_fp32: dev/test/test_remoe.cu $(wildcard train_remoe.cu) $(CUDA_HEADERS) \
+		$(CUDA_TESTS) $(EMULATOR) Makefile
+	$(emulated_build)
 
 build/%: data/%.c $(HEADERS) Makefile
 	@mkdir -p build
@@ -58,6 +107,24 @@ train: train_remoe $(SAMPLE)
 test: test_remoe train_remoe $(SAMPLE)
 	./test_remoe
 
+test-cuda: test_remoecu test_remoecu_fp32
+	./test_remoecu_fp32
+	./test_remoecu
+
+test-emulated: test_remoecu_emulated test_remoecu_emulated_fp32
+	./test_remoecu_emulated_fp32
+	./test_remoecu_emulated
+
+build/compare_dumps: dev/compare_dumps.c $(HEADERS) Makefile
+	@mkdir -p build
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
+
+# the CUDA trainer's losses, gates and gradients beside the CPU trainer's; GPU=./train_remoecu_fp32 and
+# GPU=./train_remoecu_emulated are others to compare, LOAD=DIR another model
+GPU ?= ./train_remoecu
+compare: train_remoe $(notdir $(GPU)) build/compare_dumps $(SAMPLE)
+	dev/compare_cpu_gpu.sh $(GPU) $(LOAD)
+
 build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
 	@mkdir -p build
 	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS) -ldl
@@ -81,11 +148,15 @@ fuzz:
 		-artifact_prefix=build/fuzz/ build/fuzz/$(TARGET) $(wildcard dev/fuzz/corpus/$(TARGET:fuzz_%=%))
 
 clean:
-	rm -rf build train_remoe train_remoecu test_remoe test_remoecu
+	rm -rf build train_remoe test_remoe train_remoecu* test_remoecu*
 
 help:
+	@echo 'make              ./train_remoe, and ./train_remoecu where there is nvcc; says what it found'
 	@echo 'make train        train the tiny preset on the built-in sample, through the three stages, and show text'
 	@echo 'make test         the CPU tests'
+	@echo 'make test-cuda    the CUDA tests, in bf16 and fp32'
+	@echo 'make test-emulated  the same sources on the CPU, for machines without a GPU'
+	@echo 'make compare      what both trainers say of one micro-batch, tensor by tensor; GPU=./train_remoecu_fp32, LOAD=DIR'
 	@echo 'make bench        sgemm against OpenBLAS (where installed), and the trainer'
 	@echo 'make sample       remake data/sample.jsonl from the sources'
 	@echo 'make sample-data  its vocabulary and token shards, in build/sample'
