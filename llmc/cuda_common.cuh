@@ -83,7 +83,8 @@ static inline unsigned char *shared_memory() {
 }
 
 template <class... P, class... A>
-static void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A... args) {
+static void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   A... args) {
     emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); });
 }
 #else
@@ -97,8 +98,8 @@ __device__ __forceinline__ unsigned char *shared_memory() {
 }
 
 template <class... P>
-static void launch_exact(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                         P... args) {
+static void launch_exact(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                         cudaStream_t stream, P... args) {
     void *pointers[] = {(void *)&args..., NULL};
     if (shared_bytes > 48 * 1024) { // more than the default must be asked for
         CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,0 +1,141 @@
+/*
+test_remoe.cu: runs the CUDA tests, one component a file in dev/test/cuda/test_X.cuh.
+
+    ./test_remoecu             all of them
+    ./test_remoecu router ...  only these
+    ./test_remoecu --bench attention ...   times these components' kernels instead
+    ./test_remoecu --list      their names
+
+Prints a line a component and last "N passed, N failed"; exit 1 if any failed. The CUDA trainer is included
+whole, and the CPU trainer in a namespace of its own: the reference that everything is compared with.
+*/
+#define main train_remoecu_main
+#include "../../train_remoe.cu"
+#undef main
+
+// the reference's own components; all that it includes stands above already or here
+#include "../../llmc/attention.h"
+#include "../../llmc/crossentropy.h"
+#include "../../llmc/dispatch.h"
+#include "../../llmc/embedding.h"
+#include "../../llmc/experts.h"
+#include "../../llmc/matmul.h"
+#include "../../llmc/rmsnorm.h"
+#include "../../llmc/rope.h"
+#include "../../llmc/router.h"
+
+namespace cpu {
+#define main train_remoe_main
+#include "../../train_remoe.c"
+#undef main
+} // namespace cpu
+
+#include "cuda/harness.cuh"
+#include "cuda/test_adamw.cuh"
+#include "cuda/test_attention.cuh"
+#include "cuda/test_crossentropy.cuh"
+#include "cuda/test_dispatch.cuh"
+#include "cuda/test_elementwise_bench.cuh"
+#include "cuda/test_embedding.cuh"
+#include "cuda/test_experts.cuh"
+#include "cuda/test_gemm.cuh"
+#include "cuda/test_grouped_gemm.cuh"
+#include "cuda/test_mma.cuh"
+#include "cuda/test_model.cuh"
+#include "cuda/test_pairs.cuh"
+#include "cuda/test_rmsnorm.cuh"
+#include "cuda/test_rope.cuh"
+#include "cuda/test_router.cuh"
+
+typedef struct {
+    const char *name;
+    void (*run)(void);
+    void (*bench)(void); // or NULL
+} TestRow;
+
+// foundations first
+static const TestRow test_rows[] = {
+    {"mma", test_cuda_mma, NULL},
+    {"gemm", test_cuda_gemm, bench_cuda_elementwise},
+    {"embedding", test_cuda_embedding, NULL},
+    {"rmsnorm", test_cuda_rmsnorm, NULL},
+    {"rope", test_cuda_rope, NULL},
+    {"attention", test_cuda_attention, bench_cuda_attention},
+    {"pairs", test_cuda_pairs, NULL},
+    {"router", test_cuda_router, bench_cuda_router},
+    {"dispatch", test_cuda_dispatch, bench_cuda_dispatch},
+    {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm},
+    {"experts", test_cuda_experts, NULL},
+    {"crossentropy", test_cuda_crossentropy, NULL},
+    {"adamw", test_cuda_adamw, NULL},
+    {"model", test_cuda_model, NULL},
+};
+
+enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };
+
+static int test_is_wanted(const char *name, int argc, char **argv) {
+    int named = 0;
+    for (int i = 1; i < argc; i++) {
+        named += argv[i][0] != '-';
+        if (strcmp(argv[i], name) == 0) {
+            return 1;
+        }
+    }
+    return named == 0;
+}
+
+static void refuse_unknown_tests(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        int known = strcmp(argv[i], "--bench") == 0;
+        for (int row = 0; row < TEST_ROWS; row++) {
+            known += strcmp(argv[i], test_rows[row].name) == 0;
+        }
+        if (!known) {
+            die_usage("no test is called %s\n  ---> ./test_remoecu --list", argv[i]);
+        }
+    }
+}
+
+static int run_tests(int argc, char **argv) {
+    int passed = 0, failed = 0, skipped = 0;
+    for (int row = 0; row < TEST_ROWS; row++) {
+        if (!test_is_wanted(test_rows[row].name, argc, argv)) {
+            continue;
+        }
+        double begin = seconds_now();
+        memset(&tally, 0, sizeof(tally));
+        test_rows[row].run();
+        CUDA_CHECK(cudaDeviceSynchronize());
+        int ok = tally.failures == 0 && tally.checks > 0;
+        printf("%-14s %s  %6d checks, %d failed%s  %.1f s\n", test_rows[row].name, ok ? "ok    " : "FAILED",
+               tally.checks, tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin);
+        fflush(stdout);
+        passed += ok;
+        failed += !ok;
+        skipped += tally.skipped;
+    }
+    printf("%s: %d passed, %d failed", is_fp32() ? "fp32" : "bf16", passed, failed);
+    printf(skipped ? ", %d skipped\n" : "\n", skipped);
+    return failed > 0;
+}
+
+int main(int argc, char **argv) {
+    int benching = argc >= 2 && strcmp(argv[1], "--bench") == 0;
+    if (argc == 2 && strcmp(argv[1], "--list") == 0) {
+        for (int row = 0; row < TEST_ROWS; row++) {
+            printf("%s\n", test_rows[row].name);
+        }
+        return 0;
+    }
+    refuse_unknown_tests(argc, argv);
+    if (!benching) {
+        return run_tests(argc, argv);
+    }
+    for (int row = 0; row < TEST_ROWS; row++) {
+        if (test_rows[row].bench != NULL && test_is_wanted(test_rows[row].name, argc, argv)) {
+            test_rows[row].bench();
+            fflush(stdout);
+        }
+    }
+    return 0;
+}
