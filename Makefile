@@ -72,13 +72,13 @@ emulated_build = $(CXX) $(EMULATED) $(PRECISION_FLAG) -x c++ $< -o $@ $(LDLIBS)
 train_remoecu train_remoecu_fp32: train_remoe.cu $(CUDA_HEADERS) Makefile
 	$(nvcc_build)
 
-test_remoecu test_remoecu_fp32: dev/test/test_remoe.cu $(wildcard train_remoe.cu) $(CUDA_HEADERS) $(CUDA_TESTS) Makefile
+test_remoecu test_remoecu_fp32: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(CUDA_HEADERS) $(CUDA_TESTS) Makefile
 	$(nvcc_build)
 
 train_remoecu_emulated train_remoecu_emulated_fp32: train_remoe.cu $(CUDA_HEADERS) $(EMULATOR) Makefile
 	$(emulated_build)
 
-test_remoecu_emulated test_remoecu_emulated_fp32: dev/test/test_remoe.cu $(wildcard train_remoe.cu) $(CUDA_HEADERS) \
+test_remoecu_emulated test_remoecu_emulated_fp32: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(CUDA_HEADERS) \
 		$(CUDA_TESTS) $(EMULATOR) Makefile
 	$(emulated_build)
 

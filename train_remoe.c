@@ -118,17 +118,21 @@ static float *floats(int64_t n) {
 
 enum { COPY_BLOCK = 16384 }; // floats: what one thread copies or clears at a time
 
+static size_t block_bytes(int64_t left) {
+    return (size_t)(left < COPY_BLOCK ? left : (int64_t)COPY_BLOCK) * sizeof(float);
+}
+
 static void copy_floats(float *to, const float *from, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i += COPY_BLOCK) {
-        memcpy(to + i, from + i, (size_t)(n - i < COPY_BLOCK ? n - i : COPY_BLOCK) * sizeof(float));
+        memcpy(to + i, from + i, block_bytes(n - i));
     }
 }
 
 static void zero_floats(float *x, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i += COPY_BLOCK) {
-        memset(x + i, 0, (size_t)(n - i < COPY_BLOCK ? n - i : COPY_BLOCK) * sizeof(float));
+        memset(x + i, 0, block_bytes(n - i));
     }
 }
 
