@@ -100,14 +100,14 @@ __device__ __forceinline__ void copy_tile(floatX *tile, const floatX *from, int 
         STEP = ATTENTION_THREADS / LANES
     };
     int row = (int)threadIdx.x / LANES, column = (int)threadIdx.x % LANES * SIZE;
-    for (int r = 0; r < ROWS; r += STEP) {
-        if (ROWS % STEP == 0 || r + row < ROWS) {
-            for (int c = 0; c < HD; c += LANES * SIZE) {
-                bool valid = FULL || (r + row < rows && c + column < hd);
-                cp_async16(tile + (r + row) * AttentionTile<HD>::LD + c + column,
-                           valid ? from + (int64_t)(r + row) * stride + c + column : from, valid);
-            }
+    const floatX *at = from + (int64_t)row * stride + column;
+    floatX *to = tile + row * AttentionTile<HD>::LD + column;
+    for (int r = 0; r < ROWS && (ROWS % STEP == 0 || r + row < ROWS); r += STEP) {
+        for (int c = 0; c < HD; c += LANES * SIZE) {
+            bool valid = FULL || (r + row < rows && c + column < hd);
+            cp_async16(to + r * AttentionTile<HD>::LD + c, valid ? at + c : from, valid);
         }
+        at += (int64_t)STEP * stride;
     }
 }
 
@@ -232,28 +232,40 @@ template <int M, int N> __device__ __forceinline__ void mask_future(float s[M][N
     }
 }
 
-// one more tile of scores for rows i = 0 (g) and 1 (g + 8) of a fragment: s becomes p = 2^(c s - max), and sum
-// and output so far follow the new maximum. max is in units of the exponent, sum this lane's share only
-template <int N, int HD>
-__device__ __forceinline__ void online_softmax(float s[N / 8][4], float o[HD / 8][4], float max[2],
-                                               float sum[2], float c) {
-    for (int i = 0; i < 2; i++) {
-        float top = -INFINITY;
+// One more tile of scores: s becomes p = 2^(c s - max), sum (this lane's share) and output so far follow a new
+// maximum; max is in units of the exponent. Rows i = 0 (g) and 1 (g + 8) of each fragment. It need not be the
+// true maximum, only near: while the scores stay below 2^8 times it, nothing is rescaled
+template <int M, int N, int HD>
+__device__ __forceinline__ void online_softmax(float s[M][N / 8][4], float o[M][HD / 8][4], float max[M][2],
+                                               float sum[M][2], float c) {
+    float top[M][2];
+    bool grows = false;
+    for (int i = 0; i < 2 * M; i++) {
+        float most = -INFINITY;
         for (int n = 0; n < N / 8; n++) {
-            top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            const float *pair = &s[i / 2][n][i % 2 * 2];
+            most = fmaxf(most, fmaxf(pair[0], pair[1]));
         }
-        top = fmaxf(max[i], quad_max(top) * c);
-        float keep = attention_exp2(max[i] - top); // 0 at the first tile: max was -infinity
-        max[i] = top;
-        sum[i] *= keep;
-        for (int n = 0; n < N / 8; n++) {
-            s[n][2 * i] = attention_exp2(s[n][2 * i] * c - top);
-            s[n][2 * i + 1] = attention_exp2(s[n][2 * i + 1] * c - top);
-            sum[i] += s[n][2 * i] + s[n][2 * i + 1];
+        top[i / 2][i % 2] = quad_max(most) * c;
+        grows = grows || top[i / 2][i % 2] > max[i / 2][i % 2] + 8.0f;
+    }
+    if (__any_sync(0xffffffffu, grows)) { // always at the first tile: max was -infinity, keep is 0
+        for (int i = 0; i < 2 * M; i++) {
+            float old = max[i / 2][i % 2], raised = top[i / 2][i % 2] > old + 8.0f ? top[i / 2][i % 2] : old;
+            float keep = attention_exp2(old - raised);
+            max[i / 2][i % 2] = raised;
+            sum[i / 2][i % 2] *= keep;
+            for (int n = 0; n < HD / 8; n++) {
+                o[i / 2][n][i % 2 * 2] *= keep;
+                o[i / 2][n][i % 2 * 2 + 1] *= keep;
+            }
         }
-        for (int n = 0; n < HD / 8; n++) {
-            o[n][2 * i] *= keep;
-            o[n][2 * i + 1] *= keep;
+    }
+    for (int m = 0; m < M; m++) {
+        for (int i = 0; i < N / 2; i++) {
+            float *p = &s[m][i / 4][i % 4];
+            *p = attention_exp2(*p * c - max[m][i % 4 / 2]);
+            sum[m][i % 4 / 2] += *p;
         }
     }
 }
@@ -310,9 +322,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             if (key + KEYS - 1 > row) {
                 mask_future<M, KEYS>(s, row, key);
             }
-            for (int m = 0; m < M; m++) {
-                online_softmax<KEYS, HD>(s[m], o[m], max[m], sum[m], c);
-            }
+            online_softmax<M, KEYS, HD>(s, o, max, sum, c);
             product_nn<M, KEYS, HD>(o, s, stage + KEYS * LD);
         }
     }
@@ -326,9 +336,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             float base2 = max[i / 2][i % 2] + log2f(total);
             lse[((int64_t)b * H + h) * rows_out + at - start] = base2 * 0.693147181f;
         }
+        float inverse = 1.0f / total;
         for (int n = 0; n < HD / 8; n++) {
-            o[i / 2][n][2 * (i % 2)] /= total;
-            o[i / 2][n][2 * (i % 2) + 1] /= total;
+            o[i / 2][n][i % 2 * 2] *= inverse;
+            o[i / 2][n][i % 2 * 2 + 1] *= inverse;
         }
     }
     store_rows<M, HD>(out + ((int64_t)b * rows_out + out_row) * H * hd + h * hd, H * hd, T - row, hd, own, o,
@@ -482,7 +493,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         cp_async_commit();
     };
     int head = kv * (H / KV), end = head + H / KV;
-    int query = first / QUERIES * QUERIES;
+    int query = first;
     copy_tile<ROWS, HD>(k_tile, qkv + k_at, width, T - first, hd);
     copy_tile<ROWS, HD>(v_tile, qkv + k_at + KV * hd, width, T - first, hd);
     cp_async_commit();
@@ -500,7 +511,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     int g = lane_id() / 4, t = lane_id() % 4;
     float dk[M][HD / 8][4] = {}, dv[M][HD / 8][4] = {};
     for (int parity = 0; head < end; parity ^= 1) {
-        int next_query = query + QUERIES < T ? query + QUERIES : first / QUERIES * QUERIES;
+        int next_query = query + QUERIES < T ? query + QUERIES : first;
         int next_head = query + QUERIES < T ? head : head + 1;
         cp_async_wait<0>();
         __syncthreads(); // this stage is there, and all have done with the other one
