@@ -35,35 +35,30 @@ enum {
 };
 
 // Tile sizes for head size HD. M: fragments of 16 rows that a warp owns; KEEP: their operands stay in
-// registers (else they are read from shared memory each time). What bounds them is the 255 registers of a
-// thread at two blocks a processor, and 99 KB of shared memory a block
+// registers (else they are read from shared memory each time); STEP: columns of a tile at a time. What bounds
+// them is the 255 registers of a thread at two blocks a processor, and 99 KB of shared memory a block
 template <int HD> struct AttentionTile {
     enum {
         SKEW = 16 / sizeof(floatX),
         LD = HD + SKEW, // a row in shared memory: eight rows' 16 bytes lie in different banks
-        WIDE = sizeof(floatX) == 2,
-        M = WIDE ? 2 : 1,
+        BF16 = sizeof(floatX) == 2,
+        // forward
+        M = BF16 ? 2 : 1,
         ROWS = 16 * M * ATTENTION_WARPS,
-        KEYS = HD <= 64 && WIDE   ? 64
-               : HD == 96 && WIDE ? 64
-                                  : 32, // forward
-        KEEP = HD <= 64 && WIDE,
-        DQ_M = HD <= 96 ? M : 1,
+        KEYS = BF16 && HD <= 96 ? 64 : 32,
+        KEEP = BF16 && HD <= 64,
+        // dq
+        DQ_M = BF16 && HD <= 96 ? 2 : 1,
         DQ_ROWS = 16 * DQ_M * ATTENTION_WARPS,
-        DQ_KEYS = !WIDE      ? 16
-                  : HD <= 64 ? 64
-                             : 32, // a tile in shared memory
-        DQ_STEP = !WIDE      ? 16
-                  : HD <= 64 ? 32
-                             : 16, // of it at a time
-        DQ_KEEP = WIDE,
-        DKV_M = HD <= 64 ? M : 1,
+        DQ_KEYS = BF16 ? (HD <= 64 ? 64 : 32) : 16,
+        DQ_STEP = BF16 && HD <= 64 ? 32 : 16,
+        DQ_KEEP = BF16,
+        // dk and dv
+        DKV_M = BF16 && HD <= 64 ? 2 : 1,
         DKV_ROWS = 16 * DKV_M * ATTENTION_WARPS,
-        DKV_QUERIES = !WIDE      ? 16
-                      : HD <= 96 ? 64
-                                 : 32,
-        DKV_STEP = 16,
-        DKV_KEEP = WIDE
+        DKV_QUERIES = BF16 ? (HD <= 96 ? 64 : 32) : 16,
+        DKV_STEP = BF16 && HD > 96 ? 32 : 16,
+        DKV_KEEP = BF16 && HD <= 96
     };
 };
 
@@ -100,14 +95,14 @@ __device__ __forceinline__ void copy_tile(floatX *tile, const floatX *from, int 
         STEP = ATTENTION_THREADS / LANES
     };
     int row = (int)threadIdx.x / LANES, column = (int)threadIdx.x % LANES * SIZE;
-    const floatX *at = from + (int64_t)row * stride + column;
+    const floatX *at = from + (row * stride + column); // within a tile 32 bits are enough
     floatX *to = tile + row * AttentionTile<HD>::LD + column;
     for (int r = 0; r < ROWS && (ROWS % STEP == 0 || r + row < ROWS); r += STEP) {
         for (int c = 0; c < HD; c += LANES * SIZE) {
             bool valid = FULL || (r + row < rows && c + column < hd);
             cp_async16(to + r * AttentionTile<HD>::LD + c, valid ? at + c : from, valid);
         }
-        at += (int64_t)STEP * stride;
+        at += STEP * stride;
     }
 }
 
@@ -218,23 +213,25 @@ __device__ __forceinline__ void product_nn(float c[M][HD / 8][4], const float p[
     }
 }
 
-// ----------------------------------------------------------------------------
-// forward
-
-// scores [16 M, N] of rows `row`.. and keys `key`.. that lie in the future become -infinity
-template <int M, int N> __device__ __forceinline__ void mask_future(float s[M][N / 8][4], int row, int key) {
+// scores [16 M, N] of positions `row`.. and `column`.. of which the key lies in the query's future become
+// -infinity; rows are queries, TRANSPOSED: keys
+template <int M, int N, bool TRANSPOSED>
+__device__ __forceinline__ void mask_future(float s[M][N / 8][4], int row, int column) {
     int g = lane_id() / 4, t = lane_id() % 4;
     for (int m = 0; m < M; m++) {
         for (int i = 0; i < N / 2; i++) {
-            bool future = key + i / 4 * 8 + 2 * t + i % 2 > row + 16 * m + g + i % 4 / 2 * 8;
-            s[m][i / 4][i % 4] = future ? -INFINITY : s[m][i / 4][i % 4];
+            int ahead = column + i / 4 * 8 + 2 * t + i % 2 - (row + 16 * m + g + i % 4 / 2 * 8);
+            s[m][i / 4][i % 4] = (TRANSPOSED ? ahead < 0 : ahead > 0) ? -INFINITY : s[m][i / 4][i % 4];
         }
     }
 }
 
-// One more tile of scores: s becomes p = 2^(c s - max), sum (this lane's share) and output so far follow a new
-// maximum; max is in units of the exponent. Rows i = 0 (g) and 1 (g + 8) of each fragment. It need not be the
-// true maximum, only near: while the scores stay below 2^8 times it, nothing is rescaled
+// ----------------------------------------------------------------------------
+// forward
+
+// One more tile of scores: s becomes p = 2^(c s - max), sum (this lane's share) and the output so far follow a
+// new maximum; for rows i = 0 (g) and 1 (g + 8) of each fragment. max is in units of the exponent, and need not
+// be the true maximum, only near it: nothing is rescaled while p stays below 2^8
 template <int M, int N, int HD>
 __device__ __forceinline__ void online_softmax(float s[M][N / 8][4], float o[M][HD / 8][4], float max[M][2],
                                                float sum[M][2], float c) {
@@ -274,13 +271,13 @@ __device__ __forceinline__ void online_softmax(float s[M][N / 8][4], float o[M][
 template <int HD>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int T, int start, int H, int KV,
-                             int hd, int heads, float c) {
+                             int hd, float c) {
     typedef AttentionTile<HD> Tile;
     enum { M = Tile::M, ROWS = Tile::ROWS, KEYS = Tile::KEYS, LD = Tile::LD };
     floatX *q_tile = (floatX *)shared_memory(); // [ROWS, LD]
     floatX *kv_tiles = q_tile + ROWS * LD;      // two stages of keys [KEYS, LD] and values [KEYS, LD]
-    int b = (int)blockIdx.x % heads / H, h = (int)blockIdx.x % heads % H;
-    int first = start + (ceil_div(T - start, (int)ROWS) - 1 - (int)blockIdx.x / heads) * ROWS;
+    int h = (int)blockIdx.x, b = (int)blockIdx.y;
+    int first = start + (int)(gridDim.z - 1 - blockIdx.z) * ROWS;
     int last = min(first + ROWS, T) - 1;
     int width = (H + 2 * KV) * hd;
     const floatX *q = qkv + ((int64_t)b * T + first) * width + h * hd;
@@ -320,7 +317,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             float s[M][KEYS / 8][4];
             product_nt<M, KEYS, HD>(s, queries, stage);
             if (key + KEYS - 1 > row) {
-                mask_future<M, KEYS>(s, row, key);
+                mask_future<M, KEYS, false>(s, row, key);
             }
             online_softmax<M, KEYS, HD>(s, o, max, sum, c);
             product_nn<M, KEYS, HD>(o, s, stage + KEYS * LD);
@@ -370,16 +367,14 @@ __device__ __forceinline__ float row_dot(const floatX *dout, const floatX *out, 
 template <int HD>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_dq_kernel(floatX *dqkv, float *scratch, const floatX *dout, const floatX *out,
-                        const floatX *qkv, const float *lse, int T, int H, int KV, int hd, int heads,
-                        float scale) {
+                        const floatX *qkv, const float *lse, int T, int H, int KV, int hd, float scale) {
     typedef AttentionTile<HD> Tile;
     enum { M = Tile::DQ_M, ROWS = Tile::DQ_ROWS, KEYS = Tile::DQ_KEYS, STEP = Tile::DQ_STEP, LD = Tile::LD };
     floatX *q_tile = (floatX *)shared_memory(); // [ROWS, LD]
     floatX *do_tile = q_tile + ROWS * LD;       // [ROWS, LD]
     floatX *kv_tiles = do_tile + ROWS * LD;     // two stages of keys [KEYS, LD] and values [KEYS, LD]
-    int head = (int)blockIdx.x % heads;         // b H + h
-    int b = head / H, h = head % H;
-    int first = (ceil_div(T, (int)ROWS) - 1 - (int)blockIdx.x / heads) * ROWS;
+    int h = (int)blockIdx.x, b = (int)blockIdx.y;
+    int first = (int)(gridDim.z - 1 - blockIdx.z) * ROWS;
     int last = min(first + ROWS, T) - 1;
     int width = (H + 2 * KV) * hd;
     int64_t q_at = ((int64_t)b * T + first) * width + h * hd;
@@ -400,7 +395,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     int warp_row = (int)threadIdx.x / 32 * 16 * M;
     int row = first + warp_row;
     int padded = ceil_div(T, (int)ATTENTION_PAD) * ATTENTION_PAD;
-    float *row_lse = scratch + (int64_t)head * 2 * padded, *row_d = row_lse + padded;
+    float *row_lse = scratch + ((int64_t)b * H + h) * 2 * padded, *row_d = row_lse + padded;
     float lse2[M][2], D[M][2]; // of this lane's rows
     for (int i = 0; i < 2 * M; i++) {
         int local = warp_row + 8 * i + lane_id() / 4;
@@ -408,7 +403,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         bool valid = at < T;
         int64_t from = out_at + (int64_t)local * H * hd;
         float d = row_dot<HD>(dout + from, out + from, valid, hd);
-        float l = valid ? lse[(int64_t)head * T + at] * 1.44269504f : 0.0f;
+        // position 0 sees only itself: an infinite lse makes its p and ds exactly 0 (the second kernel sets p = 1)
+        float l = valid && at > 0 ? lse[((int64_t)b * H + h) * T + at] * 1.44269504f : INFINITY;
         if (at < padded && lane_id() % 4 == 0) {
             row_lse[at] = l;
             row_d[at] = d;
@@ -424,7 +420,6 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     queries.begin(own);
     douts.begin(do_tile + warp_row * LD);
     float c = scale * 1.44269504f;
-    int g = lane_id() / 4, t = lane_id() % 4;
     float dq[M][HD / 8][4] = {};
     for (int key = 0; key <= last; key += KEYS) {
         cp_async_wait<0>();
@@ -436,23 +431,19 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         for (int j = 0; j < KEYS && key + j < row + 16 * M; j += STEP) { // beyond: this warp's future
             float s[M][STEP / 8][4], dp[M][STEP / 8][4];
             product_nt<M, STEP, HD>(s, queries, stage + j * LD);
-            product_nt<M, STEP, HD>(dp, douts, stage + (KEYS + j) * LD);
-            bool masked = key + j + STEP - 1 > row;
+            if (key + j + STEP - 1 > row) {
+                mask_future<M, STEP, false>(s, row, key + j);
+            }
             for (int m = 0; m < M; m++) {
                 for (int i = 0; i < STEP / 2; i++) {
-                    int n = i / 4, e = i % 4;
-                    float p = attention_exp2(s[m][n][e] * c - lse2[m][e / 2]);
-                    dp[m][n][e] = p * (dp[m][n][e] - D[m][e / 2]);
+                    s[m][i / 4][i % 4] = attention_exp2(s[m][i / 4][i % 4] * c - lse2[m][i % 4 / 2]);
                 }
             }
-            if (masked) {
-                for (int m = 0; m < M; m++) {
-                    for (int i = 0; i < STEP / 2; i++) {
-                        int n = i / 4, e = i % 4;
-                        int query = row + 16 * m + g + e / 2 * 8;
-                        bool live = key + j + 8 * n + 2 * t + e % 2 <= query && query > 0; // query 0: ds = 0
-                        dp[m][n][e] = live ? dp[m][n][e] : 0.0f;
-                    }
+            product_nt<M, STEP, HD>(dp, douts, stage + (KEYS + j) * LD);
+            for (int m = 0; m < M; m++) {
+                for (int i = 0; i < STEP / 2; i++) {
+                    float *ds = &dp[m][i / 4][i % 4];
+                    *ds = s[m][i / 4][i % 4] * (*ds - D[m][i % 4 / 2]);
                 }
             }
             product_nn<M, STEP, HD>(dq, dp, stage + j * LD);
@@ -461,12 +452,12 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     store_rows<M, HD>(dqkv + q_at + (int64_t)warp_row * width, width, T - row, hd, own, dq, scale);
 }
 
-// block: a tile of keys of one key/value head, and all queries that see it, head by head. Scores are transposed:
-// rows are keys
+// block: a tile of keys of one key/value head, and all queries that see it, head by head. Scores are
+// transposed: their rows are keys
 template <int HD>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_dkv_kernel(floatX *dqkv, const float *scratch, const floatX *dout, const floatX *qkv, int T,
-                         int H, int KV, int hd, int groups, float scale) {
+                         int H, int KV, int hd, float scale) {
     typedef AttentionTile<HD> Tile;
     enum { M = Tile::DKV_M, ROWS = Tile::DKV_ROWS, QUERIES = Tile::DKV_QUERIES, STEP = Tile::DKV_STEP };
     enum { LD = Tile::LD, STAGE = 2 * QUERIES * LD };
@@ -474,8 +465,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     floatX *v_tile = k_tile + ROWS * LD;        // [ROWS, LD]
     floatX *q_tiles = v_tile + ROWS * LD;       // two stages of queries [QUERIES, LD] and dout [QUERIES, LD]
     float *row_tiles = (float *)(q_tiles + 2 * STAGE); // two stages of lse [QUERIES] and D [QUERIES]
-    int b = (int)blockIdx.x % groups / KV, kv = (int)blockIdx.x % groups % KV;
-    int first = (int)blockIdx.x / groups * ROWS; // the first keys are seen by most queries
+    int kv = (int)blockIdx.x, b = (int)blockIdx.y;
+    int first = (int)blockIdx.z * ROWS; // the first keys are seen by most queries
     int width = (H + 2 * KV) * hd;
     int64_t k_at = ((int64_t)b * T + first) * width + (H + kv) * hd;
     int padded = ceil_div(T, (int)ATTENTION_PAD) * ATTENTION_PAD;
@@ -492,8 +483,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         }
         cp_async_commit();
     };
-    int head = kv * (H / KV), end = head + H / KV;
-    int query = first;
+    int head = kv * (H / KV), query = first;
+    int stages = H / KV * ceil_div(T - first, (int)QUERIES);
     copy_tile<ROWS, HD>(k_tile, qkv + k_at, width, T - first, hd);
     copy_tile<ROWS, HD>(v_tile, qkv + k_at + KV * hd, width, T - first, hd);
     cp_async_commit();
@@ -508,52 +499,47 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     keys.begin(own_k);
     values.begin(own_v);
     float c = scale * 1.44269504f;
-    int g = lane_id() / 4, t = lane_id() % 4;
+    int t = lane_id() % 4;
     float dk[M][HD / 8][4] = {}, dv[M][HD / 8][4] = {};
-    for (int parity = 0; head < end; parity ^= 1) {
-        int next_query = query + QUERIES < T ? query + QUERIES : first;
-        int next_head = query + QUERIES < T ? head : head + 1;
+    for (int i = 0; i < stages; i++) {
+        int next = query + QUERIES < T ? query + QUERIES : first; // then the next head's first
         cp_async_wait<0>();
         __syncthreads(); // this stage is there, and all have done with the other one
-        if (next_head < end) {
-            load_stage(next_head, next_query, parity ^ 1);
+        if (i + 1 < stages) {
+            head += next == first;
+            load_stage(head, next, (i + 1) % 2);
         }
-        const floatX *stage = q_tiles + parity * STAGE;
-        const float *rows_lse = row_tiles + 2 * parity * QUERIES;
+        const floatX *stage = q_tiles + i % 2 * STAGE;
+        const float *rows_lse = row_tiles + 2 * (i % 2) * QUERIES;
         for (int j = 0; j < QUERIES; j += STEP) {
             if (query + j + STEP - 1 < row) {
                 continue; // these queries see none of this warp's keys
             }
             float s[M][STEP / 8][4], dp[M][STEP / 8][4];
             product_nt<M, STEP, HD>(s, keys, stage + j * LD);
-            product_nt<M, STEP, HD>(dp, values, stage + (QUERIES + j) * LD);
-            for (int n = 0; n < STEP / 8; n++) {
-                for (int e = 0; e < 2; e++) { // a column, that is a query
-                    float lse2 = rows_lse[j + 8 * n + 2 * t + e];
-                    float D = rows_lse[QUERIES + j + 8 * n + 2 * t + e];
-                    for (int i = 0; i < 2 * M; i++) {
-                        float *p = &s[i / 2][n][i % 2 * 2 + e], *ds = &dp[i / 2][n][i % 2 * 2 + e];
-                        *p = attention_exp2(*p * c - lse2);
-                        *ds = *p * (*ds - D);
-                    }
+            if (query + j < row + 16 * M - 1) {
+                mask_future<M, STEP, true>(s, row, query + j);
+            }
+            const float *column = rows_lse + j + 2 * t; // a lane's columns, that is queries
+            for (int m = 0; m < M; m++) {
+                for (int k = 0; k < STEP / 2; k++) {
+                    s[m][k / 4][k % 4] = attention_exp2(s[m][k / 4][k % 4] * c - column[k / 4 * 8 + k % 2]);
                 }
             }
-            if (query + j < row + 16 * M - 1) {
-                for (int m = 0; m < M; m++) {
-                    for (int i = 0; i < STEP / 2; i++) {
-                        int n = i / 4, e = i % 4;
-                        int key = row + 16 * m + g + e / 2 * 8, at = query + j + 8 * n + 2 * t + e % 2;
-                        float p = key <= at ? s[m][n][e] : 0.0f;
-                        s[m][n][e] = at > 0 ? p : key == 0 ? 1.0f : 0.0f;
-                        dp[m][n][e] = key <= at && at > 0 ? dp[m][n][e] : 0.0f;
-                    }
+            product_nt<M, STEP, HD>(dp, values, stage + (QUERIES + j) * LD);
+            for (int m = 0; m < M; m++) {
+                for (int k = 0; k < STEP / 2; k++) {
+                    float *ds = &dp[m][k / 4][k % 4];
+                    *ds = s[m][k / 4][k % 4] * (*ds - column[QUERIES + k / 4 * 8 + k % 2]);
                 }
+            }
+            if (query + j + row + lane_id() == 0) { // position 0 and itself
+                s[0][0][0] = 1.0f;
             }
             product_nn<M, STEP, HD>(dv, s, stage + (QUERIES + j) * LD);
             product_nn<M, STEP, HD>(dk, dp, stage + j * LD);
         }
-        query = next_query;
-        head = next_head;
+        query = next;
     }
     floatX *to = dqkv + k_at + (int64_t)warp_row * width;
     store_rows<M, HD>(to, width, T - row, hd, own_k, dk, scale);
@@ -573,8 +559,8 @@ static void attention_forward_padded(floatX *out, float *lse, const floatX *qkv,
     typedef AttentionTile<HD> Tile;
     float c = 1.44269504f / sqrtf((float)hd);
     size_t bytes = (size_t)(Tile::ROWS + 4 * Tile::KEYS) * Tile::LD * sizeof(floatX);
-    launch(attention_forward_kernel<HD>, B * H * ceil_div(T - start, (int)Tile::ROWS), ATTENTION_THREADS,
-           bytes, stream, out, lse, qkv, T, start, H, KV, hd, B * H, c);
+    launch(attention_forward_kernel<HD>, dim3(H, B, ceil_div(T - start, (int)Tile::ROWS)), ATTENTION_THREADS,
+           bytes, stream, out, lse, qkv, T, start, H, KV, hd, c);
 }
 
 template <int HD>
@@ -584,12 +570,12 @@ static void attention_backward_padded(floatX *dqkv, const floatX *dout, const fl
     typedef AttentionTile<HD> Tile;
     float scale = 1.0f / sqrtf((float)hd);
     size_t dq_bytes = (size_t)(2 * Tile::DQ_ROWS + 4 * Tile::DQ_KEYS) * Tile::LD * sizeof(floatX);
-    launch(attention_dq_kernel<HD>, B * H * ceil_div(T, (int)Tile::DQ_ROWS), ATTENTION_THREADS, dq_bytes,
-           stream, dqkv, scratch, dout, out, qkv, lse, T, H, KV, hd, B * H, scale);
+    launch(attention_dq_kernel<HD>, dim3(H, B, ceil_div(T, (int)Tile::DQ_ROWS)), ATTENTION_THREADS, dq_bytes,
+           stream, dqkv, scratch, dout, out, qkv, lse, T, H, KV, hd, scale);
     size_t dkv_bytes = (size_t)(2 * Tile::DKV_ROWS + 4 * Tile::DKV_QUERIES) * Tile::LD * sizeof(floatX) +
                        4 * Tile::DKV_QUERIES * sizeof(float);
-    launch(attention_dkv_kernel<HD>, B * KV * ceil_div(T, (int)Tile::DKV_ROWS), ATTENTION_THREADS, dkv_bytes,
-           stream, dqkv, scratch, dout, qkv, T, H, KV, hd, B * KV, scale);
+    launch(attention_dkv_kernel<HD>, dim3(KV, B, ceil_div(T, (int)Tile::DKV_ROWS)), ATTENTION_THREADS,
+           dkv_bytes, stream, dqkv, scratch, dout, qkv, T, H, KV, hd, scale);
 }
 
 static inline void attention_check_head(int hd) {
