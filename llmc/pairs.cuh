@@ -422,11 +422,16 @@ static inline void routing_stats(RoutingStats *stats, DevicePairs pairs, int64_t
 }
 
 // ----------------------------------------------------------------------------
-// sums of many terms into one double: SUM_BLOCKS partial sums, then one block adds them, in a fixed order
+// sums of many terms into one double: a partial sum a block, then one block adds them, in a fixed order
 
-enum { SUM_BLOCKS = 512, SUM_THREADS = 256 };
+enum { SUM_MOST_BLOCKS = 512, SUM_THREADS = 256 };
 
-// every thread of the block calls; thread 0 gets the sum
+// for up to n terms; of sizes alone, never of the device: the order of a sum must not depend on it
+static inline int sum_blocks(int64_t n) {
+    return (int)min(ceil_div(n, (int64_t)SUM_THREADS), (int64_t)SUM_MOST_BLOCKS);
+}
+
+// every thread of the block calls and gets the sum
 __device__ __forceinline__ double block_sum_double(double x) {
     __shared__ double warp_sums[32];
     x = group_sum(x, 32);
@@ -441,17 +446,18 @@ __device__ __forceinline__ double block_sum_double(double x) {
     return sum;
 }
 
-static __global__ void __launch_bounds__(SUM_BLOCKS)
-    add_partials_kernel(double *sum, const double *partial, double scale) {
-    double total = block_sum_double(partial[threadIdx.x]);
+static __global__ void __launch_bounds__(SUM_MOST_BLOCKS)
+    add_partials_kernel(double *sum, const double *partial, int blocks, double scale) {
+    double total = block_sum_double((int)threadIdx.x < blocks ? partial[threadIdx.x] : 0.0);
     if (threadIdx.x == 0) {
         *sum += scale * total;
     }
 }
 
-// *sum += scale * (partial[0] + .. + partial[SUM_BLOCKS - 1])
-static inline void add_partials(double *sum, const double *partial, double scale, cudaStream_t stream) {
-    launch(add_partials_kernel, 1, SUM_BLOCKS, 0, stream, sum, partial, scale);
+// *sum += scale * (partial[0] + .. + partial[blocks - 1])
+static inline void add_partials(double *sum, const double *partial, int blocks, double scale,
+                                cudaStream_t stream) {
+    launch(add_partials_kernel, 1, SUM_MOST_BLOCKS, 0, stream, sum, partial, blocks, scale);
 }
 
 #endif

@@ -1,0 +1,348 @@
+/*
+router.cuh and the methods below it, against router.h on the same logits: active sets, gates, losses,
+gradients.
+
+relu, hash, dense and every list of a forced set are exact. The softmax is compared to 1e-6 (expf against
+fast_exp); the choices of topk and ec then are those that the C functions make from the device's own scores,
+exactly, ties included: a rounding cannot excuse a wrong choice. Logits lie on a grid of 1/1024, so for topk
+the C functions' own scores must give the same choice too. Gradients: 1e-5 in fp32; in bf16 one rounding of
+each element, at most 2^-8 of it.
+*/
+#ifndef TEST_ROUTER_CUH
+#define TEST_ROUTER_CUH
+
+#include "../../../llmc/router.cuh"
+#include "test_pairs.cuh"
+
+enum { LOGITS_RANDOM, LOGITS_FEW, LOGITS_EQUAL, LOGITS_OFF, LOGITS_ONE, LOGITS_STEEP, LOGITS_KINDS };
+
+static float *sample_logits(int kind, int N, int E) {
+    int64_t cells = (int64_t)N * E;
+    float *z = NEW(float, cells);
+    fill_uniform(z, (size_t)cells, 11, 1.0f);
+    for (int64_t i = 0; i < cells; i++) {
+        int e = (int)(i % E);
+        float grid = floorf(z[i] * 1024.0f) / 1024.0f;
+        z[i] = kind == LOGITS_FEW     ? floorf(z[i] * 2.0f) / 2.0f
+               : kind == LOGITS_EQUAL ? 0.5f
+               : kind == LOGITS_OFF   ? grid - 1.0f // no logit above 0
+               : kind == LOGITS_ONE   ? grid + (e == E / 2 ? 3.0f : -1.0f)
+               : kind == LOGITS_STEEP ? grid - 60.0f * (float)e // most probabilities underflow
+                                      : grid;
+    }
+    return z;
+}
+
+typedef struct {
+    Router router;
+    int N, kind, ranks;
+    const float *forced; // [N, E] or NULL
+} RouterCase;
+
+typedef struct { // one run on the device
+    DevicePairs pairs;
+    float *logits;
+    floatX *dlogits;
+    double *loss;
+    void *scratch;
+} DeviceRouting;
+
+static int *sample_ids(int N) {
+    int *ids = NEW(int, N);
+    for (int t = 0; t < N; t++) {
+        ids[t] = (int)((unsigned)t * 2654435761u % 50257u);
+    }
+    return ids;
+}
+
+static DeviceRouting device_routing(RouterCase c, const float *logits) {
+    int64_t cells = (int64_t)c.N * c.router.experts;
+    double loss = 0.5;
+    DeviceRouting r;
+    int *host_ids = sample_ids(c.N), *ids = device_i(host_ids, c.N);
+    float *forced = c.forced != NULL ? device_f(c.forced, cells) : NULL;
+    r.pairs = device_pairs_new(c.N, c.router.experts);
+    r.logits = device_f(logits, cells);
+    r.dlogits = device_new<floatX>(cells);
+    r.loss = device_copy(&loss, 1);
+    r.scratch = device_new<char>((int64_t)router_scratch_bytes(c.router, c.N));
+    router_forward(r.pairs, r.logits, ids, forced, c.router, c.N, r.scratch, NULL);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    free(host_ids);
+    device_release(ids);
+    device_release(forced);
+    return r;
+}
+
+static void device_routing_release(DeviceRouting r) {
+    device_pairs_release(r.pairs);
+    device_release(r.logits);
+    device_release(r.dlogits);
+    device_release(r.loss);
+    device_release(r.scratch);
+}
+
+// the list that the C functions make from scores s: logits for relu, the softmax for topk and ec
+static void choose_in_c(PairList *want, const float *s, RouterCase c) {
+    int N = c.N, E = c.router.experts, k = c.router.active;
+    int *ids = sample_ids(N);
+    if (c.forced != NULL && router_has_weights(c.router.method)) {
+        pairs_from_mask(want, s, c.forced, (int64_t)N, E);
+    } else if (c.router.method == ROUTER_TOPK) {
+        router_topk_forward(want, s, N, E, k);
+    } else if (c.router.method == ROUTER_EC) {
+        router_ec_forward(want, s, N, E, k);
+    } else {
+        router_forward(want, (float *)s, ids, NULL, c.router, (int64_t)N);
+    }
+    free(ids);
+}
+
+static void check_forward(PairList *want, DeviceRouting r, const float *logits, RouterCase c) {
+    int N = c.N, E = c.router.experts;
+    int64_t cells = (int64_t)N * E;
+    float *device_s = fetch(r.logits, cells), *s = NEW(float, cells);
+    memcpy(s, logits, (size_t)cells * sizeof(float));
+    if (router_has_softmax(c.router.method)) {
+        router_softmax(s, (int64_t)N, E);
+        check_close("router softmax", device_s, s, (size_t)cells, 1e-6);
+        if (c.router.method == ROUTER_TOPK && c.kind != LOGITS_STEEP) { // where 0 and exp(-80) choose alike
+            choose_in_c(want, s, c);
+            check_pairs("topk, C's scores", r.pairs, want, N, E, 1e-6);
+        }
+    } else {
+        CHECK(memcmp(device_s, s, (size_t)cells * sizeof(float)) == 0); // left alone
+    }
+    choose_in_c(want, device_s, c);
+    check_pairs(router_name(c.router.method), r.pairs, want, N, E, 0.0);
+    free(device_s);
+    free(s);
+}
+
+// counts over all ranks, as an all-reduce of equal ranks would leave them
+static int64_t *global_counts(DeviceRouting *r, const PairList *want, RouterCase c) {
+    int E = c.router.experts;
+    int64_t *counts = NEW(int64_t, E);
+    int *sums = NEW(int, E);
+    pairs_count(counts, want, E);
+    for (int e = 0; e < E; e++) {
+        counts[e] *= c.ranks;
+        sums[e] = (int)counts[e];
+    }
+    CUDA_CHECK(cudaMemcpy(r->pairs.counts, sums, (size_t)E * sizeof(int), cudaMemcpyHostToDevice));
+    free(sums);
+    return counts;
+}
+
+static void check_loss_and_backward(const PairList *want, DeviceRouting r, RouterCase c) {
+    enum { LAYERS = 3 };
+    int64_t cells = (int64_t)c.N * c.router.experts, all = (int64_t)c.N * c.ranks;
+    float *s = fetch(r.logits, cells), *dgate = NEW(float, want->num_pairs), *dlogits = NEW(float, cells);
+    int64_t *counts = global_counts(&r, want, c);
+    double weight = 0.7 * (double)all; // as large as dgate
+    fill_uniform(dgate, (size_t)want->num_pairs, 5, 1.0f);
+    float *device_dgate = device_f(dgate, want->num_pairs);
+
+    router_loss(r.loss, r.pairs, r.logits, c.router, c.N, LAYERS, 0.25, r.scratch, NULL, c.ranks);
+    double want_loss = router_loss(want, s, counts, c.router, all, LAYERS);
+    double *loss = fetch_raw(r.loss, 1);
+    CHECK(fabs(loss[0] - (0.5 + 0.25 * want_loss)) <= 1e-12 + 1e-7 * fabs(want_loss));
+    free(loss);
+
+    router_backward(dlogits, dgate, want, s, counts, c.router, all, LAYERS, weight);
+    router_backward(r.dlogits, device_dgate, r.pairs, r.logits, c.router, c.N, LAYERS, weight, NULL, c.ranks);
+    int comparable = c.kind != LOGITS_STEEP; // there s_te (ds_te - dot_t) is what rounding leaves of 0
+    if (router_has_weights(c.router.method) && comparable) {
+        check_device("router dlogits", r.dlogits, dlogits, cells, tolerance(1e-5, 4e-3));
+    }
+    free(s);
+    free(dgate);
+    free(dlogits);
+    free(counts);
+    device_release(device_dgate);
+}
+
+static uint64_t routing_hash(DeviceRouting r, RouterCase c) {
+    int64_t cells = (int64_t)c.N * c.router.experts; // pairs that are not there are device_new's pattern
+    uint64_t hash = device_hash(r.pairs.row_start, (c.N + 1) * 4);
+    hash = hash * 31 + device_hash(r.pairs.expert, cells * 4);
+    hash = hash * 31 + device_hash(r.pairs.gate, cells * 4);
+    hash = hash * 31 + device_hash(r.pairs.counts, c.router.experts * 4);
+    hash = hash * 31 + device_hash(r.logits, cells * 4);
+    hash = hash * 31 + device_hash(r.dlogits, cells * (int64_t)sizeof(floatX));
+    return hash * 31 + device_hash(r.loss, 8);
+}
+
+static uint64_t router_case_once(RouterCase c) {
+    float *logits = sample_logits(c.kind, c.N, c.router.experts);
+    PairList want = {0, 0, NULL, NULL, NULL, 0, 0};
+    DeviceRouting r = device_routing(c, logits);
+    int before = tally.failures;
+    check_forward(&want, r, logits, c);
+    check_loss_and_backward(&want, r, c);
+    uint64_t hash = routing_hash(r, c);
+    if (tally.failures > before) {
+        printf("  ... %s, E %d, k %d, N %d, logits %d, load balance %d, ranks %d%s\n",
+               router_name(c.router.method), c.router.experts, c.router.active, c.N, c.kind,
+               c.router.load_balance, c.ranks, c.forced != NULL ? ", forced" : "");
+    }
+    pairs_free(&want);
+    device_routing_release(r);
+    free(logits);
+    return hash;
+}
+
+static void router_case(RouterMethod method, int E, int k, int N, int kind) {
+    Router router = {method, E, k, (N + E + k) % 3 != 0};
+    RouterCase c = {router, N, kind, 1, NULL};
+    router_case_once(c);
+}
+
+// what a forced set must do for every method that has weights: hash and dense ignore it
+static void test_router_sets(void) {
+    RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_EC, ROUTER_HASH};
+    int shapes[][2] = {{19, 3}, {33, 8}, {12, 40}};
+    for (int m = 0; m < 4; m++) {
+        for (int i = 0; i < 3; i++) {
+            for (int kind = 0; kind < MASK_KINDS; kind++) {
+                int N = shapes[i][0], E = shapes[i][1];
+                float *forced = sample_mask(kind, N, E, 9);
+                Router router = {methods[m], E, 2, 1};
+                RouterCase c = {router, N, LOGITS_RANDOM, 1 + kind % 3, forced};
+                router_case_once(c);
+                free(forced);
+            }
+        }
+    }
+}
+
+static void test_router_repeats(void) {
+    for (int method = 0; method < ROUTER_COUNT; method++) {
+        Router router = {(RouterMethod)method, method == ROUTER_DENSE ? 1 : 33,
+                         method == ROUTER_DENSE ? 1 : 5, 1};
+        RouterCase c = {router, emulated() ? 100 : 50000, LOGITS_FEW, 1, NULL};
+        CHECK(router_case_once(c) == router_case_once(c));
+    }
+}
+
+static void test_router_shapes(void) {
+    int experts[] = {1, 3, 8, 32, 33, 128, 130}, tokens[] = {1, 17, 64, 1000, 4099};
+    for (int i = 0; i < 7; i++) {
+        int E = experts[i], thin = emulated() && E > 33, most = emulated() ? 2200 : 1 << 30;
+        for (int j = 0; j < 3; j++) {
+            int k = j == 0 ? 1 : j == 1 ? 2 : E;
+            if (k > E || (j > 0 && k == 1)) {
+                continue;
+            }
+            for (int method = ROUTER_RELU; method <= ROUTER_HASH; method++) {
+                if (thin && method == ROUTER_EC && k != 2) { // a block of 1024 threads an expert
+                    continue;
+                }
+                for (int n = 0; n < 5 && E * tokens[n] <= most; n++) {
+                    router_case((RouterMethod)method, E, k, tokens[n], LOGITS_RANDOM);
+                }
+                for (int kind = LOGITS_FEW; kind < (thin ? LOGITS_EQUAL : LOGITS_KINDS); kind++) {
+                    router_case((RouterMethod)method, E, k, 37, kind);
+                }
+            }
+        }
+    }
+    router_case(ROUTER_DENSE, 1, 1, 1, LOGITS_RANDOM);
+    router_case(ROUTER_DENSE, 1, 1, 1023, LOGITS_RANDOM);
+    router_case(ROUTER_DENSE, 1, 1, 1024, LOGITS_RANDOM);
+}
+
+static void test_router_large(void) {
+    router_case(ROUTER_RELU, 8, 1, 65536, LOGITS_RANDOM);
+    router_case(ROUTER_TOPK, 8, 1, 65536, LOGITS_RANDOM);
+    router_case(ROUTER_TOPK, 512, 64, 10007, LOGITS_RANDOM);
+    router_case(ROUTER_TOPK, 512, 64, 1001, LOGITS_FEW);
+    router_case(ROUTER_TOPK, 3000, 7, 300, LOGITS_FEW);
+    router_case(ROUTER_TOPK, 65536, 2, 20, LOGITS_FEW);
+    router_case(ROUTER_EC, 8, 1, 1000003, LOGITS_RANDOM);
+    router_case(ROUTER_EC, 8, 2, 1000003, LOGITS_EQUAL);
+    router_case(ROUTER_EC, 512, 64, 5003, LOGITS_FEW);
+    router_case(ROUTER_HASH, 8, 2, 1000003, LOGITS_RANDOM);
+}
+
+static void test_cuda_router(void) {
+    test_router_shapes();
+    test_router_sets();
+    test_router_repeats();
+    if (!emulated()) {
+        test_router_large();
+    }
+}
+
+// ----------------------------------------------------------------------------
+// speed, by name only
+
+static void bench_router_of(RouterMethod method, int E, int k, float shift) {
+    enum { N = 65536, LAYERS = 12 };
+    Router router = {method, E, k, 1};
+    RouterCase c = {router, N, LOGITS_RANDOM, 1, NULL};
+    int64_t cells = (int64_t)N * E;
+    float *logits = host_random(cells, 3, 2.0f);
+    for (int64_t i = 0; i < cells; i++) {
+        logits[i] -= shift;
+    }
+    DeviceRouting r = device_routing(c, logits);
+    int *host_ids = sample_ids(N), *ids = device_i(host_ids, N), *row_start = fetch(r.pairs.row_start, N + 1);
+    float *given = device_f(logits, cells), *dgate = device_new<float>(cells),
+          *picture = device_new<float>(cells);
+    RoutingStats *stats = device_new<RoutingStats>(1);
+    int64_t *counts = device_new<int64_t>(E);
+    size_t bytes = (size_t)cells * sizeof(float);
+    CUDA_CHECK(cudaMemset(dgate, 0, bytes));
+    auto restore = [&] {
+        CUDA_CHECK(cudaMemcpyAsync(r.logits, given, bytes, cudaMemcpyDeviceToDevice, NULL));
+    };
+    auto forward = [&] {
+        restore(); // topk and ec overwrite it
+        router_forward(r.pairs, r.logits, ids, NULL, router, N, r.scratch, NULL);
+    };
+    auto rows = [&] {
+        Scratch s = {(unsigned char *)r.scratch, 0};
+        RouterScratch parts = router_scratch(&s, router, N);
+        pairs_from_mask(r.pairs, r.logits, parts.mask, N, E, parts.pairs, NULL);
+    };
+    auto loss = [&] { router_loss(r.loss, r.pairs, r.logits, router, N, LAYERS, 1.0, r.scratch, NULL); };
+    auto backward = [&] {
+        router_backward(r.dlogits, dgate, r.pairs, r.logits, router, N, LAYERS, 1.0, NULL);
+    };
+    auto count = [&] { routing_stats(stats, r.pairs, counts, N, E, NULL); };
+    double copy_ms = device_ms(restore), forward_ms = device_ms(forward) - copy_ms, rows_ms = device_ms(rows);
+    printf(
+        "  %-5s N %d E %3d k %2d, %.2f active a token | us: forward %.1f (rows from mask %.1f, a copy of the "
+        "logits %.1f)",
+        router_name(method), N, E, k, (double)row_start[N] / N, 1e3 * forward_ms, 1e3 * rows_ms,
+        1e3 * copy_ms);
+    if (router_has_weights(method)) {
+        rows_ms = device_ms(backward);
+        forward(); // the list again, before the loss's partial sums take the scratch
+        printf(", backward %.1f, loss %.1f", 1e3 * rows_ms, 1e3 * device_ms(loss));
+    }
+    printf(", stats %.1f\n", 1e3 * device_ms(count));
+    device_routing_release(r);
+    free(logits);
+    free(host_ids);
+    free(row_start);
+    device_release(ids);
+    device_release(given);
+    device_release(dgate);
+    device_release(stats);
+    device_release(counts);
+}
+
+static void bench_cuda_router(void) {
+    bench_router_of(ROUTER_RELU, 8, 1, 1.5f); // one in eight above 0
+    bench_router_of(ROUTER_RELU, 8, 1, 0.0f); // one in two: the dense stage
+    bench_router_of(ROUTER_TOPK, 8, 1, 0.0f);
+    bench_router_of(ROUTER_EC, 8, 1, 0.0f);
+    bench_router_of(ROUTER_HASH, 8, 1, 0.0f);
+    bench_router_of(ROUTER_RELU, 512, 64, 1.5f);
+    bench_router_of(ROUTER_TOPK, 512, 64, 0.0f);
+    bench_router_of(ROUTER_EC, 512, 64, 0.0f);
+}
+
+#endif
