@@ -376,12 +376,19 @@ static void open_device(Model *m) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
 }
 
+// Copies between host and device that are over when the call returns. In the model's own stream, which does not
+// wait for any other: a plain cudaMemcpy from ordinary host memory may still be under way when it returns
+static void copy_now(const Model *m, void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, kind, m->stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
+}
+
 static void upload_rope(const Model *m) {
     const Config *c = &m->config;
     int64_t n = (int64_t)m->T * c->head_size;
     float *table = NEW(float, n);
     rope_table(table, m->T, c->head_size, c->rope_theta);
-    CUDA_CHECK(cudaMemcpy(m->rope, table, (size_t)n * sizeof(float), cudaMemcpyHostToDevice));
+    copy_now(m, m->rope, table, (size_t)n * sizeof(float), cudaMemcpyHostToDevice);
     free(table);
 }
 
@@ -391,7 +398,7 @@ static void clear_weights(const Model *m) {
     float *buffers[] = {m->params, m->grad, m->exp_avg, m->exp_avg_sq};
     for (int i = 0; i < 4; i++) {
         if (buffers[i] != NULL) {
-            CUDA_CHECK(cudaMemset(buffers[i], 0, bytes));
+            CUDA_CHECK(cudaMemsetAsync(buffers[i], 0, bytes, m->stream));
         }
     }
 }
@@ -700,11 +707,10 @@ static int read_step(Model *m, int64_t tokens, StepStats *s) {
     StepSums sums;
     int64_t *counts = NEW(int64_t, L * E);
     int *rows = NEW(int, L);
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(&overflow, m->arena.overflow, sizeof(int), cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaMemcpy(rows, m->arena.most_rows, (size_t)L * sizeof(int), cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaMemcpy(&sums, m->sums, sizeof(sums), cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaMemcpy(counts, m->counts, (size_t)(L * E) * sizeof(int64_t), cudaMemcpyDeviceToHost));
+    copy_now(m, &overflow, m->arena.overflow, sizeof(int), cudaMemcpyDeviceToHost);
+    copy_now(m, rows, m->arena.most_rows, (size_t)L * sizeof(int), cudaMemcpyDeviceToHost);
+    copy_now(m, &sums, m->sums, sizeof(sums), cudaMemcpyDeviceToHost);
+    copy_now(m, counts, m->counts, (size_t)(L * E) * sizeof(int64_t), cudaMemcpyDeviceToHost);
     if (overflow) {
         arena_grow(&m->arena, rows);
     } else {
@@ -798,16 +804,15 @@ static float *device_buffer(const Model *m, ModelBuffer which) {
 
 float *model_borrow(Model *m, ModelBuffer which) {
     float *host = (float *)check_realloc(NULL, (size_t)m->table.num_params, sizeof(float));
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(host, device_buffer(m, which), (size_t)m->table.num_params * sizeof(float),
-                          cudaMemcpyDeviceToHost));
+    copy_now(m, host, device_buffer(m, which), (size_t)m->table.num_params * sizeof(float),
+             cudaMemcpyDeviceToHost);
     return host;
 }
 
 void model_return(Model *m, ModelBuffer which, float *buffer, int changed) {
     if (changed) {
-        CUDA_CHECK(cudaMemcpy(device_buffer(m, which), buffer, (size_t)m->table.num_params * sizeof(float),
-                              cudaMemcpyHostToDevice));
+        copy_now(m, device_buffer(m, which), buffer, (size_t)m->table.num_params * sizeof(float),
+                 cudaMemcpyHostToDevice);
     }
 #ifndef PRECISION_FP32
     if (changed && which == BUFFER_PARAMS) {
@@ -834,19 +839,18 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     classifier(m, m->batches[0].targets, N, 0.0f, NULL);
     CUDA_CHECK(cudaMemsetAsync(&m->sums->lm_loss, 0, sizeof(double), m->stream));
     sum_losses(&m->sums->lm_loss, m->losses, N, 1.0 / N, m->stream);
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    CUDA_CHECK(cudaMemcpy(&loss, &m->sums->lm_loss, sizeof(double), cudaMemcpyDeviceToHost));
+    copy_now(m, &loss, &m->sums->lm_loss, sizeof(double), cudaMemcpyDeviceToHost);
     memcpy(m->arena.planned, planned, (size_t)m->config.layers * sizeof(int));
     free(planned);
     return loss;
 }
 
-static void download(float *host, const floatX *device, int64_t n) {
+static void download(const Model *m, float *host, const floatX *device, int64_t n) {
 #ifdef PRECISION_FP32
-    CUDA_CHECK(cudaMemcpy(host, device, (size_t)n * sizeof(float), cudaMemcpyDeviceToHost));
+    copy_now(m, host, device, (size_t)n * sizeof(float), cudaMemcpyDeviceToHost);
 #else
     floatX *rounded = NEW(floatX, n);
-    CUDA_CHECK(cudaMemcpy(rounded, device, (size_t)n * sizeof(floatX), cudaMemcpyDeviceToHost));
+    copy_now(m, rounded, device, (size_t)n * sizeof(floatX), cudaMemcpyDeviceToHost);
     for (int64_t i = 0; i < n; i++) {
         host[i] = to_float(rounded[i]);
     }
@@ -865,8 +869,7 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     model_forward(m, batch->inputs, 1, n, start, NULL);
     matmul_forward(m->logits, m->normed + (int64_t)(rows - 1) * d, working(m, m->weights.head), 1, d, V,
                    &m->gemm, m->stream);
-    CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    download(m->host_logits, m->logits, V);
+    download(m, m->host_logits, m->logits, V);
     memcpy(m->arena.planned, planned, (size_t)m->config.layers * sizeof(int));
     free(planned);
     return m->host_logits;
@@ -903,7 +906,7 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     gradient_norm(m);
     read_step(m, N, s);
     if (logits != NULL) {
-        download(logits, all_logits, N * V);
+        download(m, logits, all_logits, N * V);
         CUDA_CHECK(cudaFree(all_logits));
     }
     if (gates != NULL) {

@@ -105,7 +105,7 @@ struct Block {
     void *fibers[MOST_THREADS];
     unsigned char *stacks;
     uint3 thread_index[MOST_THREADS];
-    bool done[MOST_THREADS];
+    bool done[MOST_THREADS]; // left the kernel
     Warp warps[MOST_THREADS / 32];
     int alive, arrived;
     unsigned generation;
@@ -210,8 +210,12 @@ static inline void *first_frame(unsigned char *stack) {
     return frame;
 }
 
+static inline int threads_of(const Block *b) {
+    return (int)(b->block_size.x * b->block_size.y * b->block_size.z);
+}
+
 static inline void run_block(Block *b) {
-    int threads = (int)(b->block_size.x * b->block_size.y * b->block_size.z);
+    int threads = threads_of(b);
     b->alive = threads;
     b->arrived = 0;
     b->generation = 0;
@@ -327,11 +331,16 @@ template <class T> static inline T __shfl_down_sync(unsigned, T x, unsigned delt
 }
 
 static inline unsigned __ballot_sync(unsigned, int predicate) {
+    emulator::Block *b = emulator::here();
+    int first = b->current / 32 * 32;
+    bool gone[32]; // before the exchange: lanes may leave after it, before this one reads
+    for (int lane = 0; lane < 32; lane++) {
+        gone[lane] = first + lane >= emulator::threads_of(b) || b->done[first + lane];
+    }
     const int *all = emulator::show(predicate);
-    int alive = emulator::warp()->alive;
     unsigned ballot = 0;
-    for (int lane = 0; lane < std::min(alive, 32); lane++) {
-        ballot |= (unsigned)(all[lane] != 0) << lane;
+    for (int lane = 0; lane < 32; lane++) {
+        ballot |= (unsigned)(!gone[lane] && all[lane] != 0) << lane;
     }
     return ballot;
 }
@@ -511,15 +520,15 @@ static inline int64_t *emulator_used() {
 }
 
 template <class T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) {
-    size_t *block = (size_t *)malloc(bytes + 256);
-    if (block == NULL || (*emulator_used() + (int64_t)bytes) >> EMULATED_BYTES_LOG2 > 0) {
-        free(block);
+    size_t most = (size_t)1 << EMULATED_BYTES_LOG2;
+    size_t *block = bytes > most - (size_t)*emulator_used() ? NULL : (size_t *)malloc(bytes + 256);
+    if (block == NULL) {
         return cudaErrorMemoryAllocation;
     }
     *emulator_used() += (int64_t)bytes;
     block[0] = bytes;
     unsigned char *memory = (unsigned char *)block + 256;
-    memset(memory, 0xff, bytes);
+    memset(memory, 0xff, std::min(bytes, most));
     *p = (T *)memory;
     return cudaSuccess;
 }

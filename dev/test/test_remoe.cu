@@ -35,7 +35,7 @@ namespace cpu {
 #include "cuda/test_attention.cuh"
 #include "cuda/test_crossentropy.cuh"
 #include "cuda/test_dispatch.cuh"
-#include "cuda/test_elementwise_bench.cuh"
+#include "cuda/bench_elementwise.cuh"
 #include "cuda/test_embedding.cuh"
 #include "cuda/test_experts.cuh"
 #include "cuda/test_gemm.cuh"
