@@ -881,9 +881,7 @@ static void download_gates(Model *m, float *const *gates, int N) {
     CUDA_CHECK(cudaMalloc(&dense, (size_t)N * (size_t)E * sizeof(float)));
     for (int l = 0; l < m->config.layers; l++) {
         pairs_to_dense(dense, m->layers[l].pairs, N, E, m->stream);
-        CUDA_CHECK(cudaStreamSynchronize(m->stream));
-        CUDA_CHECK(
-            cudaMemcpy(gates[l], dense, (size_t)N * (size_t)E * sizeof(float), cudaMemcpyDeviceToHost));
+        copy_now(m, gates[l], dense, (size_t)N * (size_t)E * sizeof(float), cudaMemcpyDeviceToHost);
     }
     CUDA_CHECK(cudaFree(dense));
 }
