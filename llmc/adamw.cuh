@@ -1,0 +1,184 @@
+/*
+AdamW with decoupled weight decay (Loshchilov and Hutter, 2019) on the device, and the gradients' norm.
+
+    g <- grad grad_scale                             grad_scale = min(1, clip / (norm + 1e-6)): adamw.h
+    m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2;   m' = m / (1 - b1^t);   v' = v / (1 - b2^t)
+    w <- w - lr (m' / (sqrt(v') + eps) + decay w);   w_x = w rounded to floatX, what the products read
+
+Elementwise, with adamw.h's constants and expressions: only whether a compiler fuses a product with a sum can
+make a last bit differ. 28 bytes are read and written for an element, 30 with the bf16 copy; a thread moves a
+pack's worth of each in 16-byte accesses. Where a tensor does not begin on a multiple of 16 bytes, and for the
+last few elements, single elements are moved instead: the same arithmetic, so the same bits.
+
+The norm is a sum over fixed blocks of NORM_BLOCK elements, in double: threads of a block stride through it
+and are added in a tree, then the blocks are in another. No order depends on the device.
+
+w, m, v, grad [n] fp32, w_x [n] floatX. Equals adamw_update, sum_of_squares of adamw.h. Errors: none.
+*/
+#ifndef ADAMW_CUH
+#define ADAMW_CUH
+
+#include "adamw.h"
+#include "floats.cuh"
+// defines: AdamW, NORM_BLOCK; Floats, load_floats, store_floats, narrow
+
+enum { ADAMW_THREADS = 256, NORM_THREADS = 512 };
+
+// ----------------------------------------------------------------------------
+// the norm
+
+// The sum over the block's threads, in thread 0
+__device__ __forceinline__ double sum_to_first(double x) {
+    __shared__ double sums[NORM_THREADS];
+    int thread = (int)threadIdx.x;
+    sums[thread] = x;
+    for (int step = NORM_THREADS / 2; step > 0; step /= 2) {
+        __syncthreads();
+        if (thread < step) {
+            sums[thread] += sums[thread + step];
+        }
+    }
+    return sums[0];
+}
+
+// partials[b] = the sum of squares of block b's elements
+static __global__ void __launch_bounds__(NORM_THREADS)
+    sum_of_squares_kernel(double *partials, const float *x, int64_t n, bool aligned) {
+    int64_t first = (int64_t)blockIdx.x * NORM_BLOCK;
+    int count = n - first < NORM_BLOCK ? (int)(n - first) : (int)NORM_BLOCK;
+    const int WIDTH = Pack<float>::SIZE;
+    double sum = 0.0;
+    for (int i = (int)threadIdx.x * WIDTH; i < count; i += NORM_THREADS * WIDTH) {
+        Pack<float> pack = {};
+        if (aligned && i + WIDTH <= count) {
+            pack = load_pack(x + first + i);
+        } else {
+            for (int j = 0; j < WIDTH && i + j < count; j++) {
+                pack.x[j] = x[first + i + j];
+            }
+        }
+        for (int j = 0; j < WIDTH; j++) {
+            sum += (double)pack.x[j] * (double)pack.x[j];
+        }
+    }
+    double total = sum_to_first(sum);
+    if (threadIdx.x == 0) {
+        partials[blockIdx.x] = total;
+    }
+}
+
+static __global__ void __launch_bounds__(NORM_THREADS)
+    add_norm_partials_kernel(double *sum, const double *partials, int64_t blocks) {
+    double mine = 0.0;
+    for (int64_t b = threadIdx.x; b < blocks; b += NORM_THREADS) {
+        mine += partials[b];
+    }
+    double total = sum_to_first(mine);
+    if (threadIdx.x == 0) {
+        *sum += total;
+    }
+}
+
+static inline int64_t norm_blocks(int64_t n) {
+    return ceil_div<int64_t>(n, NORM_BLOCK);
+}
+
+// *sum (device) += the sum of squares of x[0..n); partials [norm_blocks(n)] scratch
+static inline void sum_of_squares(double *sum, const float *x, int64_t n, double *partials,
+                                  cudaStream_t stream) {
+    if (n > 0) {
+        launch(sum_of_squares_kernel, dim3((unsigned)norm_blocks(n)), NORM_THREADS, 0, stream, partials, x, n,
+               is_aligned16(x));
+        launch(add_norm_partials_kernel, 1, NORM_THREADS, 0, stream, sum, partials, norm_blocks(n));
+    }
+}
+
+// ----------------------------------------------------------------------------
+// the update
+
+// adamw.h's constants of a step
+typedef struct {
+    float beta1, beta2, one_minus_beta1, one_minus_beta2;
+    float step, inverse_root, eps, shrink, grad_scale;
+} AdamWStep;
+
+static inline AdamWStep adamw_step(AdamW adamw, double lr, double decay, float grad_scale, int64_t t) {
+    AdamWStep s;
+    s.beta1 = (float)adamw.beta1;
+    s.beta2 = (float)adamw.beta2;
+    s.one_minus_beta1 = (float)(1.0 - adamw.beta1);
+    s.one_minus_beta2 = (float)(1.0 - adamw.beta2);
+    s.step = (float)(lr / (1.0 - pow(adamw.beta1, (double)t)));              // lr and m's bias correction
+    s.inverse_root = (float)(1.0 / sqrt(1.0 - pow(adamw.beta2, (double)t))); // v's, taken out of the root
+    s.eps = (float)adamw.eps;
+    s.shrink = (float)(lr * decay);
+    s.grad_scale = grad_scale;
+    return s;
+}
+
+__device__ __forceinline__ void adamw_element(float &w, float &m, float &v, float grad, const AdamWStep &s) {
+    float g = grad * s.grad_scale;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    w -= s.step * m / (sqrtf(v) * s.inverse_root + s.eps) + s.shrink * w;
+}
+
+// thread i: elements [i PACK_X, (i + 1) PACK_X)
+static __global__ void __launch_bounds__(ADAMW_THREADS)
+    adamw_kernel(float *w, floatX *w_x, float *m, float *v, const float *grad, int64_t n, AdamWStep s,
+                 bool aligned) {
+    int64_t i = ((int64_t)blockIdx.x * ADAMW_THREADS + threadIdx.x) * PACK_X;
+    if (aligned && i + PACK_X <= n) {
+        Floats w_i = load_floats(w + i), m_i = load_floats(m + i), v_i = load_floats(v + i);
+        Floats grad_i = load_floats(grad + i);
+        for (int j = 0; j < PACK_X; j++) {
+            adamw_element(w_i.x[j], m_i.x[j], v_i.x[j], grad_i.x[j], s);
+        }
+        store_floats(w + i, w_i);
+        store_floats(m + i, m_i);
+        store_floats(v + i, v_i);
+        if (w_x != NULL) {
+            store_pack(w_x + i, narrow(w_i));
+        }
+        return;
+    }
+    for (int64_t j = i; j < n && j < i + PACK_X; j++) {
+        float w_j = w[j];
+        adamw_element(w_j, m[j], v[j], grad[j], s);
+        w[j] = w_j;
+        if (w_x != NULL) {
+            w_x[j] = to_x(w_j);
+        }
+    }
+}
+
+// w_x: the rounded copy; NULL or w itself where there is none
+static inline void adamw_update(float *w, floatX *w_x, float *m, float *v, const float *grad, int64_t n,
+                                AdamW adamw, double lr, double decay, float grad_scale, int64_t t,
+                                cudaStream_t stream) {
+    floatX *copy = (void *)w_x == (void *)w ? NULL : w_x;
+    bool aligned =
+        is_aligned16(w) && is_aligned16(m) && is_aligned16(v) && is_aligned16(grad) && is_aligned16(copy);
+    launch(adamw_kernel, dim3((unsigned)ceil_div<int64_t>(n, ADAMW_THREADS * PACK_X)), ADAMW_THREADS, 0,
+           stream, w, copy, m, v, grad, n, adamw_step(adamw, lr, decay, grad_scale, t), aligned);
+}
+
+static __global__ void __launch_bounds__(ADAMW_THREADS)
+    round_copy_kernel(floatX *out, const float *in, int64_t n, bool aligned) {
+    int64_t i = ((int64_t)blockIdx.x * ADAMW_THREADS + threadIdx.x) * PACK_X;
+    if (aligned && i + PACK_X <= n) {
+        store_pack(out + i, narrow(load_floats(in + i)));
+        return;
+    }
+    for (int64_t j = i; j < n && j < i + PACK_X; j++) {
+        out[j] = to_x(in[j]);
+    }
+}
+
+// out[i] = in[i] rounded
+static inline void round_copy(floatX *out, const float *in, int64_t n, cudaStream_t stream) {
+    launch(round_copy_kernel, dim3((unsigned)ceil_div<int64_t>(n, ADAMW_THREADS * PACK_X)), ADAMW_THREADS, 0,
+           stream, out, in, n, is_aligned16(out) && is_aligned16(in));
+}
+
+#endif

@@ -1,0 +1,51 @@
+/*
+Sixteen bytes of floatX and the fp32 numbers that belong to them.
+
+Activations are packs of 8 bf16 numbers (4 in the fp32 build), but norms' weights, gradients, rotation tables
+and moments are fp32. Floats are as many fp32 numbers as a pack has elements, so that one loop serves both: 32
+bytes that move as two 16-byte accesses (one in the fp32 build).
+
+    widen    pack -> Floats, exact
+    narrow   Floats -> pack, each rounded once
+*/
+#ifndef FLOATS_CUH
+#define FLOATS_CUH
+
+#include "cuda_common.cuh"
+
+enum { PACK_X = Pack<floatX>::SIZE };
+
+struct alignas(16) Floats {
+    float x[PACK_X];
+};
+
+__device__ __forceinline__ Floats load_floats(const float *from) {
+    return *reinterpret_cast<const Floats *>(from);
+}
+
+__device__ __forceinline__ void store_floats(float *to, const Floats &floats) {
+    *reinterpret_cast<Floats *>(to) = floats;
+}
+
+__device__ __forceinline__ Floats widen(const Pack<floatX> &pack) {
+    Floats floats;
+    for (int i = 0; i < PACK_X; i++) {
+        floats.x[i] = to_float(pack.x[i]);
+    }
+    return floats;
+}
+
+__device__ __forceinline__ Pack<floatX> narrow(const Floats &floats) {
+    Pack<floatX> pack;
+    for (int i = 0; i < PACK_X; i++) {
+        pack.x[i] = to_x(floats.x[i]);
+    }
+    return pack;
+}
+
+// whether 16-byte accesses may begin at p
+static inline bool is_aligned16(const void *p) {
+    return (uintptr_t)p % 16 == 0;
+}
+
+#endif
