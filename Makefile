@@ -75,6 +75,12 @@ train_remoecu train_remoecu_fp32: train_remoe.cu $(CUDA_HEADERS) Makefile
 test_remoecu test_remoecu_fp32: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(CUDA_HEADERS) $(CUDA_TESTS) Makefile
 	$(nvcc_build)
 
+# for compute-sanitizer: small shapes only, and lines in its reports
+build/test_remoecu_small build/test_remoecu_small_fp32: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(CUDA_HEADERS) \
+		$(CUDA_TESTS) Makefile
+	@mkdir -p build
+	$(nvcc_build) -DSMALL_TESTS -lineinfo
+
 train_remoecu_emulated train_remoecu_emulated_fp32: train_remoe.cu $(CUDA_HEADERS) $(EMULATOR) Makefile
 	$(emulated_build)
 

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed to see, in one call: dev/check_gpu.sh [build] [test] [compare] [resume] [curves] [sanitize]
+# (all of them by default). DATA='a/train_*.bin' names shards of GPT-2 tokens for the curves (default: the built-in sample).
+# Logs in build/gpu/. A short table last; exit 1 if anything failed.
+#     build      trainers and tests, both precisions
+#     test       the CUDA tests in both precisions
+#     compare    make compare, both precisions
+#     resume     a run and its repeat, interrupted and resumed, CPU -> GPU -> CPU: the same bits
+#     curves     250 steps of a small model on the CPU and on the GPU: loss within 1 %, stage II within 2 steps, S within 0.003
+#     sanitize   compute-sanitizer: memcheck, initcheck and racecheck of the tests, small shapes
+set -uf
+cd "$(dirname "$0")/.."
+logs=build/gpu
+mkdir -p $logs
+table=()
+failed=0
+DATA=${DATA:-}
+
+note() { # note NAME RESULT-CODE FIGURE
+    [ "$2" -eq 0 ] || failed=1
+    table+=("$(printf '%-28s %-6s %s' "$1" "$([ "$2" -eq 0 ] && echo ok || echo FAILED)" "$3")")
+}
+
+last() { tail -n 1 "$logs/$1.txt"; }
+
+check_build() {
+    local begin=$SECONDS pids=() code=0
+    for program in train_remoe train_remoecu train_remoecu_fp32 test_remoecu test_remoecu_fp32 build/sample/manifest.json build/compare_dumps; do
+        make -s $program >"$logs/build_$(basename $program).txt" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || code=1; done
+    note build $code "$((SECONDS - begin)) s"
+    [ $code -eq 0 ] || { grep -h -m 5 error $logs/build_*.txt; exit 1; }
+}
+
+check_test() {
+    ./test_remoecu_fp32 >$logs/test_fp32.txt 2>&1 &
+    local other=$!
+    ./test_remoecu >$logs/test_bf16.txt 2>&1
+    note 'tests, bf16' $? "$(last test_bf16)"
+    wait $other
+    note 'tests, fp32' $? "$(last test_fp32)"
+}
+
+check_compare() {
+    for gpu in train_remoecu train_remoecu_fp32; do
+        make -s compare GPU=./$gpu >"$logs/compare_$gpu.txt" 2>&1
+        note "compare $gpu" $? "$(last compare_$gpu)"
+    done
+}
+
+TINY='--layers 2 --hidden 64 --heads 4 --batch 8 --seq-len 64 --steps 20 --lr 2e-3 --lambda-init 1e-5 --sample-tokens 0 --save-every 10 --keep 0'
+
+sum_of() { cat "$1"/model.safetensors "$1"/optimizer.safetensors | sha256sum | cut -c1-16; }
+
+check_resume() {
+    local out=$logs/resume a b c d
+    rm -rf $out
+    ./train_remoecu $TINY --out $out/a >$logs/resume_a.txt 2>&1 && ./train_remoecu $TINY --out $out/b >$logs/resume_b.txt 2>&1
+    cp -r $out/a $out/c && rm -rf $out/c/step_00000020
+    ./train_remoecu --resume $out/c/step_00000010 >$logs/resume_c.txt 2>&1
+    a=$(sum_of $out/a/step_00000020) b=$(sum_of $out/b/step_00000020) c=$(sum_of $out/c/step_00000020)
+    [ -n "$a" ] && [ "$a" = "$b" ]
+    note 'repeat: same bits' $? "$a $b"
+    [ -n "$a" ] && [ "$a" = "$c" ]
+    note 'resumed: same bits' $? "$a $c"
+    cp -r $out/a $out/d && rm -rf $out/d/step_00000020
+    ./train_remoe --resume $out/d/step_00000010 >$logs/resume_d.txt 2>&1
+    note 'GPU run goes on on the CPU' $? "$(grep -m 1 '^step *11' $logs/resume_d.txt)"
+    ./train_remoecu --resume $out/d/step_00000020 --steps 25 >$logs/resume_e.txt 2>&1
+    note '... and on the GPU again' $? "$(grep -m 1 '^step *21' $logs/resume_e.txt)"
+    d=$(sum_of $out/d/step_00000020)
+    [ "$d" != "$a" ] # another machine: other rounding, so the bits must differ for the check to mean anything
+    note 'CPU and GPU steps differ' $? "$d"
+}
+
+CURVE='--layers 3 --hidden 128 --heads 4 --kv-heads 2 --batch 16 --seq-len 128 --steps 250 --lr 1e-3 --lr-min 1e-4 --warmup-steps 20
+    --lambda-init 1e-5 --val-batches 4 --sample-tokens 0'
+
+check_curves() {
+    local data='' runs=$logs/curves
+    rm -rf $runs
+    [ -z "$DATA" ] || data="--vocab-size 50304 --train-data $DATA"
+    ./train_remoe $CURVE $data --out $runs/cpu >$logs/curve_cpu.txt 2>&1 &
+    local cpu=$!
+    ./train_remoecu_fp32 $CURVE $data --out $runs/fp32 >$logs/curve_fp32.txt 2>&1
+    ./train_remoecu $CURVE $data --out $runs/bf16 >$logs/curve_bf16.txt 2>&1
+    wait $cpu
+    for precision in fp32 bf16; do
+        dev/compare_logs.sh $runs/cpu/log.jsonl $runs/$precision/log.jsonl >$logs/curve_compared_$precision.txt 2>&1
+        note "curves, $precision" $? "$(last curve_compared_$precision)"
+    done
+}
+
+check_sanitize() { # under the sanitizers a GPU is as slow as the emulator: the same small shapes
+    local pids=() names=() i=0
+    make -s build/test_remoecu_small build/test_remoecu_small_fp32 >$logs/build_small.txt 2>&1
+    for tool in memcheck initcheck racecheck; do
+        for program in test_remoecu_small test_remoecu_small_fp32; do
+            compute-sanitizer --tool $tool --error-exitcode 9 build/$program >"$logs/${tool}_$program.txt" 2>&1 &
+            pids+=($!)
+            names+=("${tool}_$program")
+        done
+    done
+    for pid in "${pids[@]}"; do
+        wait "$pid"
+        note "${names[$i]}" $? "$(last "${names[$i]}")"
+        i=$((i + 1))
+    done
+}
+
+for step in ${*:-build test compare resume curves sanitize}; do
+    check_$step
+done
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+printf '%s\n' "${table[@]}"
+exit $failed
