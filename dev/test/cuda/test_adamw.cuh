@@ -73,12 +73,16 @@ static void adamw_cuda_no_copy(void) {
 }
 
 static void norm_cuda_case(int64_t n, int offset) {
-    float *x = NEW(float, n + offset);
+    enum { BEHIND = 8 }; // elements that must not be read
+    float *x = NEW(float, n + offset + BEHIND);
     fill_uniform(x, (size_t)(n + offset), 4, 2.0f);
+    for (int i = 0; i < BEHIND; i++) {
+        x[n + offset + i] = NAN;
+    }
     if (n > 5) {
         x[offset + 5] = 1e25f; // a square that fp32 could not hold
     }
-    float *d_x = device_f(x, n + offset);
+    float *d_x = device_f(x, n + offset + BEHIND);
     double zero[2] = {0.0, 0.0}, *d_sum = device_copy(zero, 2),
            *partials = device_new<double>(norm_blocks(n));
     for (int i = 0; i < 2; i++) {
