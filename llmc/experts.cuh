@@ -1,0 +1,79 @@
+/*
+SwiGLU experts over the dispatched rows, a chunk of rows at a time (arena.cuh). Equals experts_forward and
+experts_backward of experts.h; like there no expert's output and no gathered row outlives its use.
+
+    forward, for each chunk of R rows                                                  in experts.h
+      x [N, d] --rows--> grouped_up_forward     H [R, 2F] = X' W_gate_up^T, kept       gather, matmul,
+                                                A [R, F] = silu(G) * U                 swiglu_forward
+      A ---------------> grouped_down_forward   Y [R, d] = A W_down^T                  matmul
+      Y ---------------> dispatch_combine       y_t = residual_t + sum_p gate_p Y[row] combine
+    backward, for each chunk
+      x, unless H is kept: grouped_up_forward   H once more, the same bits
+      dy [N, d] --rows-> grouped_down_backward  dA' = dO' W_down; in its epilogue      gather, matmul,
+          H, gate                                 dgate_p = <dA', A>, a tile's part    swiglu_backward
+                                                  H <- dH, A <- gate A
+      dy, gate A ------> grouped_down_wgrad     dW_down += dO'^T (gate A)              matmul
+      dH, x -----------> grouped_up_wgrad       dW_gate_up += dH^T X'                  gather, matmul
+      dH --------------> grouped_up_backward    dX' [R, d] = dH W_gate_up              matmul
+      dX' -------------> dispatch_combine       dx_t = residual_t + sum_p dX'[row]     combine
+      parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
+
+where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), and --rows--> is a gather that
+the GEMM does while it loads. Unlike the C functions these do not add to y and dx but write residual + sum,
+rounded once: the residual stream is read and written in the same pass. Shapes: x, y, dx, dy, residual [N,
+d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F] floatX, their gradients fp32 and added to; dgate [P] fp32,
+in the pair list's order. d and F are multiples of 8. y may be residual, and dx may be residual or dy: they
+are written after all else is read. Before: dispatch_sort and arena_place of the layer. Errors: none here;
+*arena->overflow afterwards.
+*/
+#ifndef EXPERTS_CUH
+#define EXPERTS_CUH
+
+#include "arena.cuh"
+#include "dispatch.cuh"
+#include "grouped_gemm.cuh"
+
+// y = residual + the experts' weighted sum; residual NULL: 0
+static inline void experts_forward(floatX *y, const floatX *residual, const floatX *x,
+                                   const floatX *w_gate_up, const floatX *w_down, DevicePairs pairs,
+                                   DeviceDispatch dispatch, Arena *arena, int layer, int N, int E, int d,
+                                   int F, cudaStream_t stream) {
+    (void)E; // the arena has it
+    for (int c = 0; c < arena->planned[layer]; c++) {
+        RowChunk chunk = arena_chunk(arena, dispatch, c);
+        ChunkH h = arena_h(arena, layer, c);
+        int last = c == arena->planned[layer] - 1;
+        grouped_up_forward(arena->a, h, x, w_gate_up, chunk, d, F, stream);       // H, A = silu(G) * U
+        grouped_down_forward(arena->rows, arena->a, w_down, chunk, d, F, stream); // Y = A W_down^T
+        dispatch_combine(y, arena->sum, residual, arena->rows, pairs.gate, pairs, dispatch, N, d, chunk.first,
+                         chunk.rows, last, stream); // (Eq. 1)
+    }
+}
+
+// dx = residual + ...; dw += ...; dgate [P] is overwritten; H is spent
+static inline void experts_backward(floatX *dx, float *dgate, float *dw_gate_up, float *dw_down,
+                                    const floatX *residual, const floatX *dy, const floatX *x,
+                                    const floatX *w_gate_up, const floatX *w_down, DevicePairs pairs,
+                                    DeviceDispatch dispatch, Arena *arena, int layer, int N, int E, int d,
+                                    int F, cudaStream_t stream) {
+    for (int c = 0; c < arena->planned[layer]; c++) {
+        RowChunk chunk = arena_chunk(arena, dispatch, c);
+        ChunkH h = arena_h(arena, layer, c);
+        int last = c == arena->planned[layer] - 1;
+        floatX *a = arena->a, *rows = arena->rows;
+        float *partial = arena->dgate_partial;
+        grouped_up_forward(NULL, h, x, w_gate_up, chunk, d, F, stream); // H, if it has no place
+        grouped_down_backward(a, h, partial, dy, w_down, chunk, d, F,
+                              stream);                                // dH, gate A, parts of <dA', A>
+        grouped_down_wgrad(dw_down, dy, a, chunk, d, F, stream);      // dW_down += dO'^T (gate A)
+        grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);      // dW_gate_up += dH^T X'
+        grouped_up_backward(rows, h, w_gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
+        dispatch_combine(dx, arena->sum, residual, rows, NULL, pairs, dispatch, N, d, chunk.first, chunk.rows,
+                         last,
+                         stream); // dx_t += sum_p dX'[row_of_pair p]
+        dispatch_dgate(dgate, partial, arena->dgate_tiles, pairs, dispatch, N, E, chunk.first, chunk.rows,
+                       stream);
+    }
+}
+
+#endif
