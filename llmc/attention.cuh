@@ -57,7 +57,7 @@ template <int HD> struct AttentionTile {
         DKV_M = BF16 && HD <= 64 ? 2 : 1,
         DKV_ROWS = 16 * DKV_M * ATTENTION_WARPS,
         DKV_QUERIES = BF16 ? (HD <= 96 ? 64 : 32) : 16,
-        DKV_STEP = BF16 && HD > 96 ? 32 : 16,
+        DKV_STEP = BF16 && HD > 64 ? 32 : 16,
         DKV_KEEP = BF16 && HD <= 96
     };
 };
@@ -229,9 +229,9 @@ __device__ __forceinline__ void mask_future(float s[M][N / 8][4], int row, int c
 // ----------------------------------------------------------------------------
 // forward
 
-// One more tile of scores: s becomes p = 2^(c s - max), sum (this lane's share) and the output so far follow a
-// new maximum; for rows i = 0 (g) and 1 (g + 8) of each fragment. max is in units of the exponent, and need not
-// be the true maximum, only near it: nothing is rescaled while p stays below 2^8
+// One more tile of scores: s becomes p = 2^(c s - max), sum (this lane's share) and the output so far follow
+// a new maximum; for rows i = 0 (g) and 1 (g + 8) of each fragment. max is in units of the exponent; it need
+// not be the true maximum, only near it: nothing is rescaled while p stays below 2^8
 template <int M, int N, int HD>
 __device__ __forceinline__ void online_softmax(float s[M][N / 8][4], float o[M][HD / 8][4], float max[M][2],
                                                float sum[M][2], float c) {
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         bool valid = at < T;
         int64_t from = out_at + (int64_t)local * H * hd;
         float d = row_dot<HD>(dout + from, out + from, valid, hd);
-        // position 0 sees only itself: an infinite lse makes its p and ds exactly 0 (the second kernel sets p = 1)
+        // position 0 sees only itself: an infinite lse makes p and ds exactly 0; the second kernel sets p = 1
         float l = valid && at > 0 ? lse[((int64_t)b * H + h) * T + at] * 1.44269504f : INFINITY;
         if (at < padded && lane_id() % 4 == 0) {
             row_lse[at] = l;
