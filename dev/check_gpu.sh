@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed to see, in one call: dev/check_gpu.sh [build] [test] [compare] [resume] [curves] [sanitize]
-# (all of them by default). DATA='a/train_*.bin' names shards of GPT-2 tokens for the curves (default: the built-in sample).
+# (all of them by default). CURVE_DATA and CURVE_VOCAB name token shards and their vocabulary size for the curves (default: the built-in sample).
 # Logs in build/gpu/. A short table last; exit 1 if anything failed.
 #     build      trainers and tests, both precisions
 #     test       the CUDA tests in both precisions
@@ -14,7 +14,7 @@ logs=build/gpu
 mkdir -p $logs
 table=()
 failed=0
-DATA=${DATA:-}
+CURVE_DATA=${CURVE_DATA:-}
 
 note() { # note NAME RESULT-CODE FIGURE
     [ "$2" -eq 0 ] || failed=1
@@ -81,7 +81,7 @@ CURVE='--layers 3 --hidden 128 --heads 4 --kv-heads 2 --batch 16 --seq-len 128 -
 check_curves() {
     local data='' runs=$logs/curves
     rm -rf $runs
-    [ -z "$DATA" ] || data="--vocab-size 50304 --train-data $DATA"
+    [ -z "$CURVE_DATA" ] || data="--vocab-size $CURVE_VOCAB --train-data $CURVE_DATA"
     ./train_remoe $CURVE $data --out $runs/cpu >$logs/curve_cpu.txt 2>&1 &
     local cpu=$!
     ./train_remoecu_fp32 $CURVE $data --out $runs/fp32 >$logs/curve_fp32.txt 2>&1
