@@ -278,9 +278,10 @@ static void test_cuda_experts_overflow(void) {
     cuda_experts_run(&c, &arena);
     cuda_experts_check_flags(&c, &arena, 1);
     int *rows = fetch(arena.most_rows, EXPERTS_LAYERS);
-    rows[0] = 64; // as if layer 0 had not been seen to need more: it keeps its plan
+    rows[0] = 64; // as if layer 0 had counted too few: it keeps its plan
+    arena.planned[0] = 2;
     arena_grow(&arena, rows);
-    CHECK(arena.planned[0] == 1 && arena.planned[1] == arena.max_chunks);
+    CHECK(arena.planned[0] == 2 && arena.planned[1] == arena.max_chunks);
     rows[0] = rows[1];
     arena_plan(&arena, rows);
     CHECK(arena.planned[0] == arena.planned[1]);
