@@ -400,7 +400,7 @@ static inline void pairs_to_dense(float *gates, DevicePairs pairs, int N, int E,
 static __global__ void __launch_bounds__(GROUP_BLOCK)
     routing_stats_kernel(RoutingStats *stats, DevicePairs pairs, int64_t *counts, int N, int E) {
     int i = (int)(blockIdx.x * GROUP_BLOCK + threadIdx.x);
-    if (i < E) {
+    if (i < E && counts != NULL) {
         counts[i] += pairs.counts[i];
     }
     bool empty = i < N && pairs.row_start[i] == pairs.row_start[i + 1];

@@ -288,8 +288,7 @@ static void bench_router_of(RouterMethod method, int E, int k, float shift) {
     }
     DeviceRouting r = device_routing(c, logits);
     int *host_ids = sample_ids(N), *ids = device_i(host_ids, N), *row_start = fetch(r.pairs.row_start, N + 1);
-    float *given = device_f(logits, cells), *dgate = device_new<float>(cells),
-          *picture = device_new<float>(cells);
+    float *given = device_f(logits, cells), *dgate = device_new<float>(cells);
     RoutingStats *stats = device_new<RoutingStats>(1);
     int64_t *counts = device_new<int64_t>(E);
     size_t bytes = (size_t)cells * sizeof(float);
