@@ -75,7 +75,7 @@ check_resume() {
     note 'CPU and GPU steps differ' $? "$d"
 }
 
-CURVE='--layers 3 --hidden 128 --heads 4 --kv-heads 2 --batch 16 --seq-len 128 --steps 250 --lr 1e-3 --lr-min 1e-4 --warmup-steps 20
+CURVE='--layers 3 --hidden 128 --heads 4 --kv-heads 2 --batch 64 --seq-len 128 --steps 250 --lr 1e-3 --lr-min 1e-4 --warmup-steps 20
     --lambda-init 1e-5 --val-batches 4 --sample-tokens 0'
 
 check_curves() {
