@@ -2,8 +2,8 @@
 router.cuh and the methods below it, against router.h on the same logits: active sets, gates, losses,
 gradients.
 
-relu, hash, dense and every list of a forced set are exact. The softmax is compared to 1e-6 (expf against
-fast_exp); the choices of topk and ec then are those that the C functions make from the device's own scores,
+relu, hash, dense and every list of a forced set are exact. The softmax is compared to 1e-6 with one
+in double; the choices of topk and ec then are those that the C functions make from the device's own scores,
 exactly, ties included: a rounding cannot excuse a wrong choice. Logits lie on a grid of 1/1024, so for topk
 the C functions' own scores must give the same choice too. Gradients: 1e-5 in fp32; in bf16 one rounding of
 each element, at most 2^-8 of it.
