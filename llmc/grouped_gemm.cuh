@@ -39,7 +39,7 @@ gradient is added chunk by chunk.
 
 Shapes: x, dy [N, d] floatX; chunk buffers a [R, F], y, dx [R, d], h [R, 2F], indexed from the chunk's first
 row; W_gate_up [E, 2F, d], W_down [E, d, F] floatX, their gradients fp32; d, F multiples of 8. Nothing is
-written for rows that do not exist. Errors: none; 80 KB and 4 (E + 1) bytes of shared memory must fit a block.
+written for rows that do not exist. Errors: none; 80 KB and 8 (E + 1) bytes of shared memory must fit a block.
 */
 #ifndef GROUPED_GEMM_CUH
 #define GROUPED_GEMM_CUH
@@ -82,6 +82,11 @@ struct Shape {
     };
 };
 
+// the same for all lanes, and so that the compiler knows it
+__device__ __forceinline__ int warp_id() {
+    return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
+}
+
 // ----------------------------------------------------------------------------
 // the tiles of a chunk
 
@@ -111,55 +116,63 @@ __device__ __forceinline__ floatX *chunk_h(const ChunkH &h) {
     return place >= 0 ? h.store + place : h.scratch;
 }
 
-// first[e] = rows of tiles of the experts before e: a prefix sum by one warp, 32 experts at a time
-__device__ __forceinline__ void count_tiles(int *first, const Sizes &sizes) {
+// In shared memory, for each expert and their end: what comes before it
+struct TableRow {
+    int tiles; // rows of tiles of the experts before
+    int row;   // first row, in the chunk
+};
+
+// The table's prefix sum, by one warp, 32 experts at a time
+__device__ __forceinline__ void fill_table(TableRow *table, const Sizes &sizes) {
     const RowChunk &chunk = sizes.chunk;
-    int lane = lane_id(), before = 0;
+    int before = 0;
+#pragma unroll 1
     for (int e0 = 0; e0 < chunk.experts; e0 += 32) {
-        int e = min(e0 + lane, chunk.experts - 1);
-        int rows = chunk_row(chunk, chunk.offsets[e + 1]) - chunk_row(chunk, chunk.offsets[e]);
-        int lines = sizes.M > 0 && rows > 0 ? sizes.M : rows;
-        int sum = ceil_div<int>(lines, Shape::M);
+        int e = e0 + lane_id(), next = min(e + 1, chunk.experts);
+        int begin = chunk_row(chunk, chunk.offsets[min(e, next)]),
+            end = chunk_row(chunk, chunk.offsets[next]);
+        int lines = sizes.M > 0 && end > begin ? sizes.M : end - begin; // beyond the last expert 0
+        int own = ceil_div<int>(lines, Shape::M), sum = own;
         for (int distance = 1; distance < 32; distance *= 2) {
             int other = __shfl_up_sync(0xffffffffu, sum, distance);
-            sum += lane >= distance ? other : 0;
+            sum += lane_id() >= distance ? other : 0;
         }
-        if (e0 + lane < chunk.experts) {
-            first[e0 + lane + 1] = before + sum;
+        if (e <= chunk.experts) {
+            table[e].tiles = before + sum - own;
+            table[e].row = begin;
         }
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
-    if (lane == 0) {
-        first[0] = 0;
+    if (lane_id() == 0) { // where 32 divides their number, there was no lane for the end
+        table[chunk.experts].tiles = before;
+        table[chunk.experts].row = chunk_row(chunk, chunk.offsets[chunk.experts]);
     }
 }
 
-__device__ __forceinline__ Tile find_tile(int number, const int *first, const Sizes &sizes) {
-    const RowChunk &chunk = sizes.chunk;
+__device__ __forceinline__ Tile find_tile(int number, const TableRow *table, const Sizes &sizes) {
     int columns = ceil_div(sizes.N, sizes.tile_n);
     int row = number / columns; // if each expert's tiles were taken row by row
-    int low = 0, high = chunk.experts;
+    int low = 0, high = sizes.chunk.experts;
     while (high - low > 1) { // the last expert that begins at or before it
         int middle = (low + high) / 2;
-        if (first[middle] <= row) {
+        if (table[middle].tiles <= row) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    int rows = first[low + 1] - first[low];
-    int local = number - first[low] * columns;
+    TableRow from = table[low], to = table[low + 1];
+    int local = number - from.tiles * columns;
     int band = local / (Shape::NEIGHBOURS * columns) * Shape::NEIGHBOURS;
-    int height = min((int)Shape::NEIGHBOURS, rows - band);
+    int height = min((int)Shape::NEIGHBOURS, to.tiles - from.tiles - band);
     local -= band * columns; // within the band column by column
-    int begin = chunk_row(chunk, chunk.offsets[low]), end = chunk_row(chunk, chunk.offsets[low + 1]);
     Tile tile;
     tile.expert = low;
-    tile.m = (sizes.M > 0 ? 0 : begin) + (band + local % height) * Shape::M;
-    tile.m_end = sizes.M > 0 ? sizes.M : end;
+    tile.m = (sizes.M > 0 ? 0 : from.row) + (band + local % height) * Shape::M;
+    tile.m_end = sizes.M > 0 ? sizes.M : to.row;
     tile.n = local / height * sizes.tile_n;
-    tile.k = sizes.K > 0 ? 0 : begin;
-    tile.k_end = sizes.K > 0 ? sizes.K : end;
+    tile.k = sizes.K > 0 ? 0 : from.row;
+    tile.k_end = sizes.K > 0 ? sizes.K : to.row;
     return tile;
 }
 
@@ -195,8 +208,8 @@ __device__ __forceinline__ int permuted_column(int l) {
 }
 
 // Copies an operand's tiles into shared memory: LINES lines of C, Shape::K steps. A thread copies the same
-// 16-byte piece of a few source rows; their numbers are found one step ahead, so that nobody waits for tokens.
-// LD: elements from row to row of the tile in shared memory
+// 16-byte piece of a few source rows; their numbers are found one step ahead, so that nobody waits for
+// tokens. LD: elements from row to row of the tile in shared memory
 template <class O, int LINES> struct TileCopy {
     typedef Shape S;
     enum {
@@ -222,8 +235,14 @@ template <class O, int LINES> struct TileCopy {
         return BY_LINES ? i * (S::THREADS / PIECES) + r / 8 * 8 + r % 8 / 2 + r % 2 * 4 : r * ROWS + i;
     }
 
-    __device__ __forceinline__ void find_matrix(const O &operand, int expert) {
-        matrix = operand.data != NULL ? operand.data + expert * operand.per_expert : chunk_h(operand.h);
+    __device__ __forceinline__ void find_chunk(const O &operand) {
+        matrix = operand.data != NULL ? operand.data : chunk_h(operand.h);
+    }
+
+    __device__ __forceinline__ void find_expert(const O &operand, int expert) {
+        if (operand.per_expert > 0) {
+            matrix = operand.data + expert * operand.per_expert;
+        }
     }
 
     // the tile's rows begin at `begin` (a line of C, or k), those beyond end do not exist
@@ -252,7 +271,8 @@ template <class O, int LINES> struct TileCopy {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             bool valid = source[i] >= 0 && column < operand.width;
-            const floatX *from = matrix + (valid ? (int64_t)source[i] * operand.width + column : 0);
+            const floatX *from =
+                matrix + (int64_t)source[i] * operand.width + column; // not read unless valid
             cp_async16(tile + tile_row(i) * LD + piece() * S::PACK, from, valid);
         }
     }
@@ -264,45 +284,60 @@ template <class A, class B> struct TileLoader {
     typedef TileCopy<A, S::M> CopyA;
     typedef TileCopy<B, S::N> CopyB;
     enum { STAGE = CopyA::ELEMENTS + CopyB::ELEMENTS };
+    const Sizes &sizes;
+    const A &operand_a;
+    const B &operand_b;
+    const TableRow *table;
     CopyA a;
     CopyB b;
+    int tiles;  // of the chunk
+    int number; // of the tile that is being loaded
     Tile tile;
-    int number; // of the tile
+    int k; // its next step
 
-    __device__ __forceinline__ void find_rows(const A &operand_a, const B &operand_b, int columns,
-                                              bool new_tile) {
-        if (new_tile || A::LAYOUT == BY_STEP) {
-            a.find_rows(operand_a, A::LAYOUT == BY_LINE ? tile.m : tile.k,
-                        A::LAYOUT == BY_LINE ? tile.m_end : tile.k_end);
+    __device__ __forceinline__ TileLoader(const Sizes &sizes_, const A &a_, const B &b_,
+                                          const TableRow *table_)
+        : sizes(sizes_), operand_a(a_), operand_b(b_), table(table_) {
+        tiles = table[sizes.chunk.experts].tiles * ceil_div(sizes.N, sizes.tile_n);
+        a.find_chunk(operand_a);
+        b.find_chunk(operand_b);
+        open((int)blockIdx.x);
+    }
+
+    __device__ __forceinline__ void find_rows(bool new_tile) {
+        if (A::LAYOUT == BY_STEP) {
+            a.find_rows(operand_a, k, tile.k_end);
+        } else if (new_tile) {
+            a.find_rows(operand_a, tile.m, tile.m_end);
         }
-        if (new_tile || B::LAYOUT == BY_STEP) {
-            b.find_rows(operand_b, B::LAYOUT == BY_LINE ? tile.n : tile.k,
-                        B::LAYOUT == BY_LINE ? columns : tile.k_end);
+        if (B::LAYOUT == BY_STEP) {
+            b.find_rows(operand_b, k, tile.k_end);
+        } else if (new_tile) {
+            b.find_rows(operand_b, tile.n, sizes.N);
         }
     }
 
-    __device__ __forceinline__ void open(int tile_number, int tiles, const int *first, const Sizes &sizes,
-                                         const A &operand_a, const B &operand_b) {
+    __device__ __forceinline__ void open(int tile_number) {
         number = tile_number;
         if (number < tiles) {
-            tile = find_tile(number, first, sizes);
-            a.find_matrix(operand_a, tile.expert);
-            b.find_matrix(operand_b, tile.expert);
-            find_rows(operand_a, operand_b, sizes.N, true);
+            tile = find_tile(number, table, sizes);
+            k = tile.k;
+            a.find_expert(operand_a, tile.expert);
+            b.find_expert(operand_b, tile.expert);
+            find_rows(true);
         }
     }
 
     // starts the copies of the next step; after the last one an empty group, for those who count groups
-    __device__ __forceinline__ void load(floatX *stage, int tiles, const int *first, const Sizes &sizes,
-                                         const A &operand_a, const B &operand_b) {
+    __device__ __forceinline__ void load(floatX *stage) {
         if (number < tiles) {
-            a.copy(stage, operand_a, A::LAYOUT == BY_LINE ? tile.k : tile.m);
-            b.copy(stage + CopyA::ELEMENTS, operand_b, B::LAYOUT == BY_LINE ? tile.k : tile.n);
-            tile.k += S::K;
-            if (tile.k < tile.k_end) {
-                find_rows(operand_a, operand_b, sizes.N, false);
+            a.copy(stage, operand_a, A::LAYOUT == BY_LINE ? k : tile.m);
+            b.copy(stage + CopyA::ELEMENTS, operand_b, B::LAYOUT == BY_LINE ? k : tile.n);
+            k += S::K;
+            if (k < tile.k_end) {
+                find_rows(false);
             } else {
-                open(number + (int)gridDim.x, tiles, first, sizes, operand_a, operand_b);
+                open(number + (int)gridDim.x);
             }
         }
         cp_async_commit();
@@ -316,41 +351,39 @@ struct WarpSums { // a warp's 64 x 64 of C, as fragments
     float c[Shape::WARP_M / 16][Shape::WARP_N / 8][4];
 };
 
-// Where this warp's part of a stage begins
-template <class A, class B> struct WarpOperands {
+// Where a warp's part of the operands is in a stage
+template <class A, class B> struct WarpPlace {
     typedef TileLoader<A, B> Loader;
     enum { LDA = Loader::CopyA::LD, LDB = Loader::CopyB::LD };
-    const floatX *a, *b;
+    int a, b;
 
-    __device__ __forceinline__ explicit WarpOperands(const floatX *stage) {
-        int warp = (int)threadIdx.x / 32;
+    __device__ __forceinline__ explicit WarpPlace(int warp) {
         int m = warp / Shape::WARPS_N * Shape::WARP_M, n = warp % Shape::WARPS_N * Shape::WARP_N;
-        a = stage + (A::LAYOUT == BY_LINE ? m * LDA : m);
-        b = stage + Loader::CopyA::ELEMENTS + (B::LAYOUT == BY_LINE ? n * LDB : n);
+        a = A::LAYOUT == BY_LINE ? m * LDA : m;
+        b = Loader::CopyA::ELEMENTS + (B::LAYOUT == BY_LINE ? n * LDB : n);
     }
 };
 
 #ifdef PRECISION_FP32
 // the same elements by the same lanes, without the detour over fragments
-template <class A, class B> __device__ __forceinline__ void multiply(WarpSums &sums, const floatX *stage) {
+template <class A, class B>
+__device__ __forceinline__ void multiply(WarpSums &sums, const floatX *stage, WarpPlace<A, B> place) {
     typedef Shape S;
-    typedef WarpOperands<A, B> Operands;
-    const int line_a = A::LAYOUT == BY_LINE ? Operands::LDA : 1,
-              step_a = A::LAYOUT == BY_LINE ? 1 : Operands::LDA;
-    const int line_b = B::LAYOUT == BY_LINE ? Operands::LDB : 1,
-              step_b = B::LAYOUT == BY_LINE ? 1 : Operands::LDB;
+    typedef WarpPlace<A, B> Place;
+    const int line_a = A::LAYOUT == BY_LINE ? Place::LDA : 1, step_a = A::LAYOUT == BY_LINE ? 1 : Place::LDA;
+    const int line_b = B::LAYOUT == BY_LINE ? Place::LDB : 1, step_b = B::LAYOUT == BY_LINE ? 1 : Place::LDB;
     int g = lane_id() / 4, t = lane_id() % 4;
-    Operands tile(stage);
+    const floatX *tile_a = stage + place.a, *tile_b = stage + place.b;
 #pragma unroll 1
     for (int k = 0; k < S::K; k++) {
         float b[S::WARP_N / 4];
 #pragma unroll
         for (int j = 0; j < S::WARP_N / 4; j++) {
-            b[j] = tile.b[(8 * (j / 2) + 2 * t + j % 2) * line_b + k * step_b];
+            b[j] = tile_b[(8 * (j / 2) + 2 * t + j % 2) * line_b + k * step_b];
         }
 #pragma unroll
         for (int i = 0; i < S::WARP_M / 8; i++) {
-            float a = tile.a[(8 * i + g) * line_a + k * step_a];
+            float a = tile_a[(8 * i + g) * line_a + k * step_a];
 #pragma unroll
             for (int j = 0; j < S::WARP_N / 4; j++) {
                 sums.c[i / 2][j / 2][i % 2 * 2 + j % 2] += a * b[j];
@@ -359,28 +392,29 @@ template <class A, class B> __device__ __forceinline__ void multiply(WarpSums &s
     }
 }
 #else
-template <class A, class B> __device__ __forceinline__ void multiply(WarpSums &sums, const floatX *stage) {
+template <class A, class B>
+__device__ __forceinline__ void multiply(WarpSums &sums, const floatX *stage, WarpPlace<A, B> place) {
     typedef Shape S;
-    const int lda = WarpOperands<A, B>::LDA, ldb = WarpOperands<A, B>::LDB;
-    WarpOperands<A, B> tile(stage);
+    const int lda = place.LDA, ldb = place.LDB;
+    const floatX *tile_a = stage + place.a, *tile_b = stage + place.b;
 #pragma unroll
     for (int k = 0; k < S::K; k += 16) {
         FragA a[S::WARP_M / 16];
 #pragma unroll
         for (int i = 0; i < S::WARP_M / 16; i++) {
             if (A::LAYOUT == BY_LINE) {
-                load_a(a[i], tile.a + 16 * i * lda + k, lda);
+                load_a(a[i], tile_a + 16 * i * lda + k, lda);
             } else {
-                load_a_trans(a[i], tile.a + k * lda + 16 * i, lda);
+                load_a_trans(a[i], tile_a + k * lda + 16 * i, lda);
             }
         }
 #pragma unroll
         for (int j = 0; j < S::WARP_N / 8; j += 2) {
             FragB b[2];
             if (B::LAYOUT == BY_LINE) {
-                load_b2(b, tile.b + 8 * j * ldb + k, ldb);
+                load_b2(b, tile_b + 8 * j * ldb + k, ldb);
             } else {
-                load_b2_trans(b, tile.b + k * ldb + 8 * j, ldb);
+                load_b2_trans(b, tile_b + k * ldb + 8 * j, ldb);
             }
 #pragma unroll
             for (int i = 0; i < S::WARP_M / 16; i++) {
@@ -392,6 +426,33 @@ template <class A, class B> __device__ __forceinline__ void multiply(WarpSums &s
 }
 #endif
 
+// Four lanes, each with the pairs of columns 2t, 2t + 1 of four times 8 columns q: lane t ends with all pairs
+// of q = t, that of lane q in q's place. A transpose of 4 x 4 pairs: first between lanes (and places) that
+// differ in bit 0, then in bit 1
+__device__ __forceinline__ void exchange_columns(WarpSums &sums) {
+    typedef Shape S;
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        bool upper = lane_id() & bit;
+#pragma unroll
+        for (int i = 0; i < S::WARP_M / 16; i++) {
+#pragma unroll
+            for (int j = 0; j < S::WARP_N / 8; j++) {
+                if (j & bit) {
+                    continue;
+                }
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    float &low = sums.c[i][j][c], &high = sums.c[i][j + bit][c];
+                    float other = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+                    low = upper ? other : low;
+                    high = upper ? high : other;
+                }
+            }
+        }
+    }
+}
+
 template <class A, class B, class Epilogue>
 __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS_PER_SM)
     product_kernel(Sizes sizes, A operand_a, B operand_b, Epilogue epilogue) {
@@ -401,103 +462,87 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS_PER_SM)
         return;
     }
     floatX *stages = (floatX *)shared_memory();
-    int *first = (int *)(stages + S::STAGES * Loader::STAGE);
+    TableRow *table = (TableRow *)(stages + S::STAGES * Loader::STAGE);
     if (threadIdx.x < 32) {
-        count_tiles(first, sizes);
+        fill_table(table, sizes);
     }
     __syncthreads();
-    int tiles = first[sizes.chunk.experts] * ceil_div(sizes.N, sizes.tile_n);
-    int warp = (int)threadIdx.x / 32;
-    int warp_m = warp / S::WARPS_N * S::WARP_M, warp_n = warp % S::WARPS_N * (sizes.tile_n / S::WARPS_N);
-    Loader loader;
-    loader.open((int)blockIdx.x, tiles, first, sizes, operand_a, operand_b);
+    Loader loader(sizes, operand_a, operand_b, table);
     for (int stage = 0; stage < S::STAGES - 1; stage++) {
-        loader.load(stages + stage * Loader::STAGE, tiles, first, sizes, operand_a, operand_b);
+        loader.load(stages + stage * Loader::STAGE);
     }
-    int read = 0, write = S::STAGES - 1;
-    for (int number = (int)blockIdx.x; number < tiles; number += (int)gridDim.x) {
-        Tile tile = find_tile(number, first, sizes);
-        tile.m += warp_m;
-        tile.n += warp_n;
+    int warp = warp_id(), read = 0, write = S::STAGES - 1;
+    WarpPlace<A, B> place(warp);
+    for (int number = (int)blockIdx.x; number < loader.tiles; number += (int)gridDim.x) {
+        // a tile of very few steps has been left behind by the loader
+        Tile tile = loader.number == number ? loader.tile : find_tile(number, table, sizes);
+        tile.m += warp / S::WARPS_N * S::WARP_M;
+        tile.n += warp % S::WARPS_N * (sizes.tile_n / S::WARPS_N);
         bool inside = tile.m < tile.m_end && tile.n < sizes.N; // else this warp only copies
         WarpSums sums = {};
         for (int k = tile.k; k < tile.k_end; k += S::K) {
-            cp_async_wait<S::STAGES - 2>(); // of all groups but the youngest ones: this step's has arrived
+            cp_async_wait<S::STAGES - 2>(); // all groups but the youngest ones: this step's has arrived
             __syncthreads(); // everybody's has; and all are done with the stage that is filled next
-            loader.load(stages + write * Loader::STAGE, tiles, first, sizes, operand_a, operand_b);
+            loader.load(stages + write * Loader::STAGE);
             if (inside) {
-                multiply<A, B>(sums, stages + read * Loader::STAGE);
+                multiply(sums, stages + read * Loader::STAGE, place);
             }
             read = read + 1 < S::STAGES ? read + 1 : 0;
             write = write + 1 < S::STAGES ? write + 1 : 0;
         }
         if (inside) {
+            if (B::LAYOUT == BY_STEP && Epilogue::NEIGHBOURS_IN_A_LANE) {
+                exchange_columns(sums);
+            }
             epilogue.store(sums, tile);
         }
     }
 }
 
 // ----------------------------------------------------------------------------
-// epilogues: store(sums, tile) is called by a whole warp, its own first row and column in tile.m and tile.n
+// epilogues: store(sums, tile) is called by a whole warp, its own first row and column in tile.m and tile.n.
+// NEIGHBOURS_IN_A_LANE: a lane is to hold 8 neighbours of C, not four pairs
 
-__device__ __forceinline__ void load_eight(float v[8], const floatX *from) {
+struct Eight { // neighbours, as they are stored
+    enum { PACKS = 8 / Pack<floatX>::SIZE };
+    Pack<floatX> pack[PACKS];
+};
+
+__device__ __forceinline__ Eight load_eight(const floatX *from) {
+    Eight eight;
 #pragma unroll
-    for (int i = 0; i < 8; i += Pack<floatX>::SIZE) {
-        Pack<floatX> pack = load_pack(from + i);
+    for (int i = 0; i < Eight::PACKS; i++) {
+        eight.pack[i] = load_pack(from + i * Pack<floatX>::SIZE);
+    }
+    return eight;
+}
+
+__device__ __forceinline__ void to_floats(float v[8], const Eight &eight) {
 #pragma unroll
-        for (int j = 0; j < Pack<floatX>::SIZE; j++) {
-            v[i + j] = to_float(pack.x[j]);
-        }
+    for (int i = 0; i < 8; i++) {
+        v[i] = to_float(eight.pack[i / Pack<floatX>::SIZE].x[i % Pack<floatX>::SIZE]);
     }
 }
 
 // v becomes what was stored: rounded
 __device__ __forceinline__ void store_eight(floatX *to, float v[8]) {
+    Eight eight;
 #pragma unroll
-    for (int i = 0; i < 8; i += Pack<floatX>::SIZE) {
-        Pack<floatX> pack;
-#pragma unroll
-        for (int j = 0; j < Pack<floatX>::SIZE; j++) {
-            pack.x[j] = to_x(v[i + j]);
-            v[i + j] = to_float(pack.x[j]);
-        }
-        store_pack(to + i, pack);
+    for (int i = 0; i < 8; i++) {
+        eight.pack[i / Pack<floatX>::SIZE].x[i % Pack<floatX>::SIZE] = to_x(v[i]);
     }
+#pragma unroll
+    for (int i = 0; i < Eight::PACKS; i++) {
+        store_pack(to + i * Pack<floatX>::SIZE, eight.pack[i]);
+    }
+    to_floats(v, eight);
 }
 
-// Four lanes, each with the pairs v[2q], v[2q + 1], q = 0 .. 3: lane t ends with all pairs t, that of lane q at
-// q. A transpose of 4 x 4 pairs: first between lanes (and pairs) that differ in bit 0, then in bit 1.
-__device__ __forceinline__ void quad_transpose(float v[8]) {
+// This lane's neighbours of C in row 8 i + g: columns 32 group + 8t .. + 7
+__device__ __forceinline__ void eight_columns(float v[8], const WarpSums &sums, int i, int group) {
 #pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        bool upper = lane_id() & bit;
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            if (q & bit) {
-                continue;
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float &low = v[2 * q + i], &high = v[2 * (q + bit) + i];
-                float other = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
-                low = upper ? other : low;
-                high = upper ? high : other;
-            }
-        }
-    }
-}
-
-// This lane's 8 neighbours of C: row 16 i + g + 8 half, columns from 32 group + 8t on; B's layout tells how they
-// lie
-template <OperandLayout LAYOUT>
-__device__ __forceinline__ void eight_columns(float v[8], const WarpSums &sums, int i, int half, int group) {
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-        v[2 * q] = sums.c[i][4 * group + q][2 * half];
-        v[2 * q + 1] = sums.c[i][4 * group + q][2 * half + 1];
-    }
-    if (LAYOUT == BY_STEP) {
-        quad_transpose(v);
+    for (int c = 0; c < 8; c++) {
+        v[c] = sums.c[i / 2][4 * group + c / 2][i % 2 * 2 + c % 2];
     }
 }
 
@@ -506,7 +551,8 @@ __device__ __forceinline__ float sigmoid(float x) {
 }
 
 // C, rounded
-template <OperandLayout LAYOUT> struct StoreRows {
+struct StoreRows {
+    enum { NEIGHBOURS_IN_A_LANE = 1, ROWS = Shape::WARP_M / 8, GROUPS = Shape::WARP_N / Shape::GROUP };
     floatX *out;
     int width;
 
@@ -515,17 +561,15 @@ template <OperandLayout LAYOUT> struct StoreRows {
     }
 
     __device__ __forceinline__ void store(const WarpSums &sums, const Tile &tile) const {
-        typedef Shape S;
-        int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
-        for (int i = 0; i < S::WARP_M / 8; i++) {
-            int row = tile.m + 8 * i + g;
+        for (int i = 0; i < ROWS; i++) {
+            int row = tile.m + 8 * i + lane_id() / 4;
 #pragma unroll
-            for (int group = 0; group < S::WARP_N / S::GROUP; group++) {
-                int column = tile.n + S::GROUP * group + 8 * t;
-                float v[8];
-                eight_columns<LAYOUT>(v, sums, i / 2, i % 2, group);
+            for (int group = 0; group < GROUPS; group++) {
+                int column = tile.n + Shape::GROUP * group + 8 * (lane_id() % 4);
                 if (column < width) {
+                    float v[8];
+                    eight_columns(v, sums, i, group);
                     store_eight(out + (int64_t)row * width + column, v);
                 }
             }
@@ -535,6 +579,7 @@ template <OperandLayout LAYOUT> struct StoreRows {
 
 // H, rounded, and A = silu(G) * U of what was rounded. B's lines are GATE_UP: group 0 is G, group 1 U
 struct SwigluForward {
+    enum { NEIGHBOURS_IN_A_LANE = 1, ROWS = Shape::WARP_M / 8 };
     floatX *a; // NULL: only H, and only if it has no place in the store
     ChunkH h;
     int F;
@@ -550,11 +595,11 @@ struct SwigluForward {
         }
         floatX *h_rows = chunk_h(h);
 #pragma unroll
-        for (int i = 0; i < Shape::WARP_M / 8; i++) {
+        for (int i = 0; i < ROWS; i++) {
             int64_t row = tile.m + 8 * i + lane_id() / 4;
             float gate[8], up[8];
-            eight_columns<BY_LINE>(gate, sums, i / 2, i % 2, 0);
-            eight_columns<BY_LINE>(up, sums, i / 2, i % 2, 1);
+            eight_columns(gate, sums, i, 0);
+            eight_columns(up, sums, i, 1);
             store_eight(h_rows + row * 2 * F + f, gate);
             store_eight(h_rows + row * 2 * F + F + f, up);
             if (a != NULL) {
@@ -570,6 +615,16 @@ struct SwigluForward {
 
 // From dA' = C and H: gate A, dH in place of H, and each row's sum of dA' A over the warp's columns
 struct SwigluBackward {
+    enum {
+        NEIGHBOURS_IN_A_LANE = 1,
+        ROWS = Shape::WARP_M / 8,
+        GROUPS = Shape::WARP_N / Shape::GROUP,
+        AHEAD = 1 // rows of H that are under way while one is worked on
+    };
+    struct RowOfH {
+        Eight G[GROUPS], U[GROUPS];
+        float gate;
+    };
     floatX *a;
     ChunkH h;
     float *dgate_partial;     // [R, dgate_tiles]
@@ -578,6 +633,19 @@ struct SwigluBackward {
 
     __device__ __forceinline__ bool nothing_to_do() const {
         return false;
+    }
+
+    __device__ __forceinline__ void load_row(RowOfH &h_row, const floatX *h_rows, int row, int f) const {
+        h_row = {};
+        h_row.gate = gate_of_row[row];
+        const floatX *from = h_rows + (int64_t)row * 2 * F + f;
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            if (f + Shape::GROUP * group < F) {
+                h_row.G[group] = load_eight(from + Shape::GROUP * group);
+                h_row.U[group] = load_eight(from + Shape::GROUP * group + F);
+            }
+        }
     }
 
     // 8 columns of a row; returns their part of <dA', A>
@@ -596,38 +664,40 @@ struct SwigluBackward {
     }
 
     __device__ __forceinline__ void store(const WarpSums &sums, const Tile &tile) const {
-        typedef Shape S;
-        int t = lane_id() % 4;
+        int t = lane_id() % 4, f0 = tile.n + 8 * t;
+        int row0 = tile.m + lane_id() / 4;
         floatX *h_rows = chunk_h(h);
+        RowOfH rows[AHEAD + 1];
 #pragma unroll
-        for (int i = 0; i < S::WARP_M / 8; i++) {
-            int64_t row = tile.m + 8 * i + lane_id() / 4;
-            float gate = gate_of_row[row], dot = 0.0f;
-            float G[2][8], U[2][8];
+        for (int i = 0; i < AHEAD; i++) {
+            load_row(rows[i], h_rows, row0 + 8 * i, f0);
+        }
 #pragma unroll
-            for (int group = 0; group < 2; group++) { // all loads before the first use
-                int f = tile.n + S::GROUP * group + 8 * t;
-                if (f < F) {
-                    load_eight(G[group], h_rows + row * 2 * F + f);
-                    load_eight(U[group], h_rows + row * 2 * F + F + f);
-                }
+        for (int i = 0; i < ROWS; i++) {
+            if (i + AHEAD < ROWS) {
+                load_row(rows[(i + AHEAD) % (AHEAD + 1)], h_rows, row0 + 8 * (i + AHEAD), f0);
             }
+            const RowOfH &h_row = rows[i % (AHEAD + 1)];
+            int row = row0 + 8 * i;
+            floatX *to_h = h_rows + (int64_t)row * 2 * F + f0, *to_a = a + (int64_t)row * F + f0;
+            float dot = 0.0f;
 #pragma unroll
-            for (int group = 0; group < 2; group++) {
-                int f = tile.n + S::GROUP * group + 8 * t;
-                float da[8];
-                eight_columns<BY_STEP>(da, sums, i / 2, i % 2, group);
-                if (f < F) {
-                    dot += backward_eight(da, G[group], U[group], gate);
-                    store_eight(a + row * F + f, da);
-                    store_eight(h_rows + row * 2 * F + f, G[group]);
-                    store_eight(h_rows + row * 2 * F + F + f, U[group]);
+            for (int group = 0; group < GROUPS; group++) { // where there is no column, all is 0
+                float da[8], G[8], U[8];
+                eight_columns(da, sums, i, group);
+                to_floats(G, h_row.G[group]);
+                to_floats(U, h_row.U[group]);
+                dot += backward_eight(da, G, U, h_row.gate);
+                if (f0 + Shape::GROUP * group < F) {
+                    store_eight(to_h + Shape::GROUP * group, G);
+                    store_eight(to_h + Shape::GROUP * group + F, U);
+                    store_eight(to_a + Shape::GROUP * group, da);
                 }
             }
             dot += __shfl_xor_sync(0xffffffffu, dot, 1);
             dot += __shfl_xor_sync(0xffffffffu, dot, 2);
             if (t == 0) {
-                dgate_partial[row * dgate_tiles + tile.n / S::WARP_N] = dot;
+                dgate_partial[(int64_t)row * dgate_tiles + tile.n / Shape::WARP_N] = dot;
             }
         }
     }
@@ -635,6 +705,7 @@ struct SwigluBackward {
 
 // an expert's matrix += C; here rows of C may end anywhere
 struct AddToWeights {
+    enum { NEIGHBOURS_IN_A_LANE = 0, ROWS = Shape::WARP_M / 8, PAIRS = Shape::WARP_N / 8, AHEAD = 2 };
     float *dw;
     int M, N;
 
@@ -642,26 +713,38 @@ struct AddToWeights {
         return false;
     }
 
+    __device__ __forceinline__ float2 *at(const Tile &tile, int m, int j) const {
+        int64_t row = (int64_t)tile.expert * M + m;
+        return (float2 *)(dw + row * N + tile.n + 8 * j + 2 * (lane_id() % 4));
+    }
+
+    __device__ __forceinline__ void load_row(float2 old[PAIRS], const Tile &tile, int m) const {
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            if (m < M && tile.n + 8 * j < N) {
+                old[j] = *at(tile, m, j);
+            }
+        }
+    }
+
     __device__ __forceinline__ void store(const WarpSums &sums, const Tile &tile) const {
-        typedef Shape S;
-        float *matrix = dw + (int64_t)tile.expert * M * N;
-        int g = lane_id() / 4, t = lane_id() % 4;
+        int m0 = tile.m + lane_id() / 4;
+        float2 old[AHEAD + 1][PAIRS];
 #pragma unroll
-        for (int i = 0; i < S::WARP_M / 8; i++) {
-            int m = tile.m + 8 * i + g;
-            float2 old[S::WARP_N / 8];
-            float2 *row = (float2 *)(matrix + (int64_t)m * N + tile.n + 2 * t);
+        for (int i = 0; i < AHEAD; i++) {
+            load_row(old[i], tile, m0 + 8 * i);
+        }
 #pragma unroll
-            for (int j = 0; j < S::WARP_N / 8; j++) { // all loads before the first use
-                if (m < M && tile.n + 8 * j < N) {
-                    old[j] = row[4 * j];
-                }
+        for (int i = 0; i < ROWS; i++) {
+            if (i + AHEAD < ROWS) {
+                load_row(old[(i + AHEAD) % (AHEAD + 1)], tile, m0 + 8 * (i + AHEAD));
             }
 #pragma unroll
-            for (int j = 0; j < S::WARP_N / 8; j++) {
-                if (m < M && tile.n + 8 * j < N) {
+            for (int j = 0; j < PAIRS; j++) {
+                if (m0 + 8 * i < M && tile.n + 8 * j < N) {
+                    const float2 &was = old[i % (AHEAD + 1)][j];
                     const float *c = sums.c[i / 2][j] + i % 2 * 2;
-                    row[4 * j] = make_float2(old[j].x + c[0], old[j].y + c[1]);
+                    *at(tile, m0 + 8 * i, j) = make_float2(was.x + c[0], was.y + c[1]);
                 }
             }
         }
@@ -679,7 +762,7 @@ static void multiply_chunk(Sizes sizes, A a, B b, Epilogue epilogue, cudaStream_
                                 : min(segments, sizes.chunk.rows / S::M + E);
     int blocks = min(S::BLOCKS_PER_SM * num_sms(), most_rows * ceil_div(sizes.N, sizes.tile_n));
     size_t shared_bytes =
-        S::STAGES * TileLoader<A, B>::STAGE * sizeof(floatX) + (size_t)(E + 1) * sizeof(int);
+        S::STAGES * TileLoader<A, B>::STAGE * sizeof(floatX) + (size_t)(E + 1) * sizeof(TableRow);
     launch(product_kernel<A, B, Epilogue>, blocks, S::THREADS, shared_bytes, stream, sizes, a, b, epilogue);
 }
 
@@ -733,7 +816,7 @@ static inline void grouped_up_forward(floatX *a, ChunkH h, const floatX *x, cons
 static inline void grouped_down_forward(floatX *y, const floatX *a, const floatX *w_down, RowChunk chunk,
                                         int d, int F, cudaStream_t stream) {
     using namespace grouped;
-    StoreRows<BY_LINE> epilogue = {y, d};
+    StoreRows epilogue = {y, d};
     multiply_chunk(sizes_by_rows(chunk, d, F), rows_of<BY_LINE>(a, F),
                    weights<BY_LINE, PERMUTED>(w_down, F, (int64_t)d * F), epilogue, stream);
 }
@@ -776,7 +859,7 @@ static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x
 static inline void grouped_up_backward(floatX *dx, ChunkH h, const floatX *w_gate_up, RowChunk chunk, int d,
                                        int F, cudaStream_t stream) {
     using namespace grouped;
-    StoreRows<BY_STEP> epilogue = {dx, d};
+    StoreRows epilogue = {dx, d};
     multiply_chunk(sizes_by_rows(chunk, d, 2 * F), rows_of<BY_LINE>(h, F),
                    weights<BY_STEP, IN_ORDER>(w_gate_up, d, (int64_t)2 * F * d), epilogue, stream);
 }

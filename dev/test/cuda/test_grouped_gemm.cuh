@@ -2,9 +2,9 @@
 grouped_gemm.cuh against the products of matmul.h and the SwiGLU of experts.h (large shapes: against a loop of
 cuBLASLt's products over the experts), function by function on the same rounded inputs.
 
-Each case is run in chunks of several sizes, with one chunk beyond the last row. Chunks' H lie in the store and
-in scratch by turns. Buffers begin as NaN: rows that exist must all be written, others not at all. The bits of
-rows must not depend on the chunks, and H computed again must be H.
+Each case is run in chunks of several sizes, with one chunk beyond the last row. Chunks' H lie in the store
+and in scratch by turns. Buffers begin as NaN: rows that exist must all be written, others not at all. The
+bits of rows must not depend on the chunks, and H computed again must be H.
 
 Tolerances. fp32 build: 1e-5. bf16: operands are exact and sums fp32, so what is stored in fp32 (weights'
 gradients, dgate) is good to 5e-5 (tensor cores cut off bits that fp32 additions would round), and what is
@@ -116,7 +116,8 @@ typedef struct {
     int64_t row_a, row_b; // elements of a row of a, of b
 } GroupedProduct;
 
-// By rows: out's rows are the experts', K = row_a. With trans_a they are summed over: out has row_a rows an expert
+// By rows: out's rows are the experts', K = row_a. With trans_a they are summed over: out has row_a rows an
+// expert
 static float *grouped_by_cublas(const GroupedCase *c, GroupedProduct p, const float *a, const float *b) {
     int64_t K = p.row_a, size_b = p.trans_a ? c->rows * p.row_b : c->E * K * p.N;
     int64_t size_out = p.trans_a ? c->E * p.row_a * p.N : c->rows * p.N;
@@ -257,9 +258,7 @@ static GroupedDevice grouped_upload(const GroupedCase *c) {
     g.dw_gate_up = device_f(c->begin_gate_up, 2 * weight);
     g.dw_down = device_f(c->begin_down, weight);
     g.place = device_new<int64_t>(1);
-    for (int i = 0; i < GROUPED_ROW_TENSORS; i++) {
-        g.got[i] = NEW(float, c->rows *grouped_width(c, i));
-    }
+    memset(g.got, 0, sizeof(g.got));
     return g;
 }
 
@@ -390,6 +389,9 @@ static void grouped_run_backward(const GroupedCase *c, GroupedDevice *g, RowChun
 static GroupedDevice grouped_run(const GroupedCase *c, int chunk_rows) {
     GroupedDevice g = grouped_upload(c);
     int chunks = (int)ceil_div<int64_t>(c->rows, chunk_rows) + 1; // the last one is empty
+    for (int i = 0; i < GROUPED_ROW_TENSORS; i++) {
+        g.got[i] = NEW(float, c->rows *grouped_width(c, i));
+    }
     for (int i = 0; i < chunks; i++) {
         RowChunk chunk = {g.offsets, g.token, g.gate, c->E, i * chunk_rows, chunk_rows};
         int64_t left = c->rows - (int64_t)i * chunk_rows;
@@ -515,7 +517,7 @@ static void test_grouped_far(void) {
     enum { D = 8, WIDTH = 8192, ROWS = 160000, LAST = 64 };
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
-    if (available < 9 * sizeof(floatX) * (size_t)ROWS * WIDTH) {
+    if (available < 4 * sizeof(floatX) * (size_t)ROWS * WIDTH) {
         skip_case("needs a GPU with more free memory");
         return;
     }
@@ -628,6 +630,13 @@ static void grouped_bench_rows(GroupedBench *b) {
     free(gate);
 }
 
+// what an earlier product overwrote is N(0, 1) again: the numbers decide the power, and so the clock
+static void grouped_bench_refill(GroupedBench *b) {
+    int64_t R = b->s.rows;
+    launch(grouped_normal_kernel, 1024, 256, 0, 0, b->h_rows, R * 2 * b->s.F, 7u);
+    launch(grouped_normal_kernel, 1024, 256, 0, 0, b->a, R * b->s.F, 3u);
+}
+
 static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     GroupedBench b;
     int64_t R = s.rows, weight = (int64_t)s.E * s.d * s.F;
@@ -696,22 +705,24 @@ static void grouped_bench_shape(GroupedBenchShape s) {
     grouped_bench_row(
         "up_forward", 2 * flops, [&] { grouped_up_forward(b.a, b.h, b.x, b.w_gate_up, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 1, R, 2 * F, d, b.x, d, b.w_gate_up, d, b.h_rows, 2 * F, NULL, 0); });
+    grouped_bench_refill(&b);
     grouped_bench_row(
         "down_forward", flops, [&] { grouped_down_forward(b.y, b.a, b.w_down, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 1, R, d, F, b.a, F, b.w_down, F, b.y, d, NULL, 0); });
+    grouped_bench_refill(&b);
     grouped_bench_row(
         "down_backward", flops,
         [&] { grouped_down_backward(b.a, b.h, b.partial, b.dy, b.w_down, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 0, R, F, d, b.dy, d, b.w_down, F, b.a, F, NULL, 0); });
-    launch(grouped_normal_kernel, 1024, 256, 0, 0, b.h_rows, R * 2 * F,
-           7u); // ran through its gradient many times
-    launch(grouped_normal_kernel, 1024, 256, 0, 0, b.a, R * F, 3u);
+    grouped_bench_refill(&b);
     grouped_bench_row(
         "down_wgrad", flops, [&] { grouped_down_wgrad(b.dw_down, b.dy, b.a, chunk, d, F, 0); },
         [&] { gemm(b.plans, 1, 0, d, F, R, b.dy, d, b.a, F, b.dw_down, F, b.dw_down, 0); });
+    grouped_bench_refill(&b);
     grouped_bench_row(
         "up_wgrad", 2 * flops, [&] { grouped_up_wgrad(b.dw_gate_up, b.h, b.x, chunk, d, F, 0); },
         [&] { gemm(b.plans, 1, 0, 2 * F, d, R, b.h_rows, 2 * F, b.x, d, b.dw_gate_up, d, b.dw_gate_up, 0); });
+    grouped_bench_refill(&b);
     grouped_bench_row(
         "up_backward", 2 * flops, [&] { grouped_up_backward(b.y, b.h, b.w_gate_up, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 0, R, d, 2 * F, b.h_rows, 2 * F, b.w_gate_up, d, b.y, d, NULL, 0); });
