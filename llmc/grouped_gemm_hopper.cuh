@@ -1,28 +1,28 @@
 /*
-The experts' products on Hopper (sm_90a), bf16: the functions of grouped_gemm.cuh, same names and arguments, in
-namespace hopper. One kernel template does all six; they differ in where the operands come from and in what
-becomes of the accumulators:
+The experts' products on Hopper (sm_90a), bf16: the functions of grouped_gemm.cuh, same names and arguments,
+in namespace hopper. One kernel template does all six; they differ in where the operands come from and in
+what becomes of the accumulators:
 
-    product                                      M x N, k          A             B             epilogue
-    up_forward     H = X' W_gate_up^T            rows x 2F, d      X by token    W_gate_up     H; A = silu(G) U
-    down_forward   Y = A W_down^T                rows x d, F       A             W_down        Y
-    down_backward  dA' = dY' W_down              rows x F, d       dY by token   W_down        SwiGLU backward
-    up_backward    dX' = dH W_gate_up            rows x d, 2F      dH            W_gate_up     dX'
-    down_wgrad     dW_down += dY'^T (gate A)     d x F, rows       dY by token   gate A        fp32 +=
-    up_wgrad       dW_gate_up^T += X'^T dH       d x 2F, rows      X by token    dH            fp32 +=, transposed
+    product                                   M x N, k         A            B          epilogue
+    up_forward     H = X' W_gate_up^T         rows x 2F, d     X by token   W_gate_up  H; A = silu(G) U
+    down_forward   Y = A W_down^T             rows x d, F      A            W_down     Y
+    down_backward  dA' = dY' W_down           rows x F, d      dY by token  W_down     SwiGLU backward
+    up_backward    dX' = dH W_gate_up         rows x d, 2F     dH           W_gate_up  dX'
+    down_wgrad     dW_down += dY'^T (gate A)  d x F, rows      dY by token  gate A     fp32 +=
+    up_wgrad       dW_gate_up^T += X'^T dH    d x 2F, rows     X by token   dH         fp32 +=, transposed
 
 SwiGLU backward, with silu(g) = g s, s = sigmoid(g):
     A = U silu(G);  dgate's part = sum over the tile of dA' A;  a = gate A
     dG = gate dA' U s (1 + G (1 - s));  dU = gate dA' silu(G)
 
-How the kernel works. As many blocks as multiprocessors walk through the tiles of D, 128 x BN (BN = 256, 192 or
-128: whichever wastes least). A block is three warpgroups. One is the producer: it fills a ring of stages in
-shared memory, each a step of 64 in k. B comes by TMA; A by TMA where its rows lie together, else each thread
-copies 16-byte pieces (cp.async) from the rows' tokens: no gathered copy ever exists. The other two are
-consumers, 64 rows of the tile each: wgmma from the ring into registers, then the epilogue from registers.
-The second consumer starts each tile a little after the first (LEAD stages), so that one's epilogue runs while
-the other multiplies: with d = 768 a tile is only 12 stages long, and an epilogue that nothing overlaps would
-cost a fifth of the time.
+How the kernel works. As many blocks as multiprocessors walk through the tiles of D, 128 x BN (BN = 256, 192
+or 128: whichever wastes least). A block is three warpgroups. One is the producer: it fills a ring of stages
+in shared memory, each a step of 64 in k. B comes by TMA; A by TMA where its rows lie together, else each
+thread copies 16-byte pieces (cp.async) from the rows' tokens: no gathered copy ever exists. What an epilogue
+will read, H or the gradient so far, it has fetched to L2 meanwhile. The other two are consumers, 64 rows of
+the tile each: wgmma from the ring into registers, then the epilogue from registers. The second consumer
+starts each tile a little after the first (LEAD stages), so that one's epilogue runs while the other
+multiplies: with d = 768 a tile is only 12 stages long.
 
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
@@ -34,8 +34,8 @@ way: two tiles side by side, each block loads its own B. A stage is free when bo
 Operands that are stored across k (W in the backward products; both in the weight gradients, whose k are rows)
 are read as they are: wgmma transposes them (hopper.cuh). up_forward's tile holds BN/2 gate columns and the up
 columns of the same f, so that a thread has both. Accumulators leave by 16-byte stores after lanes of a quad
-have exchanged pieces. Rows: segments of the experts are multiples of 64 rows; half tiles that belong to nobody
-are not stored. Edges of d and F, multiples of 8, are zeros in shared memory and are not stored.
+have exchanged pieces. Rows: segments of the experts are multiples of 64 rows; half tiles that belong to
+nobody are not stored. Edges of d and F, multiples of 8, are zeros in shared memory and are not stored.
 
 Deterministic: each element of an output has one owner, who adds in a fixed order; tiles are dealt out in a
 fixed order. Shapes: grouped_gemm.cuh. place of ChunkH: a multiple of 2F. Errors: more than 2048 experts are
@@ -46,15 +46,18 @@ capture the launches.
 #define GROUPED_GEMM_HOPPER_CUH
 
 #include "grouped_gemm.cuh"
-#include "hopper.cuh"
 
-#ifndef PRECISION_FP32
+#if !defined(PRECISION_FP32) && !defined(EMULATED)
+#include "hopper.cuh"
 
 #ifndef GROUPED_CLUSTER
 #define GROUPED_CLUSTER 2
 #endif
 #ifndef GROUPED_LEAD
 #define GROUPED_LEAD 2
+#endif
+#ifndef GROUPED_PREFETCH
+#define GROUPED_PREFETCH true
 #endif
 
 namespace hopper {
@@ -92,6 +95,7 @@ template <int PRODUCT, int BN> struct Columns {
 struct Arguments {
     CUtensorMap a[2]; // where rows lie together; of two, the second is H in scratch
     CUtensorMap b[2];
+    CUtensorMap soon[2]; // what the epilogue reads, [rows][.], boxes of 64 rows: H, or dW (as bf16)
     RowChunk chunk;
     ChunkH h;
     const floatX *rows; // gathered: X or dY [N, d]
@@ -104,6 +108,7 @@ struct Arguments {
     int steps;            // of 64 in k; weight gradients: an expert's own
     int m_tiles, n_tiles; // tiles of D; m_tiles of weight gradients only
     int lead;
+    bool prefetch;
 };
 
 // ----------------------------------------------------------------------------
@@ -288,31 +293,28 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, ui
     }
 }
 
-// One half of a stage's B. Along k: BN / 2 columns (up_forward: gate, then up); across k: 32 of the 64 k.
+// One box of a stage's B. Along k: BN / 2 columns (up_forward: gate, then up); across k: 64 columns.
 template <int PRODUCT, int BN>
-__device__ __forceinline__ void load_half_b(const Arguments &args, const CUtensorMap *map, Ring<BN> ring,
-                                            const Tile &tile, int first_k, int half, bool both) {
+__device__ __forceinline__ void load_piece_b(const CUtensorMap *map, Ring<BN> ring, const Tile &tile,
+                                             int first_k, int piece, bool both) {
     if (!Traits<PRODUCT>::B_ACROSS) {
-        uint32_t to = ring.b() + half * (BN / 2) * 128;
-        int row = PRODUCT == UP_FORWARD ? tile.n : tile.n + half * (BN / 2);
-        int sheet = PRODUCT == UP_FORWARD ? 2 * tile.expert + half : tile.expert;
+        uint32_t to = ring.b() + piece * (BN / 2) * 128;
+        int row = PRODUCT == UP_FORWARD ? tile.n : tile.n + piece * (BN / 2);
+        int sheet = PRODUCT == UP_FORWARD ? 2 * tile.expert + piece : tile.expert;
         load_box<PRODUCT>(to, map, ring.full(), both, first_k, row, sheet);
     } else {
-        for (int block = 0; block < BN / 64; block++) {
-            uint32_t to = ring.b() + block * BLOCK_BYTES + half * (BLOCK_BYTES / 2);
-            load_box<PRODUCT>(to, map, ring.full(), both, tile.n + block * 64, first_k + half * 32,
-                              tile.expert);
-        }
+        uint32_t to = ring.b() + piece * BLOCK_BYTES;
+        load_box<PRODUCT>(to, map, ring.full(), both, tile.n + piece * 64, first_k, tile.expert);
     }
 }
 
 template <int PRODUCT, int BN>
-__device__ __forceinline__ void load_b(const Arguments &args, const CUtensorMap *map, Ring<BN> ring,
-                                       const Tile &tile, int first_k) {
+__device__ __forceinline__ void load_b(const CUtensorMap *map, Ring<BN> ring, const Tile &tile, int first_k) {
+    const int PIECES_B = Traits<PRODUCT>::B_ACROSS ? BN / 64 : 2;
     bool both = CLUSTER == 2 && tile.coupled;
-    for (int half = 0; half < 2; half++) {
-        if (!both || half == (int)cluster_rank()) {
-            load_half_b<PRODUCT>(args, map, ring, tile, first_k, half, both);
+    for (int piece = 0; piece < PIECES_B; piece++) {
+        if (!both || (piece >= (PIECES_B + 1) / 2) == (int)cluster_rank()) {
+            load_piece_b<PRODUCT>(map, ring, tile, first_k, piece, both);
         }
     }
 }
@@ -333,7 +335,7 @@ __device__ __forceinline__ void produce_by_tma(const Arguments &args, Plan plan,
                 tma_load(ring.a() + half * BLOCK_BYTES, &args.a[which], ring.full(), step * STEP_K,
                          h_first + tile.m + half * GROUP_ROWS);
             }
-            load_b<PRODUCT>(args, &args.b[0], ring, tile, step * STEP_K);
+            load_b<PRODUCT>(&args.b[0], ring, tile, step * STEP_K);
             ring.advance();
         }
     }
@@ -346,112 +348,117 @@ enum { PIECES = 8 }; // of 16 bytes, a thread and stage
 
 // Rows of D are tokens. Thread 8 r + p copies piece p of rows r, r + 16, ...
 struct RowGather {
+    const uint4 *rows;
     uint32_t source[PIECES]; // in pieces, from the first row; NO_ROW: zeros
-    int piece;
-    uint32_t to; // offset in the tile
+    uint32_t piece, pieces;  // of a row: this thread's in step 0, and how many there are
+    uint32_t to;             // offset in the tile
 };
 
 enum : uint32_t { NO_ROW = 0xffffffffu };
 
 __device__ __forceinline__ void gather_begin(RowGather &gather, const Arguments &args, const Tile &tile) {
-    int thread = threadIdx.x % GROUP_THREADS;
-    int row = thread / 8;
+    uint32_t thread = threadIdx.x % GROUP_THREADS;
+    uint32_t row = thread / 8;
+    gather.rows = reinterpret_cast<const uint4 *>(args.rows);
+    gather.pieces = (uint32_t)args.d / 8;
     gather.piece = thread % 8;
     gather.to = row * 128 + ((gather.piece ^ (row % 8)) << 4);
     const int *tokens = args.chunk.token_of_row + args.chunk.first + tile.m;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        int r = row + 16 * i;
+        int r = (int)row + 16 * i;
         int token = r < tile.rows ? tokens[r] : -1;
-        gather.source[i] = token < 0 ? (uint32_t)NO_ROW : (uint32_t)token * (args.d / 8) + gather.piece;
+        gather.source[i] = token < 0 ? (uint32_t)NO_ROW : (uint32_t)token * gather.pieces;
     }
 }
 
-__device__ __forceinline__ void gather_step(const RowGather &gather, const Arguments &args, uint32_t a,
-                                            int step) {
-    const uint4 *rows = reinterpret_cast<const uint4 *>(args.rows) + step * (STEP_K / 8);
-    bool inside = step * (STEP_K / 8) + gather.piece < args.d / 8;
+__device__ __forceinline__ void gather_step(const RowGather &gather, uint32_t a, int step) {
+    uint32_t piece = gather.piece + (uint32_t)step * (STEP_K / 8);
+    bool inside = piece < gather.pieces;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         bool valid = inside && gather.source[i] != NO_ROW;
-        copy16(a + gather.to + i * 16 * 128, valid ? rows + gather.source[i] : rows, valid);
+        copy16(a + gather.to + i * 16 * 128, gather.rows + (valid ? gather.source[i] + piece : 0), valid);
     }
 }
 
 // Rows of D are columns of X, tokens are in k. Thread 16 k + p copies piece p of tokens k, k + 8, ... of 64;
 // the tokens of the next step are on their way meanwhile (lane l has those of l and l + 32).
 struct ColumnGather {
-    int next[2];
-    int piece; // of the row
+    const uint4 *column; // the thread's piece of token 0
+    uint32_t pieces;     // of a row
     bool inside;
+    const int *tokens;
+    int next[2];
     uint32_t to;
 };
 
-__device__ __forceinline__ void gather_tokens(ColumnGather &gather, const Arguments &args, const Tile &tile,
-                                              int step) {
-    const int *tokens = args.chunk.token_of_row + args.chunk.first + tile.row + step * STEP_K;
-    gather.next[0] = tokens[threadIdx.x % 32];
-    gather.next[1] = tokens[threadIdx.x % 32 + 32];
+__device__ __forceinline__ void gather_tokens(ColumnGather &gather, int step) {
+    gather.next[0] = gather.tokens[step * STEP_K];
+    gather.next[1] = gather.tokens[step * STEP_K + 32];
 }
 
 __device__ __forceinline__ void gather_begin(ColumnGather &gather, const Arguments &args, const Tile &tile) {
-    int thread = threadIdx.x % GROUP_THREADS;
-    int k = thread / 16, piece = thread % 16;
-    gather.piece = tile.m / 8 + piece;
-    gather.inside = gather.piece < args.d / 8;
-    gather.to = piece / 8 * BLOCK_BYTES + k * 128 + ((piece % 8 ^ k) << 4);
-    gather_tokens(gather, args, tile, 0);
+    uint32_t thread = threadIdx.x % GROUP_THREADS;
+    uint32_t k = thread / 16, place = thread % 16;
+    uint32_t piece = (uint32_t)tile.m / 8 + place;
+    gather.pieces = (uint32_t)args.d / 8;
+    gather.inside = piece < gather.pieces;
+    gather.column = reinterpret_cast<const uint4 *>(args.rows) + (gather.inside ? piece : 0);
+    gather.tokens = args.chunk.token_of_row + args.chunk.first + tile.row + threadIdx.x % 32;
+    gather.to = place / 8 * BLOCK_BYTES + k * 128 + ((place % 8 ^ k) << 4);
+    gather_tokens(gather, 0);
 }
 
-__device__ __forceinline__ void gather_step(const ColumnGather &gather, const Arguments &args, uint32_t a) {
-    const uint4 *rows = reinterpret_cast<const uint4 *>(args.rows);
+__device__ __forceinline__ void gather_step(const ColumnGather &gather, uint32_t a) {
     int k = threadIdx.x % GROUP_THREADS / 16;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int token = __shfl_sync(0xffffffffu, gather.next[i / 4], k + i % 4 * 8);
         bool valid = gather.inside && token >= 0;
-        int64_t source = (int64_t)token * (args.d / 8) + gather.piece;
-        copy16(a + gather.to + i * 8 * 128, valid ? rows + source : rows, valid);
-    }
-}
-
-// What the epilogue will read is fetched to L2 while the tile is multiplied: H, or the gradient so far
-template <int PRODUCT, int BN>
-__device__ __forceinline__ void prefetch_epilogue(const Arguments &args, const Tile &tile) {
-    int thread = threadIdx.x % GROUP_THREADS;
-    int columns = min(args.N - tile.n, (int)BN);
-    if (columns <= 0) {
-        return;
-    }
-    if (PRODUCT == DOWN_BACKWARD && thread < tile.rows) {
-        const floatX *gate = h_address(args) + (int64_t)(tile.m + thread) * 2 * args.F + tile.n;
-        prefetch_l2(gate, columns * 2);
-        prefetch_l2(gate + args.F, columns * 2);
-    }
-    const float *dw = args.dw + (int64_t)tile.expert * args.d * args.N;
-    if (PRODUCT == DOWN_WGRAD && tile.m + thread < args.d) {
-        prefetch_l2(dw + (int64_t)(tile.m + thread) * args.N + tile.n, columns * 4);
-    }
-    if (PRODUCT == UP_WGRAD) {
-        for (int n = thread; n < columns; n += GROUP_THREADS) {
-            prefetch_l2(dw + (int64_t)(tile.n + n) * args.d + tile.m, min(args.d - tile.m, (int)TILE_M) * 4);
-        }
+        copy16(a + gather.to + i * 8 * 128, gather.column + (valid ? (uint32_t)token * gather.pieces : 0),
+               valid);
     }
 }
 
 enum { PREFETCH_STEPS = 8 }; // this long before a tile's end
 
+// What the epilogue will read is fetched to L2 during the tile's last steps: H, or the gradient so far. One
+// thread; a tile has BN / 16 boxes of 64 rows of 128 bytes
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void prefetch_epilogue(const Arguments &args, const CUtensorMap *map, int h_first,
+                                                  const Tile &tile, int step) {
+    const int BOXES = BN / 16;
+    bool spread = tile.steps >= PREFETCH_STEPS;
+    int a_step = spread ? (BOXES + PREFETCH_STEPS - 1) / PREFETCH_STEPS : BOXES;
+    int first = (spread ? step - (tile.steps - PREFETCH_STEPS) : step) * a_step;
+    for (int box = max(first, 0); box < min(first + a_step, BOXES); box++) {
+        int x = box / 2, y = box % 2;
+        if (PRODUCT == DOWN_BACKWARD && y * GROUP_ROWS < tile.rows) { // G, then U
+            int column = x < BN / 64 ? tile.n + x * 64 : args.F + tile.n + (x - BN / 64) * 64;
+            tma_prefetch(map, column, h_first + tile.m + y * 64);
+        } else if (PRODUCT == DOWN_WGRAD) {
+            tma_prefetch(map, 2 * tile.n + x * 64, tile.expert * args.d + tile.m + y * 64);
+        } else if (PRODUCT == UP_WGRAD) {
+            tma_prefetch(map, 2 * tile.m + box % 4 * 64, tile.expert * args.N + tile.n + box / 4 * 64);
+        }
+    }
+}
+
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan plan, Ring<BN> ring) {
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
     int which = 0;
-    int h_first = PRODUCT == UP_WGRAD ? (int)h_row(args, &which) : 0;
+    int h_first = PRODUCT == UP_WGRAD || PRODUCT == DOWN_BACKWARD ? (int)h_row(args, &which) : 0;
+    const CUtensorMap *map = &args.b[PRODUCT == UP_WGRAD ? which : 0];
+    const CUtensorMap *soon = &args.soon[PRODUCT == DOWN_BACKWARD ? which : 0];
     Tile tile;
     tile.expert = 0;
     for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
          item += gridDim.x / CLUSTER) {
         RowGather by_row;
         ColumnGather by_column;
+        int first_k = PRODUCT == UP_WGRAD ? h_first + tile.row : PRODUCT == DOWN_WGRAD ? tile.row : 0;
         if (WGRAD) {
             gather_begin(by_column, args, tile);
         } else {
@@ -461,21 +468,20 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
             barrier_wait(ring.empty(), ring.parity ^ 1);
             if (threadIdx.x == 0) {
                 barrier_expect(ring.full(), Stages<BN>::B_BYTES);
-                load_b<PRODUCT>(args, &args.b[which], ring, tile,
-                                (WGRAD ? h_first + tile.row : 0) + step * STEP_K);
+                load_b<PRODUCT>(map, ring, tile, first_k + step * STEP_K);
+                if (PRODUCT != UP_FORWARD && args.prefetch) {
+                    prefetch_epilogue<PRODUCT, BN>(args, soon, h_first, tile, step);
+                }
             }
             if (WGRAD) {
-                gather_step(by_column, args, ring.a());
+                gather_step(by_column, ring.a());
                 if (step + 1 < tile.steps) {
-                    gather_tokens(by_column, args, tile, step + 1);
+                    gather_tokens(by_column, step + 1);
                 }
             } else {
-                gather_step(by_row, args, ring.a(), step);
+                gather_step(by_row, ring.a(), step);
             }
             barrier_arrive_after_copies(ring.full());
-            if (PRODUCT != UP_FORWARD && step == max(tile.steps - PREFETCH_STEPS, 0)) {
-                prefetch_epilogue<PRODUCT, BN>(args, tile);
-            }
             ring.advance();
         }
     }
@@ -505,9 +511,10 @@ __device__ __forceinline__ void lead_wait(volatile int *lead, int tiles) {
     }
 }
 
+// starts all products of a tile; the last of them still run. Returns the stage they read, to be released
 template <int PRODUCT, int BN>
-__device__ __forceinline__ void multiply(float (&acc)[BN / 2], Ring<BN> &ring, int group, int steps,
-                                         int tiles, int lead, volatile int *leading) {
+__device__ __forceinline__ uint32_t multiply(float (&acc)[BN / 2], Ring<BN> &ring, int group, int steps,
+                                             int tiles, int lead, volatile int *leading) {
     const int A_ACROSS = Traits<PRODUCT>::A_ACROSS, B_ACROSS = Traits<PRODUCT>::B_ACROSS;
     const int A_STEP = A_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16; // descriptors count 16 bytes
     const int B_STEP = B_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16;
@@ -539,6 +546,10 @@ __device__ __forceinline__ void multiply(float (&acc)[BN / 2], Ring<BN> &ring, i
         last = ring.empty();
         ring.advance();
     }
+    return last;
+}
+
+template <int COUNT> __device__ __forceinline__ void multiply_done(float (&acc)[COUNT], uint32_t last) {
     wgmma_wait<0>();
     wgmma_results(acc);
     release_stage(last);
@@ -560,12 +571,16 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
     return __uint_as_float(pair & 0xffff0000u);
 }
 
+// 1 / (1 + 2^(-x log2 e)), two instructions of the special function unit: error 1e-6 or so
 __device__ __forceinline__ float sigmoid(float x) {
-    return __fdividef(1.0f, 1.0f + __expf(-x));
+    float power, result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+    return result;
 }
 
-// The quad's 4 x 4 matrix is transposed: v[j] of lane i goes to v[i] of lane j. What a lane has of four groups
-// of 8 columns becomes all 8 columns of one group.
+// The quad's 4 x 4 matrix is transposed: v[j] of lane i goes to v[i] of lane j. What a lane has of four
+// groups of 8 columns becomes all 8 columns of one group.
 __device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
     bool odd = threadIdx.x % 2 == 1, high = threadIdx.x / 2 % 2 == 1;
     uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
@@ -677,7 +692,7 @@ __device__ __forceinline__ float swiglu_backward_pair(uint32_t &a, uint32_t &g, 
         float s = sigmoid(G[i]), silu = G[i] * s, d = gate * da[i];
         A[i] = silu * U[i];
         dot += da[i] * A[i];
-        dG[i] = d * U[i] * s * (1.0f + G[i] * (1.0f - s));
+        dG[i] = d * U[i] * (s + silu * (1.0f - s));
         dU[i] = d * silu;
     }
     a = pack2(gate * A[0], gate * A[1]);
@@ -825,19 +840,23 @@ __device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<B
     const bool USES_H = PRODUCT == UP_FORWARD || PRODUCT == DOWN_BACKWARD;
     floatX *h = USES_H ? h_address(args) : NULL;
     Place place = thread_place(group);
-    Tile tile;
-    tile.expert = 0;
-    int tiles = 0;
-    for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
-         item += gridDim.x / CLUSTER) {
+    Tile tile, next;
+    next.expert = 0;
+    int item = blockIdx.x / CLUSTER, tiles = 0;
+    bool more = find_tile<PRODUCT, BN>(next, item, plan, args);
+    while (more) {
         float acc[BN / 2], gate[2];
+        tile = next;
         bool mine = group * GROUP_ROWS < tile.rows;
         if (PRODUCT == DOWN_BACKWARD && mine) {
             const float *gates = args.chunk.gate_of_row + args.chunk.first + tile.m + place.row;
             gate[0] = gates[0];
             gate[1] = gates[8];
         }
-        multiply<PRODUCT>(acc, ring, group, tile.steps, ++tiles, args.lead, leading);
+        uint32_t last = multiply<PRODUCT>(acc, ring, group, tile.steps, ++tiles, args.lead, leading);
+        item += gridDim.x / CLUSTER;
+        more = find_tile<PRODUCT, BN>(next, item, plan, args);
+        multiply_done(acc, last);
         if (!mine) {
             continue;
         }
@@ -860,8 +879,14 @@ __device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<B
 // ----------------------------------------------------------------------------
 // the kernel
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define GROUPED_CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define GROUPED_CLUSTER_DIMS // compiled for an older GPU as well: no clusters there
+#endif
+
 template <int PRODUCT, int BN>
-static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
+static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     grouped_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (PRODUCT == UP_FORWARD && args.a_out == NULL && *args.h.place >= 0) {
@@ -897,8 +922,13 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(BLOCK_T
         consume<PRODUCT>(args, plan, ring, group - 1, leading);
     }
     cluster_sync(); // the other block may still send here
+#else
+    (void)args;
+    __trap(); // a build without sm_90a has no such kernel
 #endif
 }
+
+#undef GROUPED_CLUSTER_DIMS
 
 // ----------------------------------------------------------------------------
 // host: tiles and launches
@@ -955,6 +985,7 @@ static inline Arguments arguments(RowChunk chunk, int d, int F, int N, int k) {
     args.steps = ceil_div<int>(k, STEP_K);
     args.m_tiles = ceil_div<int>(d, TILE_M);
     args.lead = GROUPED_LEAD;
+    args.prefetch = GROUPED_PREFETCH;
     return args;
 }
 
@@ -982,7 +1013,12 @@ static inline void h_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int bo
     maps[1] = h.scratch != NULL ? tensor_map(h.scratch, 2 * F, rows, 0, box_rows) : maps[0];
 }
 
-enum { BOX_ACROSS = 32 }; // k of a box of an operand stored across k
+// to be prefetched only: two bf16 stand for an fp32 number
+static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t rows) {
+    return tensor_map(dw, 2 * columns, rows, 0, 64);
+}
+
+enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
 
 static inline void grouped_up_forward(floatX *a, ChunkH h, const floatX *x, const floatX *w_gate_up,
                                       RowChunk chunk, int d, int F, cudaStream_t stream) {
@@ -1017,6 +1053,7 @@ static inline void grouped_down_backward(floatX *a, ChunkH h, float *dgate_parti
     args.rows = dy;
     args.a_out = a;
     args.dgate_partial = dgate_partial;
+    h_maps(args.soon, h, F, chunk.rows, GROUP_ROWS);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BOX_ACROSS);
     start<DOWN_BACKWARD>(args, row_tile(F, 256), stream);
 }
@@ -1036,6 +1073,7 @@ static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, const fl
     Arguments args = arguments(chunk, d, F, F, 0);
     args.rows = dy;
     args.dw = dw_down;
+    args.soon[0] = gradient_map(dw_down, F, (int64_t)chunk.experts * d);
     args.b[0] = tensor_map(a, F, chunk.rows, 0, BOX_ACROSS);
     start<DOWN_WGRAD>(args, wgrad_tile(chunk.experts, d, F), stream);
 }
@@ -1046,6 +1084,7 @@ static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x
     args.h = h;
     args.rows = x;
     args.dw = dw_gate_up;
+    args.soon[0] = gradient_map(dw_gate_up, d, (int64_t)chunk.experts * 2 * F);
     h_maps(args.b, h, F, chunk.rows, BOX_ACROSS);
     start<UP_WGRAD>(args, wgrad_tile(chunk.experts, d, 2 * F), stream);
 }

@@ -100,12 +100,13 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                  : "memory");
 }
 
-// one arrival at the barrier of the same address in block `rank` of the cluster
+// One arrival at the barrier of the same address in block `rank` of the cluster. (With .release.cluster it
+// would first wait for all of the thread's stores to reach L2: some 1000 cycles a stage.)
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
     asm volatile("{\n"
                  ".reg .b32 remote;\n"
                  "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
                  "}" ::"r"(barrier),
                  "r"(rank)
                  : "memory");
@@ -217,9 +218,11 @@ __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap *ma
                  : "memory");
 }
 
-// bytes, a multiple of 16, will soon be wanted from L2
-__device__ __forceinline__ void prefetch_l2(const void *from, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// the box will soon be wanted: to L2. (The bulk prefetch without a map is slow: some 250 cycles each.)
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
+                 "r"(row)
+                 : "memory");
 }
 
 // ----------------------------------------------------------------------------

@@ -3,17 +3,20 @@ The Hopper grouped GEMM against a naive kernel, and timed beside cuBLASLt's dens
 
     grouped_gemm check [lead [p]]   every product (or the p-th alone, on random operands) on small and odd
                                     shapes, every element
-    grouped_gemm time [lead [...]]  the shapes of the paper's models: sampled elements checked, then times.
-                                    For each `lead` (hopper::Arguments) a table of its own
+    grouped_gemm time [lead [...]]  the shapes of the paper's models: sampled elements checked, then times,
+                                    with each `lead` (hopper::Arguments); 2n: lead 2 and no prefetch
 
 Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data; cuBLASLt's is the best of
-its first 8 heuristics. A dense product has as many rows as there are pairs; weight gradients are compared with
-the better of one product over all rows and a batch of E. FLOPs are those of the pairs: pads are our loss.
+its first 8 heuristics. A dense product has as many rows as there are pairs; weight gradients are compared
+with the better of one product over all rows and a batch of E. FLOPs are those of the pairs: pads are our
+loss.
 
     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. dev/ladder/grouped_gemm.cu -lcublasLt
 */
 static int bench_lead = 2;
+static bool bench_prefetch = true;
 #define GROUPED_LEAD bench_lead
+#define GROUPED_PREFETCH bench_prefetch
 
 #include "llmc/grouped_gemm_hopper.cuh"
 #include <algorithm>
@@ -754,7 +757,51 @@ static Row time_product(const Layer &l, int product, const Dense &dense, const f
     return {median(ours), median(theirs), (float)(least_bytes(l, product) / 3e9), flops};
 }
 
-static void time_all(const std::vector<int> &leads) {
+static void use_variant(const char *variant) {
+    bench_lead = atoi(variant);
+    bench_prefetch = strchr(variant, 'n') == NULL;
+}
+
+// operands as they are in training
+static void prepare(const Layer &l, int product) {
+    for (int before = 0; before < std::min(product, 3); before++) {
+        run(l, before);
+    }
+}
+
+static void print_to(std::vector<char> &table, const char *format, ...) {
+    char line[256];
+    va_list args;
+    va_start(args, format);
+    int length = vsnprintf(line, sizeof(line), format, args);
+    va_end(args);
+    table.insert(table.end(), line, line + length);
+}
+
+static void time_layer(std::vector<char> &table, const Layer &l, const std::vector<const char *> &variants) {
+    const Case &c = l.c;
+    for (int product = 0; product < PRODUCTS; product++) {
+        use_variant(variants[0]);
+        prepare(l, product);
+        floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 2 * c.F);
+        Dense dense = dense_of(l, product);
+        for (size_t i = 0; i < variants.size(); i++) {
+            use_variant(variants[i]);
+            prepare(l, product); // the dense product spoils some operands
+            Row r = time_product(l, product, dense, h);
+            if (i == 0) {
+                print_to(table, "%4d %4d %3d %-13s dense %.3f ms %3.0f, bytes %.3f ms;", c.d, c.F, c.E,
+                         product_names[product], r.dense, r.flops / r.dense * 1e-9, r.bound);
+            }
+            print_to(table, "  %s: %.3f ms %3.0f %.3f", variants[i], r.ours, r.flops / r.ours * 1e-9,
+                     fmaxf(r.dense, r.bound) / r.ours);
+        }
+        print_to(table, "\n");
+        CUDA_CHECK(cudaFree(h));
+    }
+}
+
+static void time_all(const std::vector<const char *> &variants) {
     Case cases[] = {
         {768, 3072, 8, 65536, 1, 0, 0, true, 0},  {1024, 4096, 8, 65536, 1, 0, 0, true, 0},
         {768, 384, 64, 65536, 8, 0, 0, true, 0},  {768, 3072, 64, 65536, 1, 0, 0, true, 0},
@@ -763,41 +810,14 @@ static void time_all(const std::vector<int> &leads) {
     CUBLAS_CHECK(cublasLtCreate(&lt));
     CUDA_CHECK(cudaMalloc(&workspace, WORKSPACE));
     std::vector<char> table;
-    auto print = [&](const char *format, auto... args) {
-        char line[256];
-        snprintf(line, sizeof(line), format, args...);
-        table.insert(table.end(), line, line + strlen(line));
-    };
     for (const Case &c : cases) {
         Layer l = layer_new(c);
         check_layer(l, 509, 1);
-        for (int product = 0; product < PRODUCTS; product++) {
-            // operands as they are in training; the dense product spoils some of them
-            auto prepare = [&] {
-                for (int before = 0; before < std::min(product, 3); before++) {
-                    run(l, before);
-                }
-            };
-            prepare();
-            floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 2 * c.F);
-            Dense dense = dense_of(l, product);
-            for (int lead : leads) {
-                bench_lead = lead;
-                prepare();
-                Row r = time_product(l, product, dense, h);
-                float best = fmaxf(r.dense, r.bound);
-                print("%5d %5d %4d %-13s lead %d: %7.3f ms %4.0f TFLOP/s  dense %7.3f ms %4.0f  bytes %7.3f "
-                      "ms  %.3f of "
-                      "the slower\n",
-                      c.d, c.F, c.E, product_names[product], lead, r.ours, r.flops / r.ours * 1e-9, r.dense,
-                      r.flops / r.dense * 1e-9, r.bound, best / r.ours);
-            }
-            CUDA_CHECK(cudaFree(h));
-        }
+        time_layer(table, l, variants);
         layer_free(l);
     }
     table.push_back(0);
-    printf("\n%s", table.data());
+    printf("\nTFLOP/s of the pairs; last: share of the slower of dense and bytes / 3 TB/s\n%s", table.data());
 }
 
 int main(int argc, char **argv) {
@@ -812,11 +832,8 @@ int main(int argc, char **argv) {
         only = argc > 3 ? atoi(argv[3]) : -1;
         check_all();
     } else {
-        std::vector<int> leads;
-        for (int i = 2; i < argc; i++) {
-            leads.push_back(atoi(argv[i]));
-        }
-        time_all(leads.empty() ? std::vector<int>(1, bench_lead) : leads);
+        std::vector<const char *> variants(argv + 2, argv + argc);
+        time_all(variants.empty() ? std::vector<const char *>(1, "2") : variants);
     }
     printf(failures ? "%d FAILED\n" : "all checks passed\n", failures);
     return failures != 0;
