@@ -530,7 +530,7 @@ static inline void bench_time(Run *run, double *times, double *sparsity, double 
 static inline void bench(Run *run) {
     const Config *c = &run->config;
     double target = 1.0 - (double)c->router.active / c->router.experts;
-    double times[TIMED_STEPS], sparsity, active;
+    double times[TIMED_STEPS], sparsity = 0.0, active = 0.0;
     for (int round = 0;
          round == 0 || (round < MOST_ROUNDS && has_lambda(run) && fabs(sparsity - target) >= 0.005);
          round++) {
