@@ -90,11 +90,12 @@ __device__ __forceinline__ int warp_id() {
 // ----------------------------------------------------------------------------
 // the tiles of a chunk
 
+// BY_EXPERT: the lines of C are an expert's M, summed over its rows in the chunk; else they are these rows,
+// and the sums have K terms
 struct Sizes {
     RowChunk chunk;
-    int M; // lines of C an expert; 0: its rows in the chunk
+    int M, K;
     int N; // columns of C that tiles count (the up-projection counts gate and up as one)
-    int K; // length of the sums; 0: the expert's rows in the chunk
     int tile_n;
 };
 
@@ -122,33 +123,30 @@ struct TableRow {
     int row;   // first row, in the chunk
 };
 
-// The table's prefix sum, by one warp, 32 experts at a time
-__device__ __forceinline__ void fill_table(TableRow *table, const Sizes &sizes) {
+// The table's prefix sum, by one warp, 32 rows of the table at a time
+template <bool BY_EXPERT> __device__ __forceinline__ void fill_table(TableRow *table, const Sizes &sizes) {
     const RowChunk &chunk = sizes.chunk;
-    int before = 0;
+    int E = chunk.experts, before = 0;
 #pragma unroll 1
-    for (int e0 = 0; e0 < chunk.experts; e0 += 32) {
-        int e = e0 + lane_id(), next = min(e + 1, chunk.experts);
-        int begin = chunk_row(chunk, chunk.offsets[min(e, next)]),
-            end = chunk_row(chunk, chunk.offsets[next]);
-        int lines = sizes.M > 0 && end > begin ? sizes.M : end - begin; // beyond the last expert 0
+    for (int e0 = 0; e0 <= E; e0 += 32) {
+        int e = e0 + lane_id();
+        int begin = chunk_row(chunk, chunk.offsets[min(e, E)]);
+        int end = chunk_row(chunk, chunk.offsets[min(e + 1, E)]);
+        int lines = BY_EXPERT && end > begin ? sizes.M : end - begin; // none behind the last expert
         int own = ceil_div<int>(lines, Shape::M), sum = own;
         for (int distance = 1; distance < 32; distance *= 2) {
             int other = __shfl_up_sync(0xffffffffu, sum, distance);
             sum += lane_id() >= distance ? other : 0;
         }
-        if (e <= chunk.experts) {
+        if (e <= E) {
             table[e].tiles = before + sum - own;
             table[e].row = begin;
         }
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
-    if (lane_id() == 0) { // where 32 divides their number, there was no lane for the end
-        table[chunk.experts].tiles = before;
-        table[chunk.experts].row = chunk_row(chunk, chunk.offsets[chunk.experts]);
-    }
 }
 
+template <bool BY_EXPERT>
 __device__ __forceinline__ Tile find_tile(int number, const TableRow *table, const Sizes &sizes) {
     int columns = ceil_div(sizes.N, sizes.tile_n);
     int row = number / columns; // if each expert's tiles were taken row by row
@@ -168,11 +166,11 @@ __device__ __forceinline__ Tile find_tile(int number, const TableRow *table, con
     local -= band * columns; // within the band column by column
     Tile tile;
     tile.expert = low;
-    tile.m = (sizes.M > 0 ? 0 : from.row) + (band + local % height) * Shape::M;
-    tile.m_end = sizes.M > 0 ? sizes.M : to.row;
+    tile.m = (BY_EXPERT ? 0 : from.row) + (band + local % height) * Shape::M;
+    tile.m_end = BY_EXPERT ? sizes.M : to.row;
     tile.n = local / height * sizes.tile_n;
-    tile.k = sizes.K > 0 ? 0 : from.row;
-    tile.k_end = sizes.K > 0 ? sizes.K : to.row;
+    tile.k = BY_EXPERT ? from.row : 0;
+    tile.k_end = BY_EXPERT ? to.row : sizes.K;
     return tile;
 }
 
@@ -284,6 +282,7 @@ template <class A, class B> struct TileLoader {
     typedef TileCopy<A, S::M> CopyA;
     typedef TileCopy<B, S::N> CopyB;
     enum { STAGE = CopyA::ELEMENTS + CopyB::ELEMENTS };
+    static const bool BY_EXPERT = A::LAYOUT == BY_STEP;
     const Sizes &sizes;
     const A &operand_a;
     const B &operand_b;
@@ -320,7 +319,7 @@ template <class A, class B> struct TileLoader {
     __device__ __forceinline__ void open(int tile_number) {
         number = tile_number;
         if (number < tiles) {
-            tile = find_tile(number, table, sizes);
+            tile = find_tile<BY_EXPERT>(number, table, sizes);
             k = tile.k;
             a.find_expert(operand_a, tile.expert);
             b.find_expert(operand_b, tile.expert);
@@ -464,7 +463,7 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS_PER_SM)
     floatX *stages = (floatX *)shared_memory();
     TableRow *table = (TableRow *)(stages + S::STAGES * Loader::STAGE);
     if (threadIdx.x < 32) {
-        fill_table(table, sizes);
+        fill_table<Loader::BY_EXPERT>(table, sizes);
     }
     __syncthreads();
     Loader loader(sizes, operand_a, operand_b, table);
@@ -475,7 +474,8 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS_PER_SM)
     WarpPlace<A, B> place(warp);
     for (int number = (int)blockIdx.x; number < loader.tiles; number += (int)gridDim.x) {
         // a tile of very few steps has been left behind by the loader
-        Tile tile = loader.number == number ? loader.tile : find_tile(number, table, sizes);
+        Tile tile =
+            loader.number == number ? loader.tile : find_tile<Loader::BY_EXPERT>(number, table, sizes);
         tile.m += warp / S::WARPS_N * S::WARP_M;
         tile.n += warp % S::WARPS_N * (sizes.tile_n / S::WARPS_N);
         bool inside = tile.m < tile.m_end && tile.n < sizes.N; // else this warp only copies
@@ -617,12 +617,12 @@ struct SwigluForward {
 struct SwigluBackward {
     enum {
         NEIGHBOURS_IN_A_LANE = 1,
-        ROWS = Shape::WARP_M / 8,
         GROUPS = Shape::WARP_N / Shape::GROUP,
-        AHEAD = 1 // rows of H that are under way while one is worked on
+        PIECES = Shape::WARP_M / 8 * GROUPS, // groups of a lane's rows, row after row
+        AHEAD = 2                            // pieces of H that are under way while one is worked on
     };
-    struct RowOfH {
-        Eight G[GROUPS], U[GROUPS];
+    struct Piece {
+        Eight G, U;
         float gate;
     };
     floatX *a;
@@ -635,69 +635,69 @@ struct SwigluBackward {
         return false;
     }
 
-    __device__ __forceinline__ void load_row(RowOfH &h_row, const floatX *h_rows, int row, int f) const {
-        h_row = {};
-        h_row.gate = gate_of_row[row];
-        const floatX *from = h_rows + (int64_t)row * 2 * F + f;
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            if (f + Shape::GROUP * group < F) {
-                h_row.G[group] = load_eight(from + Shape::GROUP * group);
-                h_row.U[group] = load_eight(from + Shape::GROUP * group + F);
-            }
+    // zeros where there is no column
+    __device__ __forceinline__ Piece load_piece(const floatX *h_rows, int row, int f) const {
+        Piece piece = {};
+        piece.gate = gate_of_row[row];
+        if (f < F) {
+            const floatX *from = h_rows + (int64_t)row * 2 * F + f;
+            piece.G = load_eight(from);
+            piece.U = load_eight(from + F);
         }
+        return piece;
     }
 
-    // 8 columns of a row; returns their part of <dA', A>
-    __device__ __forceinline__ float backward_eight(float da[8], float G[8], float U[8], float gate) const {
-        float dot = 0.0f;
+    // stores what becomes of 8 columns of a row; returns their part of <dA', A>
+    __device__ __forceinline__ float backward_piece(float da[8], const Piece &piece, floatX *h_rows, int row,
+                                                    int f) const {
+        float G[8], U[8], dot = 0.0f;
+        to_floats(G, piece.G);
+        to_floats(U, piece.U);
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             float s = sigmoid(G[c]), silu = G[c] * s;
-            float activation = silu * U[c], d = da[c] * gate;
+            float activation = silu * U[c], d = da[c] * piece.gate;
             dot += da[c] * activation;
-            da[c] = gate * activation;
+            da[c] = piece.gate * activation;
             G[c] = d * U[c] * s * (1.0f + G[c] * (1.0f - s));
             U[c] = d * silu;
+        }
+        if (f < F) {
+            floatX *to = h_rows + (int64_t)row * 2 * F + f;
+            store_eight(to, G);
+            store_eight(to + F, U);
+            store_eight(a + (int64_t)row * F + f, da);
         }
         return dot;
     }
 
     __device__ __forceinline__ void store(const WarpSums &sums, const Tile &tile) const {
-        int t = lane_id() % 4, f0 = tile.n + 8 * t;
-        int row0 = tile.m + lane_id() / 4;
+        int t = lane_id() % 4, f = tile.n + 8 * t, row = tile.m + lane_id() / 4;
         floatX *h_rows = chunk_h(h);
-        RowOfH rows[AHEAD + 1];
+        Piece pieces[AHEAD + 1];
+        float dot = 0.0f;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            load_row(rows[i], h_rows, row0 + 8 * i, f0);
-        }
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            if (i + AHEAD < ROWS) {
-                load_row(rows[(i + AHEAD) % (AHEAD + 1)], h_rows, row0 + 8 * (i + AHEAD), f0);
+        for (int p = 0; p < PIECES + AHEAD; p++) {
+            if (p < PIECES) {
+                pieces[p % (AHEAD + 1)] =
+                    load_piece(h_rows, row + p / GROUPS * 8, f + p % GROUPS * Shape::GROUP);
             }
-            const RowOfH &h_row = rows[i % (AHEAD + 1)];
-            int row = row0 + 8 * i;
-            floatX *to_h = h_rows + (int64_t)row * 2 * F + f0, *to_a = a + (int64_t)row * F + f0;
-            float dot = 0.0f;
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) { // where there is no column, all is 0
-                float da[8], G[8], U[8];
-                eight_columns(da, sums, i, group);
-                to_floats(G, h_row.G[group]);
-                to_floats(U, h_row.U[group]);
-                dot += backward_eight(da, G, U, h_row.gate);
-                if (f0 + Shape::GROUP * group < F) {
-                    store_eight(to_h + Shape::GROUP * group, G);
-                    store_eight(to_h + Shape::GROUP * group + F, U);
-                    store_eight(to_a + Shape::GROUP * group, da);
+            int now = p - AHEAD, i = now / GROUPS, group = now % GROUPS;
+            if (now < 0) {
+                continue;
+            }
+            __syncwarp(); // one after the other: the compiler would mix them and run out of registers
+            float da[8];
+            eight_columns(da, sums, i, group);
+            dot +=
+                backward_piece(da, pieces[now % (AHEAD + 1)], h_rows, row + 8 * i, f + group * Shape::GROUP);
+            if (group == GROUPS - 1) { // the row is complete: the four lanes' sums
+                dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+                dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+                if (t == 0) {
+                    dgate_partial[(int64_t)(row + 8 * i) * dgate_tiles + tile.n / Shape::WARP_N] = dot;
                 }
-            }
-            dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-            dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-            if (t == 0) {
-                dgate_partial[(int64_t)row * dgate_tiles + tile.n / Shape::WARP_N] = dot;
+                dot = 0.0f;
             }
         }
     }
@@ -757,24 +757,24 @@ struct AddToWeights {
 template <class A, class B, class Epilogue>
 static void multiply_chunk(Sizes sizes, A a, B b, Epilogue epilogue, cudaStream_t stream) {
     typedef Shape S;
+    typedef TileLoader<A, B> Loader;
     int E = sizes.chunk.experts, segments = sizes.chunk.rows / S::WARP_M; // experts with rows are not more
-    int most_rows = sizes.M > 0 ? min(E, segments) * ceil_div<int>(sizes.M, S::M)
-                                : min(segments, sizes.chunk.rows / S::M + E);
+    int most_rows = Loader::BY_EXPERT ? min(E, segments) * ceil_div<int>(sizes.M, S::M)
+                                      : min(segments, sizes.chunk.rows / S::M + E);
     int blocks = min(S::BLOCKS_PER_SM * num_sms(), most_rows * ceil_div(sizes.N, sizes.tile_n));
-    size_t shared_bytes =
-        S::STAGES * TileLoader<A, B>::STAGE * sizeof(floatX) + (size_t)(E + 1) * sizeof(TableRow);
+    size_t shared_bytes = S::STAGES * Loader::STAGE * sizeof(floatX) + (size_t)(E + 1) * sizeof(TableRow);
     launch(product_kernel<A, B, Epilogue>, blocks, S::THREADS, shared_bytes, stream, sizes, a, b, epilogue);
 }
 
 // C's rows are the chunk's
 static inline Sizes sizes_by_rows(RowChunk chunk, int N, int K, int tile_n = Shape::N) {
-    Sizes sizes = {chunk, 0, N, K, tile_n};
+    Sizes sizes = {chunk, 0, K, N, tile_n};
     return sizes;
 }
 
 // C is a matrix an expert, the chunk's rows are summed over
 static inline Sizes sizes_by_expert(RowChunk chunk, int M, int N) {
-    Sizes sizes = {chunk, M, N, 0, Shape::N};
+    Sizes sizes = {chunk, M, 0, N, Shape::N};
     return sizes;
 }
 
