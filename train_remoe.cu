@@ -92,7 +92,8 @@ struct Model {
     int k;      // k_tot in force (the near-dense warm-up of topk raises it)
     int k_most; // the largest that will be
     Purpose purpose;
-    int recompute; // normed activations are made again in backward
+    Kernels kernels; // of the grouped GEMMs
+    int recompute;   // normed activations are made again in backward
     cudaStream_t stream;
     DeviceMemory memory;
     GemmPlans gemm;
@@ -250,7 +251,7 @@ static void allocate_all(Model *m, int64_t store_rows) {
         gemm_open(&m->gemm, workspace, GEMM_WORKSPACE_BYTES);
     }
     arena_init(&m->arena, &m->memory, c->layers, m->B * m->T, c->router.experts, c->router.active,
-               most_active(m), c->hidden, c->ffn, store_rows, m->purpose != FOR_INFERENCE);
+               most_active(m), c->hidden, c->ffn, store_rows, m->purpose != FOR_INFERENCE, m->kernels);
 }
 
 // bytes that this model would take for micro-batches of B sequences, without any store of pairs
@@ -263,6 +264,7 @@ static int64_t fixed_bytes(const Model *like, int B) {
     m.k_most = like->k_most;
     m.purpose = like->purpose;
     m.recompute = like->recompute;
+    m.kernels = like->kernels;
     m.memory.counting = 1;
     m.layers = NEW(LayerActs, like->config.layers);
     allocate_all(&m, 0);
@@ -420,6 +422,15 @@ static void refuse_too_large(const Model *m, const Options *o, int64_t need, int
     }
 }
 
+static Kernels choose_kernels(const Options *o) {
+    Kernels best = grouped_best_kernels();
+    if (strcmp(o->kernels, "hopper") == 0 && best != KERNELS_HOPPER) {
+        die("--kernels hopper: they need a Hopper GPU (H100, H200), a build for sm_90a, and bf16\n"
+            "  ---> --kernels portable, or make CUDA_ARCHS=90a");
+    }
+    return strcmp(o->kernels, "portable") == 0 ? KERNELS_PORTABLE : best;
+}
+
 Model *model_open(const Config *config, const Options *o, Purpose purpose) {
     check_shapes(config, o->batch, o->seq_len);
     Model *m = NEW(Model, 1);
@@ -431,6 +442,7 @@ Model *model_open(const Config *config, const Options *o, Purpose purpose) {
     m->k_most =
         (int)(config->router.experts < larger(m->k, warm) ? config->router.experts : larger(m->k, warm));
     m->purpose = purpose;
+    m->kernels = choose_kernels(o);
     m->recompute = o->recompute && purpose != FOR_INFERENCE;
     m->layers = NEW(LayerActs, config->layers);
     m->host_logits = NEW(float, config->vocab_size);

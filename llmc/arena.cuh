@@ -45,6 +45,7 @@ Errors: none at run time; memory.cuh reports what does not fit the device.
 
 typedef struct {
     int L, N, E, F;       // N: tokens of the largest micro-batch
+    Kernels kernels;      // of the grouped GEMMs
     int chunk_rows;       // R
     int max_chunks;       // a layer: ceil(W / R)
     int64_t worst_rows;   // W
@@ -131,7 +132,7 @@ static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int d, i
 // k: active experts aimed at; k_most: at most N k_most pairs in a micro-batch (E for relu, k where the router
 // fixes it); store_rows: the budget, of no use unless training. The plan is the worst case until arena_plan
 static inline void arena_init(Arena *arena, DeviceMemory *memory, int L, int N, int E, int k, int k_most,
-                              int d, int F, int64_t store_rows, int training) {
+                              int d, int F, int64_t store_rows, int training, Kernels kernels) {
     memset(arena, 0, sizeof(*arena));
     arena->L = L;
     arena->N = N;
@@ -141,7 +142,8 @@ static inline void arena_init(Arena *arena, DeviceMemory *memory, int L, int N, 
     arena->chunk_rows = (int)arena_chunk_rows(N, E, k, arena->worst_rows);
     arena->max_chunks = (int)ceil_div<int64_t>(arena->worst_rows, arena->chunk_rows);
     arena->store_rows = training ? store_rows : 0;
-    arena->dgate_tiles = grouped_dgate_tiles(F);
+    arena->kernels = kernels;
+    arena->dgate_tiles = grouped_dgate_tiles(F, kernels);
     arena->store = take<floatX>(memory, SEGMENT_PAIRS, arena->store_rows * 2 * F);
     arena_take_chunk(arena, memory, d, training);
     arena->place = take<int64_t>(memory, SEGMENT_WORKSPACE, (int64_t)L * arena->max_chunks);
@@ -205,6 +207,7 @@ static inline RowChunk arena_chunk(const Arena *arena, DeviceDispatch dispatch, 
     chunk.experts = arena->E;
     chunk.first = c * arena->chunk_rows;
     chunk.rows = arena->chunk_rows;
+    chunk.kernels = arena->kernels;
     return chunk;
 }
 

@@ -45,10 +45,12 @@ capture the launches.
 #ifndef GROUPED_GEMM_HOPPER_CUH
 #define GROUPED_GEMM_HOPPER_CUH
 
-#include "grouped_gemm.cuh"
+#include "row_chunk.cuh"
 
 #if !defined(PRECISION_FP32) && !defined(EMULATED)
 #include "hopper.cuh"
+
+#define HOPPER_KERNELS
 
 #ifndef GROUPED_CLUSTER
 #define GROUPED_CLUSTER 2
@@ -933,8 +935,14 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
 // ----------------------------------------------------------------------------
 // host: tiles and launches
 
+// a Hopper device, and code for it in this build (not PTX of an older target that the driver has translated)
 static inline bool available(void) {
-    return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+    cudaFuncAttributes code;
+    if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) {
+        return false;
+    }
+    CUDA_CHECK(cudaFuncGetAttributes(&code, grouped_kernel<DOWN_FORWARD, 256>));
+    return code.ptxVersion >= 90;
 }
 
 // Narrow tiles load more a product: about so much longer for the same work, in 1/100

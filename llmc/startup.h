@@ -121,6 +121,10 @@ static inline void check_options(const Options *o) {
     if (strcmp(o->save_dtype, "f32") != 0 && strcmp(o->save_dtype, "bf16") != 0) {
         die_usage("--save-dtype %s: expected f32 or bf16", o->save_dtype);
     }
+    if (strcmp(o->kernels, "auto") != 0 && strcmp(o->kernels, "portable") != 0 &&
+        strcmp(o->kernels, "hopper") != 0) {
+        die_usage("--kernels %s: expected auto, portable or hopper", o->kernels);
+    }
     if (o->lr_min > o->lr) {
         die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
     }

@@ -6,6 +6,8 @@ test_remoe.cu: runs the CUDA tests, one component a file in dev/test/cuda/test_X
     ./test_remoecu --bench attention ...   times these components' kernels instead
     ./test_remoecu --list      their names
 
+On a Hopper GPU in bf16 the components that use the grouped GEMMs are tested (and timed) with both kinds of kernels.
+
 Prints a line a component and last "N passed, N failed"; exit 1 if any failed. The CUDA trainer is included
 whole, and the CPU trainer in a namespace of its own: the reference that everything is compared with.
 */
@@ -50,25 +52,26 @@ namespace cpu {
 typedef struct {
     const char *name;
     void (*run)(void);
-    void (*bench)(void); // or NULL
+    void (*bench)(void);   // or NULL
+    int uses_grouped_gemm; // tested again with the Hopper kernels
 } TestRow;
 
 // foundations first
 static const TestRow test_rows[] = {
-    {"mma", test_cuda_mma, NULL},
-    {"gemm", test_cuda_gemm, bench_cuda_elementwise},
-    {"embedding", test_cuda_embedding, NULL},
-    {"rmsnorm", test_cuda_rmsnorm, NULL},
-    {"rope", test_cuda_rope, NULL},
-    {"attention", test_cuda_attention, bench_cuda_attention},
-    {"pairs", test_cuda_pairs, NULL},
-    {"router", test_cuda_router, bench_cuda_router},
-    {"dispatch", test_cuda_dispatch, bench_cuda_dispatch},
-    {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm},
-    {"experts", test_cuda_experts, NULL},
-    {"crossentropy", test_cuda_crossentropy, NULL},
-    {"adamw", test_cuda_adamw, NULL},
-    {"model", test_cuda_model, NULL},
+    {"mma", test_cuda_mma, NULL, 0},
+    {"gemm", test_cuda_gemm, bench_cuda_elementwise, 0},
+    {"embedding", test_cuda_embedding, NULL, 0},
+    {"rmsnorm", test_cuda_rmsnorm, NULL, 0},
+    {"rope", test_cuda_rope, NULL, 0},
+    {"attention", test_cuda_attention, bench_cuda_attention, 0},
+    {"pairs", test_cuda_pairs, NULL, 0},
+    {"router", test_cuda_router, bench_cuda_router, 0},
+    {"dispatch", test_cuda_dispatch, bench_cuda_dispatch, 0},
+    {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm, 1},
+    {"experts", test_cuda_experts, NULL, 1},
+    {"crossentropy", test_cuda_crossentropy, NULL, 0},
+    {"adamw", test_cuda_adamw, NULL, 0},
+    {"model", test_cuda_model, NULL, 1},
 };
 
 enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };
@@ -96,27 +99,58 @@ static void refuse_unknown_tests(int argc, char **argv) {
     }
 }
 
+typedef struct {
+    int passed, failed, skipped;
+} TestTotals;
+
+static void run_test(const TestRow *row, TestTotals *totals) {
+    double begin = seconds_now();
+    memset(&tally, 0, sizeof(tally));
+    row->run();
+    CUDA_CHECK(cudaDeviceSynchronize());
+    int ok = tally.failures == 0 && tally.checks > 0;
+    printf("%-14s %s  %6d checks, %d failed%s  %.1f s%s\n", row->name, ok ? "ok    " : "FAILED", tally.checks,
+           tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin,
+           test_kernels == KERNELS_HOPPER ? "  (Hopper kernels)" : "");
+    fflush(stdout);
+    totals->passed += ok;
+    totals->failed += !ok;
+    totals->skipped += tally.skipped;
+}
+
 static int run_tests(int argc, char **argv) {
-    int passed = 0, failed = 0, skipped = 0;
+    TestTotals totals = {0, 0, 0};
+    Kernels best = grouped_best_kernels();
     for (int row = 0; row < TEST_ROWS; row++) {
         if (!test_is_wanted(test_rows[row].name, argc, argv)) {
             continue;
         }
-        double begin = seconds_now();
-        memset(&tally, 0, sizeof(tally));
-        test_rows[row].run();
-        CUDA_CHECK(cudaDeviceSynchronize());
-        int ok = tally.failures == 0 && tally.checks > 0;
-        printf("%-14s %s  %6d checks, %d failed%s  %.1f s\n", test_rows[row].name, ok ? "ok    " : "FAILED",
-               tally.checks, tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin);
-        fflush(stdout);
-        passed += ok;
-        failed += !ok;
-        skipped += tally.skipped;
+        test_kernels = KERNELS_PORTABLE;
+        run_test(&test_rows[row], &totals);
+        if (test_rows[row].uses_grouped_gemm && best != KERNELS_PORTABLE) {
+            test_kernels = best;
+            run_test(&test_rows[row], &totals);
+        }
     }
-    printf("%s: %d passed, %d failed", is_fp32() ? "fp32" : "bf16", passed, failed);
-    printf(skipped ? ", %d skipped\n" : "\n", skipped);
-    return failed > 0;
+    printf("%s: %d passed, %d failed", is_fp32() ? "fp32" : "bf16", totals.passed, totals.failed);
+    printf(totals.skipped ? ", %d skipped\n" : "\n", totals.skipped);
+    return totals.failed > 0;
+}
+
+static void run_benches(int argc, char **argv) {
+    for (int row = 0; row < TEST_ROWS; row++) {
+        if (test_rows[row].bench == NULL || !test_is_wanted(test_rows[row].name, argc, argv)) {
+            continue;
+        }
+        test_kernels = KERNELS_PORTABLE;
+        test_rows[row].bench();
+        if (test_rows[row].uses_grouped_gemm && grouped_best_kernels() != KERNELS_PORTABLE) {
+            test_kernels = grouped_best_kernels();
+            printf("the same with Hopper kernels\n");
+            test_rows[row].bench();
+        }
+        fflush(stdout);
+    }
 }
 
 int main(int argc, char **argv) {
@@ -131,11 +165,6 @@ int main(int argc, char **argv) {
     if (!benching) {
         return run_tests(argc, argv);
     }
-    for (int row = 0; row < TEST_ROWS; row++) {
-        if (test_rows[row].bench != NULL && test_is_wanted(test_rows[row].name, argc, argv)) {
-            test_rows[row].bench();
-            fflush(stdout);
-        }
-    }
+    run_benches(argc, argv);
     return 0;
 }

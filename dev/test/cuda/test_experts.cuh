@@ -111,7 +111,8 @@ static DeviceMemory cuda_experts_memory(void) {
 static void cuda_experts_arena(Arena *arena, DeviceMemory *memory, const ExpertsShape *s, int64_t store_rows,
                                int training) {
     *memory = cuda_experts_memory();
-    arena_init(arena, memory, EXPERTS_LAYERS, s->N, s->E, s->k, s->E, s->d, s->F, store_rows, training);
+    arena_init(arena, memory, EXPERTS_LAYERS, s->N, s->E, s->k, s->E, s->d, s->F, store_rows, training,
+               test_kernels);
     arena_begin_step(arena, NULL);
 }
 
@@ -325,7 +326,7 @@ static void test_cuda_experts_inference(void) {
         DeviceMemory memory, counting = cuda_experts_memory();
         counting.counting = 1;
         arena_init(&counted, &counting, EXPERTS_LAYERS, shape.N, shape.E, shape.k, shape.E, shape.d, shape.F,
-                   100, training);
+                   100, training, test_kernels);
         arena_free(&counted);
         cuda_experts_arena(&arena, &memory, &shape, 100, training);
         CHECK(memory_total(&memory) == memory_total(&counting) && memory.bytes[SEGMENT_WORKSPACE] > 0);
@@ -346,10 +347,10 @@ static void test_cuda_experts_fixed(void) {
     Arena arena;
     DeviceMemory memory = cuda_experts_memory();
     memory.counting = 1;
-    arena_init(&arena, &memory, 3, 1000, 8, 2, 2, 16, 24, 0, 1);
+    arena_init(&arena, &memory, 3, 1000, 8, 2, 2, 16, 24, 0, 1, test_kernels);
     CHECK(arena.max_chunks == 1 && arena.chunk_rows == 2048 + 8 * 64 && arena.planned[2] == 1);
     arena_free(&arena);
-    arena_init(&arena, &memory, 1, 65536, 8, 1, 8, 16, 24, 0, 1);
+    arena_init(&arena, &memory, 1, 65536, 8, 1, 8, 16, 24, 0, 1, test_kernels);
     CHECK(arena.chunk_rows == 98304 + 512 && arena.max_chunks == 6);
     const int dense = 4 * 65536, sparse = 65536 + 256;
     arena_plan(&arena, &dense);

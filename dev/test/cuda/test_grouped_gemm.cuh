@@ -350,7 +350,7 @@ static void grouped_run_forward(const GroupedCase *c, GroupedDevice *g, RowChunk
 // each function from the reference's inputs: gate A and dH are uploaded anew for the products that read them
 static void grouped_run_backward(const GroupedCase *c, GroupedDevice *g, RowChunk chunk, int64_t existing,
                                  bool in_store) {
-    int d = c->d, F = c->F, tiles = grouped_dgate_tiles(F);
+    int d = c->d, F = c->F, tiles = grouped_dgate_tiles(F, test_kernels);
     int64_t R = chunk.rows, first = chunk.first;
     floatX *h_rows = grouped_buffer(c, GROUPED_H, first, existing, R);
     floatX *dh_rows = grouped_buffer(c, GROUPED_DH, first, existing, R);
@@ -393,7 +393,7 @@ static GroupedDevice grouped_run(const GroupedCase *c, int chunk_rows) {
         g.got[i] = NEW(float, c->rows *grouped_width(c, i));
     }
     for (int i = 0; i < chunks; i++) {
-        RowChunk chunk = {g.offsets, g.token, g.gate, c->E, i * chunk_rows, chunk_rows};
+        RowChunk chunk = {g.offsets, g.token, g.gate, c->E, i * chunk_rows, chunk_rows, test_kernels};
         int64_t left = c->rows - (int64_t)i * chunk_rows;
         int64_t existing = left < 0 ? 0 : left < chunk_rows ? left : chunk_rows;
         grouped_run_forward(c, &g, chunk, existing, i % 2 == 0);
@@ -524,9 +524,10 @@ static void test_grouped_far(void) {
     const int counts[] = {ROWS};
     GroupedCase c = grouped_case(D, WIDTH, 1, 1000, counts);
     GroupedDevice g = grouped_upload(&c);
-    RowChunk all = {g.offsets, g.token, g.gate, 1, 0, ROWS},
-             end = {g.offsets, g.token, g.gate, 1, ROWS - LAST, LAST};
-    int64_t wide = (int64_t)(ROWS - LAST) * WIDTH, tiles = grouped_dgate_tiles(WIDTH), x = sizeof(floatX);
+    RowChunk all = {g.offsets, g.token, g.gate, 1, 0, ROWS, test_kernels},
+             end = {g.offsets, g.token, g.gate, 1, ROWS - LAST, LAST, test_kernels};
+    int64_t wide = (int64_t)(ROWS - LAST) * WIDTH, tiles = grouped_dgate_tiles(WIDTH, test_kernels),
+            x = sizeof(floatX);
     floatX *h_all = device_new<floatX>((int64_t)ROWS * 2 * WIDTH),
            *h_end = device_new<floatX>(LAST * 2 * WIDTH);
     floatX *a_all = device_new<floatX>((int64_t)ROWS * WIDTH), *a_end = device_new<floatX>(LAST * WIDTH);
@@ -621,8 +622,13 @@ static void grouped_bench_rows(GroupedBench *b) {
         gate[cursor[e]] = 1.0f;
         token[cursor[e]++] = t;
     }
-    RowChunk chunk = {
-        device_i(offsets, s.E + 1), device_i(token, s.rows), device_f(gate, s.rows), s.E, 0, s.rows};
+    RowChunk chunk = {device_i(offsets, s.E + 1),
+                      device_i(token, s.rows),
+                      device_f(gate, s.rows),
+                      s.E,
+                      0,
+                      s.rows,
+                      test_kernels};
     b->chunk = chunk;
     free(offsets);
     free(token);
@@ -651,7 +657,7 @@ static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     b.h_rows = grouped_normal(R * 2 * s.F, 7);
     b.dw_gate_up = device_new<float>(2 * weight);
     b.dw_down = device_new<float>(weight);
-    b.partial = device_new<float>(R * grouped_dgate_tiles(s.F));
+    b.partial = device_new<float>(R * grouped_dgate_tiles(s.F, test_kernels));
     CUDA_CHECK(cudaMemset(b.dw_gate_up, 0, (size_t)(2 * weight) * sizeof(float)));
     CUDA_CHECK(cudaMemset(b.dw_down, 0, (size_t)weight * sizeof(float)));
     int64_t *place = device_new<int64_t>(1), zero = 0;

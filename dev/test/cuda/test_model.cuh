@@ -52,6 +52,7 @@ static Options model_options(const ModelCase *t) {
     o.batch = o.global_batch = t->B;
     o.seq_len = t->T;
     o.load_balance = t->load_balance;
+    check_format(o.kernels, sizeof(o.kernels), "%s", test_kernels == KERNELS_HOPPER ? "hopper" : "portable");
     return o;
 }
 
