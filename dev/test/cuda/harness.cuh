@@ -13,7 +13,7 @@ measured. device_new() is filled with NaN patterns: what a kernel forgets to wri
 #include "../../../llmc/row_chunk.cuh"
 
 // the grouped GEMMs under test: the runner goes through the table with each kind that the device has
-static Kernels test_kernels = KERNELS_PORTABLE;
+inline Kernels test_kernels = KERNELS_PORTABLE;
 
 // the tolerance of this build
 static inline double tolerance(double fp32, double bf16) {

@@ -1,6 +1,6 @@
 /*
 crossentropy.cuh against crossentropy.h: vocabularies of every remainder, targets at both ends, wide logits,
-evaluation, the path for rows too long for shared memory, and the losses' sum.
+evaluation, very long rows, and the losses' sum.
 
 Tolerances: losses are fp32, of sums in another order: 1e-5; the gradient is rounded to bf16 once, at most
 2^-9 of an element.
