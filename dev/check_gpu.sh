@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed to see, in one call: dev/check_gpu.sh [build] [test] [compare] [resume] [curves] [sanitize]
-# (all of them by default). CURVE_DATA and CURVE_VOCAB name token shards and their vocabulary size for the curves (default: the built-in sample).
-# Logs in build/gpu/. A short table last; exit 1 if anything failed.
+# Everything that a GPU is needed to see, in one call: dev/check_gpu.sh [build] [test] [compare] [resume] [curves] [sanitize] [train]
+# [fit] [bench]; all but the last three by default. Logs in build/gpu/. A short table last; exit 1 if anything failed.
+# CURVE_DATA and CURVE_VOCAB name token shards and their vocabulary size for the curves (default: the built-in sample); GPT2_DATA
+# shards of GPT-2 tokens for train, fit and bench.
 #     build      trainers and tests, both precisions
 #     test       the CUDA tests in both precisions
 #     compare    make compare, both precisions
 #     resume     a run and its repeat, interrupted and resumed, CPU -> GPU -> CPU: the same bits
 #     curves     250 steps of a small model on the CPU and on the GPU: loss within 1 %, stage II within 2 steps, S within 0.003
 #     sanitize   compute-sanitizer: memcheck, initcheck and racecheck of the tests, small shapes
+#     train      small, E 8, from step 0 into the sparse stage: settling time, S, speed of each stage
+#     fit        the dense stage in too little memory: E 8 without a store, E 32 within 80 GB, E 64
+#     bench      whole steps of small, global batch 512: portable and Hopper kernels, dense
 set -uf
 cd "$(dirname "$0")/.."
 logs=build/gpu
@@ -93,20 +97,80 @@ check_curves() {
     done
 }
 
+SANITIZE_SECONDS=${SANITIZE_SECONDS:-300}
+SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch,experts pairs gemm router model'
+
+sanitize() { # sanitize TOOL PROGRAM COMPONENTS: in the background
+    local name="$1_$(basename "$2")_$3"
+    timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 "$2" ${3//,/ } >"$logs/$name.txt" 2>&1 &
+    pids+=($!)
+    names+=("$name")
+}
+
 check_sanitize() { # under the sanitizers a GPU is as slow as the emulator: the same small shapes
-    local pids=() names=() i=0
+    local i=0
+    pids=() names=()
     make -s build/test_remoecu_small build/test_remoecu_small_fp32 >$logs/build_small.txt 2>&1
-    for tool in memcheck initcheck racecheck; do
-        for program in test_remoecu_small test_remoecu_small_fp32; do
-            compute-sanitizer --tool $tool --error-exitcode 9 build/$program >"$logs/${tool}_$program.txt" 2>&1 &
-            pids+=($!)
-            names+=("${tool}_$program")
+    for components in $SANITIZED; do
+        for tool in memcheck racecheck; do
+            sanitize $tool build/test_remoecu_small "$components"
         done
+        case $components in # elsewhere cuBLASLt writes: through TMA on Hopper, which initcheck does not follow
+        gemm | model) ;;
+        *) sanitize initcheck build/test_remoecu_small "$components" ;;
+        esac
+    done
+    for components in attention grouped_gemm dispatch,experts; do
+        sanitize racecheck build/test_remoecu_small_fp32 $components
     done
     for pid in "${pids[@]}"; do
         wait "$pid"
         note "${names[$i]}" $? "$(last "${names[$i]}")"
         i=$((i + 1))
+    done
+}
+
+small() { # small LOG OPTIONS...: the paper's small model on GPT2_DATA
+    local log=$1
+    shift
+    ./train_remoecu --preset small --train-data "$GPT2_DATA" --val-data '' --tokenizer '' --out $logs/$log "$@" >$logs/$log.txt 2>&1
+}
+
+check_train() {
+    rm -rf $logs/train
+    small train --batch 64 --global-batch 64 --steps ${TRAIN_STEPS:-170} --lambda-init ${LAMBDA_INIT:-1e-8}
+    note 'small from step 0' $? "$(grep 'settling time' $logs/train.txt)"
+    awk '/lm_loss/ {
+             match($0, /"stage": [0-9]/); stage = substr($0, RSTART + 9, 1)
+             match($0, /"tok_s": [0-9.e+]*/); speed[stage] += substr($0, RSTART + 9, RLENGTH - 9); count[stage]++
+             match($0, /"sparsity": [0-9.e+-]*/); s[n++] = substr($0, RSTART + 12, RLENGTH - 12)
+             match($0, /"lm_loss": [0-9.e+]*/); if (n % 10 == 1) printf "step %d loss %s S %s\n", n - 1, substr($0, RSTART + 11, RLENGTH - 11), s[n - 1]
+         }
+         END {
+             for (i = n - 20; i < n; i++) mean += s[i] / 20
+             for (k in count) printf "stage %s: %.0f tok/s  ", k, speed[k] / count[k]
+             printf "mean S of the last 20 steps %.4f\n", mean
+             exit !(n > 20 && mean > 0.865 && mean < 0.885)
+         }' $logs/train/log.jsonl >$logs/train_stages.txt
+    note '... its stages' $? "$(last train_stages)"
+    rm -rf $logs/train/step_*
+}
+
+check_fit() {
+    small fit8 --batch 32 --global-batch 32 --bench --lambda-init 1e-3 --pair-budget 0.001
+    note 'E 8 without a store' $? "$(grep -h -A1 '^bench' $logs/fit8.txt | tail -n 1)"
+    small fit32 --experts 32 --batch 8 --global-batch 16 --bench --lambda-init 1e-3 --pair-budget 15
+    note 'E 32' $? "$(grep -h -A1 '^bench' $logs/fit32.txt | tail -n 1)"
+    awk '/^memory/ { sub(/.*total /, ""); exit !($1 < 80) }' $logs/fit32.txt
+    note '... within 80 GB' $? "$(grep -h '^memory' $logs/fit32.txt | sed 's/.*| //')"
+    small fit64 --experts 64 --batch 8 --global-batch 16 --bench --lambda-init 1e-3
+    note 'E 64' $? "$(grep -h -A1 '^bench' $logs/fit64.txt | tail -n 1)"
+}
+
+check_bench() {
+    for run in 'hopper --kernels hopper' 'portable --kernels portable' 'dense --router dense'; do
+        small bench_${run%% *} --batch 64 --global-batch 512 --bench --lambda-init 1e-3 ${run#* }
+        note "small, ${run%% *}" $? "$(grep -h -A1 '^bench' $logs/bench_${run%% *}.txt | tail -n 1)"
     done
 }
 
