@@ -372,8 +372,8 @@ static void open_device(Model *m) {
     }
     CUDA_CHECK(cudaSetDevice(0));
     if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 8) {
-        die("the CUDA device is older than compute capability 8.0 (Ampere)\n  ---> ./train_remoe trains on "
-            "the CPU");
+        die("the CUDA device is older than compute capability 8.0 (Ampere)\n"
+            "  ---> ./train_remoe trains on the CPU");
     }
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
 }
@@ -415,9 +415,8 @@ static void refuse_too_large(const Model *m, const Options *o, int64_t need, int
             1e-9 * (double)available, remedy);
     }
     if (o->pair_budget * 1e9 > (double)(available - need)) {
-        die("--pair-budget %g: only %.2f GB are left for pairs\n  ---> a smaller --pair-budget, or 0 for all "
-            "that "
-            "is left",
+        die("--pair-budget %g: only %.2f GB are left for pairs\n"
+            "  ---> a smaller --pair-budget, or 0 for all that is left",
             o->pair_budget, 1e-9 * (double)(available - need));
     }
 }
@@ -442,11 +441,11 @@ Model *model_open(const Config *config, const Options *o, Purpose purpose) {
     m->k_most =
         (int)(config->router.experts < larger(m->k, warm) ? config->router.experts : larger(m->k, warm));
     m->purpose = purpose;
-    m->kernels = choose_kernels(o);
     m->recompute = o->recompute && purpose != FOR_INFERENCE;
     m->layers = NEW(LayerActs, config->layers);
     m->host_logits = NEW(float, config->vocab_size);
     open_device(m);
+    m->kernels = choose_kernels(o);
     int64_t available = available_bytes();
     int64_t batches = 4 * batch_ints(m) * (o->global_batch / o->batch);
     int64_t need = fixed_bytes(m, m->B) + batches;
