@@ -839,20 +839,30 @@ void model_route(Model *m, RouterMethod method, int k) {
     m->k = k;
 }
 
+// the worst case of N tokens, for a forward apart from training; returns training's plan, to be put back
+static int *plan_apart(Model *m, int N) {
+    int *planned = m->arena.planned;
+    m->arena.planned = NEW(int, m->config.layers);
+    plan_worst(m, N);
+    return planned;
+}
+
+static void plan_back(Model *m, int *planned) {
+    free(m->arena.planned);
+    m->arena.planned = planned;
+}
+
 double model_loss(Model *m, const int *inputs, const int *targets, int B, int T) {
     double loss;
     int N = B * T;
-    int *planned = NEW(int, m->config.layers); // the training's plan, to go on with
-    memcpy(planned, m->arena.planned, (size_t)m->config.layers * sizeof(int));
-    plan_worst(m, N);
+    int *planned = plan_apart(m, N);
     upload_batch(m, 0, inputs, targets, N);
     model_forward(m, m->batches[0].inputs, B, T, 0, NULL);
     classifier(m, m->batches[0].targets, N, 0.0f, NULL);
     CUDA_CHECK(cudaMemsetAsync(&m->sums->lm_loss, 0, sizeof(double), m->stream));
     sum_losses(&m->sums->lm_loss, m->losses, N, 1.0 / N, m->stream);
     copy_now(m, &loss, &m->sums->lm_loss, sizeof(double), cudaMemcpyDeviceToHost);
-    memcpy(m->arena.planned, planned, (size_t)m->config.layers * sizeof(int));
-    free(planned);
+    plan_back(m, planned);
     return loss;
 }
 
@@ -872,17 +882,14 @@ static void download(const Model *m, float *host, const floatX *device, int64_t 
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int d = m->config.hidden, V = m->config.vocab_size, rows = n - start;
     Batch *batch = &m->batches[0];
-    int *planned = NEW(int, m->config.layers);
-    memcpy(planned, m->arena.planned, (size_t)m->config.layers * sizeof(int));
-    plan_worst(m, rows);
+    int *planned = plan_apart(m, rows);
     CUDA_CHECK(cudaMemcpyAsync(batch->inputs, ids + start, (size_t)rows * sizeof(int), cudaMemcpyHostToDevice,
                                m->stream));
     model_forward(m, batch->inputs, 1, n, start, NULL);
     matmul_forward(m->logits, m->normed + (int64_t)(rows - 1) * d, working(m, m->weights.head), 1, d, V,
                    &m->gemm, m->stream);
     download(m, m->host_logits, m->logits, V);
-    memcpy(m->arena.planned, planned, (size_t)m->config.layers * sizeof(int));
-    free(planned);
+    plan_back(m, planned);
     return m->host_logits;
 }
 
