@@ -16,8 +16,6 @@ Also the asynchronous copies, global to shared, that feed such tiles (cp.async).
 
 #include "cuda_common.cuh"
 
-enum { MMA_PAIR = 2 }; // elements of a register, neighbours in k
-
 #ifdef PRECISION_FP32
 struct FragA {
     float x[8];

@@ -14,8 +14,8 @@ a predicate for mask_where(); pairs_from_mask() makes compressed rows of any mas
     launch 2  one block scans the tiles' totals; the others add up the tiles' counts, 32 experts a block
     launch 3  `lanes` threads a token write its pairs, neighbours in memory by neighbours in the warp
 
-prefix_sum() is the same two-level scan for any ints. Nothing depends on the order in which blocks run, so the
-list is the same each time. Nothing waits for the host: the number of pairs P is row_start[N], on the device.
+Nothing depends on the order in which blocks run, so the list is the same each time. Nothing waits for the host:
+the number of pairs P is row_start[N], on the device.
 
 Groups: a token with E experts is served by lanes_of(E) = 1, 2, 4, .. 32 neighbouring lanes of a warp, lane l
 taking the experts l, l + lanes, ...: with E = 8 a warp serves four tokens and its loads are still
@@ -99,53 +99,6 @@ __device__ __forceinline__ void scan_in_one_block(int *out, const int *in, int n
     if (threadIdx.x == 0) {
         out[n] = carried;
     }
-}
-
-static __global__ void __launch_bounds__(SCAN_BLOCK) scan_kernel(int *out, const int *in, int n) {
-    scan_in_one_block(out, in, n);
-}
-
-static __global__ void __launch_bounds__(SCAN_BLOCK)
-    scan_tile_kernel(int *out, int *totals, const int *in, int n) {
-    int i = (int)(blockIdx.x * SCAN_BLOCK + threadIdx.x), total;
-    int before = block_exclusive_sum(i < n ? in[i] : 0, &total);
-    if (i < n) {
-        out[i] = before;
-    }
-    if (threadIdx.x == 0) {
-        totals[blockIdx.x] = total;
-    }
-}
-
-static __global__ void __launch_bounds__(SCAN_BLOCK) scan_add_kernel(int *out, const int *tile_start, int n) {
-    int i = (int)(blockIdx.x * SCAN_BLOCK + threadIdx.x);
-    if (i < n) {
-        out[i] += tile_start[blockIdx.x];
-    } else if (i == n) {
-        out[n] = tile_start[(n + SCAN_BLOCK - 1) / SCAN_BLOCK];
-    }
-}
-
-static inline size_t prefix_sum_scratch_bytes(int n) {
-    Scratch s = {NULL, 0};
-    scratch_take<int>(&s, ceil_div<int64_t>(n, SCAN_BLOCK));
-    scratch_take<int>(&s, ceil_div<int64_t>(n, SCAN_BLOCK) + 1);
-    return s.used;
-}
-
-// exclusive: out[i] = in[0] + .. + in[i - 1] for i = 0 .. n, so out [n + 1] ends in the total; in place too
-static inline void prefix_sum(int *out, const int *in, int n, void *scratch, cudaStream_t stream) {
-    if (n <= SCAN_BLOCK) {
-        launch(scan_kernel, 1, SCAN_BLOCK, 0, stream, out, in, n);
-        return;
-    }
-    Scratch s = {(unsigned char *)scratch, 0};
-    int tiles = ceil_div(n, (int)SCAN_BLOCK);
-    int *totals = scratch_take<int>(&s, tiles);
-    int *tile_start = scratch_take<int>(&s, tiles + 1);
-    launch(scan_tile_kernel, tiles, SCAN_BLOCK, 0, stream, out, totals, in, n);
-    launch(scan_kernel, 1, SCAN_BLOCK, 0, stream, tile_start, totals, tiles);
-    launch(scan_add_kernel, n / SCAN_BLOCK + 1, SCAN_BLOCK, 0, stream, out, tile_start, n); // n + 1 elements
 }
 
 // ----------------------------------------------------------------------------

@@ -59,22 +59,12 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-static inline int2 make_int2(int x, int y) {
-    return {x, y};
-}
-static inline int4 make_int4(int x, int y, int z, int w) {
-    return {x, y, z, w};
-}
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
     return {x, y, z, w};
 }
 static inline float2 make_float2(float x, float y) {
     return {x, y};
 }
-static inline float4 make_float4(float x, float y, float z, float w) {
-    return {x, y, z, w};
-}
-
 // ----------------------------------------------------------------------------
 // fibers
 
@@ -299,12 +289,6 @@ static inline void __syncwarp(unsigned = 0xffffffffu) {
     emulator::sync_warp();
 }
 
-static inline void __threadfence() {
-}
-
-static inline void __threadfence_block() {
-}
-
 static inline int emulator_lane() {
     return emulator::here()->current % 32;
 }
@@ -323,11 +307,6 @@ template <class T> static inline T __shfl_xor_sync(unsigned, T x, int mask, int 
 template <class T> static inline T __shfl_up_sync(unsigned, T x, unsigned delta, int width = 32) {
     int from = emulator_lane() - (int)delta;
     return emulator::show(x)[emulator_lane() % width >= (int)delta ? from : emulator_lane()];
-}
-
-template <class T> static inline T __shfl_down_sync(unsigned, T x, unsigned delta, int width = 32) {
-    int from = emulator_lane() + (int)delta;
-    return emulator::show(x)[emulator_lane() % width + (int)delta < width ? from : emulator_lane()];
 }
 
 static inline unsigned __ballot_sync(unsigned, int predicate) {
@@ -353,105 +332,25 @@ static inline int __all_sync(unsigned mask, int predicate) {
     return __ballot_sync(mask, !predicate) == 0;
 }
 
-template <class T, class F> static inline T emulator_reduce(T x, F combine) {
-    const T *all = emulator::show(x);
-    T sum = all[0];
-    for (int lane = 1; lane < 32; lane++) {
-        sum = combine(sum, all[lane]);
-    }
-    return sum;
-}
-
-template <class T> static inline T __reduce_add_sync(unsigned, T x) {
-    return emulator_reduce(x, [](T a, T b) { return (T)(a + b); });
-}
-
-template <class T> static inline T __reduce_max_sync(unsigned, T x) {
-    return emulator_reduce(x, [](T a, T b) { return a > b ? a : b; });
-}
-
-template <class T> static inline T __reduce_min_sync(unsigned, T x) {
-    return emulator_reduce(x, [](T a, T b) { return a < b ? a : b; });
-}
-
 static inline int __popc(unsigned x) {
     return __builtin_popcount(x);
-}
-static inline int __popcll(unsigned long long x) {
-    return __builtin_popcountll(x);
 }
 static inline int __ffs(int x) {
     return __builtin_ffs(x);
 }
-static inline int __clz(int x) {
-    return x == 0 ? 32 : __builtin_clz((unsigned)x);
-}
-#define __expf(x) expf(x) // the C library has functions of these names
-#define __logf(x) logf(x)
+#define __expf(x) expf(x) // the C library has a function of this name
 static inline float __fdividef(float x, float y) {
     return x / y;
-}
-static inline float __frcp_rn(float x) {
-    return 1.0f / x;
-}
-static inline float __fsqrt_rn(float x) {
-    return sqrtf(x);
-}
-static inline float __fmaf_rn(float a, float b, float c) {
-    return fmaf(a, b, c);
-}
-static inline float __fmul_rn(float a, float b) {
-    volatile float product = a * b; // not contracted
-    return product;
-}
-static inline float __fadd_rn(float a, float b) {
-    volatile float sum = a + b;
-    return sum;
-}
-static inline float __fdiv_rn(float a, float b) {
-    return a / b;
-}
-static inline double __dmul_rn(double a, double b) {
-    volatile double product = a * b;
-    return product;
-}
-static inline double __dadd_rn(double a, double b) {
-    volatile double sum = a + b;
-    return sum;
-}
-static inline float rsqrtf(float x) {
-    return 1.0f / sqrtf(x);
 }
 static inline unsigned __float_as_uint(float x) {
     unsigned bits;
     memcpy(&bits, &x, 4);
     return bits;
 }
-static inline int __float_as_int(float x) {
-    return (int)__float_as_uint(x);
-}
 static inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
-}
-static inline float __int_as_float(int bits) {
-    return __uint_as_float((unsigned)bits);
-}
-template <class T> static inline T __ldg(const T *p) {
-    return *p;
-}
-template <class T> static inline T __ldcs(const T *p) {
-    return *p;
-}
-template <class T> static inline T __ldcg(const T *p) {
-    return *p;
-}
-template <class T> static inline void __stcs(T *p, T x) {
-    *p = x;
-}
-template <class T> static inline void __stcg(T *p, T x) {
-    *p = x;
 }
 static inline int min(int a, int b) {
     return a < b ? a : b;
@@ -472,16 +371,6 @@ template <class T> static inline T atomicAdd(T *p, T x) {
 template <class T> static inline T atomicOr(T *p, T x) {
     return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST);
 }
-template <class T> static inline T atomicMax(T *p, T x) {
-    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-    while (old < x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-    }
-    return old;
-}
-template <class T> static inline T atomicExch(T *p, T x) {
-    return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST);
-}
-
 // ----------------------------------------------------------------------------
 // the runtime: device memory is the host's, streams are in order at once
 
@@ -609,14 +498,6 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int) {
     return cudaSuccess;
 }
 
-static inline cudaError_t cudaGetLastError() {
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaPeekAtLastError() {
-    return cudaSuccess;
-}
-
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
     *stream = NULL;
     return cudaSuccess;
@@ -632,10 +513,6 @@ static inline cudaError_t cudaStreamDestroy(cudaStream_t) {
 }
 
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
     return cudaSuccess;
 }
 
@@ -672,10 +549,6 @@ static inline cudaError_t cudaEventCreate(cudaEvent_t *event) {
     return cudaSuccess;
 }
 
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
-    return cudaEventCreate(event);
-}
-
 static inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
     delete event;
     return cudaSuccess;
@@ -689,10 +562,6 @@ static inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = NULL
 }
 
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
-    return cudaSuccess;
-}
-
-static inline cudaError_t cudaEventQuery(cudaEvent_t) {
     return cudaSuccess;
 }
 
