@@ -31,6 +31,13 @@ way: two tiles side by side, each block loads its own B. A stage is free when bo
     full[stage]    producer's arrivals and TMA's bytes: the stage may be read
     empty[stage]   8 consumer warps of each block of the cluster: the stage may be written
 
+down_backward moves 10 bytes an element of dA', more than its products take time for. Its H goes through
+shared memory, 64 rows x 64 columns of G and of U at a time, a slot: TMA brings it, the consumer computes in
+place, TMA takes dG and dU away. Each consumer has two slots and starts the copies itself: the tile's first
+two pieces during its first products, the others (in L2 by then) when the slot's results have left.
+
+    landed[consumer][slot]   TMA's bytes: the slot may be read
+
 Operands that are stored across k (W in the backward products; both in the weight gradients, whose k are rows)
 are read as they are: wgmma transposes them (hopper.cuh). up_forward's tile holds BN/2 gate columns and the up
 columns of the same f, so that a thread has both. Accumulators leave by 16-byte stores after lanes of a quad
@@ -86,6 +93,7 @@ template <int PRODUCT> struct Traits {
         A_ACROSS = WGRAD,                                                     // stored across k
         B_ACROSS = PRODUCT != UP_FORWARD && PRODUCT != DOWN_FORWARD,
         B_WEIGHTS = !WGRAD, // B has a third dimension, the expert
+        H_IN_SLOTS = PRODUCT == DOWN_BACKWARD, // the epilogue's H
     };
 };
 
@@ -97,7 +105,7 @@ template <int PRODUCT, int BN> struct Columns {
 struct Arguments {
     CUtensorMap a[2]; // where rows lie together; of two, the second is H in scratch
     CUtensorMap b[2];
-    CUtensorMap soon[2]; // what the epilogue reads, [rows][.], boxes of 64 rows: H, or dW (as bf16)
+    CUtensorMap soon[2]; // what the epilogue reads, 64 rows a box: H [rows][2][F], or dW (as bf16) [rows][.]
     RowChunk chunk;
     ChunkH h;
     const floatX *rows; // gathered: X or dY [N, d]
@@ -109,6 +117,7 @@ struct Arguments {
     int N;                // columns as Columns counts them
     int steps;            // of 64 in k; weight gradients: an expert's own
     int m_tiles, n_tiles; // tiles of D; m_tiles of weight gradients only
+    int stages;           // of the ring
     int lead;
     bool prefetch;
 };
@@ -121,17 +130,34 @@ template <int BN> struct Stages {
         A_BYTES = TILE_M * STEP_K * 2,
         B_BYTES = BN * STEP_K * 2,
         BYTES = A_BYTES + B_BYTES,
-        COUNT = BN == 256   ? 4
-                : BN == 192 ? 5
-                            : 6, // about 200 KB
-        BARRIERS = 256,          // bytes: full, empty, and the leader's count
+        MOST = BN == 256   ? 4
+               : BN == 192 ? 5
+                           : 6, // about 200 KB
+        BARRIERS = 256,         // bytes: full, empty, the leader's count; from LANDED on, the slots'
+        LANDED = 192,
     };
 };
 
-template <int BN> static inline size_t shared_bytes(int experts) {
+enum {
+    SLOTS = 2,   // of each consumer
+    SLOT_F = 64, // columns of G and U in a slot
+    SLOT_BYTES = 2 * GROUP_ROWS * SLOT_F * 2,
+    MOST_SHARED = 227 * 1024, // of a block
+};
+
+template <int PRODUCT> struct AllSlots {
+    enum { BYTES = Traits<PRODUCT>::H_IN_SLOTS ? 2 * SLOTS * SLOT_BYTES : 0 };
+};
+
+// all but the ring
+template <int PRODUCT, int BN> static inline int other_bytes(int experts) {
     int align = 1024; // shared memory may begin anywhere
-    return align + Stages<BN>::COUNT * Stages<BN>::BYTES + Stages<BN>::BARRIERS +
-           2 * (experts + 1) * sizeof(int);
+    return align + AllSlots<PRODUCT>::BYTES + Stages<BN>::BARRIERS + 2 * (experts + 1) * (int)sizeof(int);
+}
+
+template <int PRODUCT, int BN> static inline int ring_stages(int experts) {
+    int room = MOST_SHARED - other_bytes<PRODUCT, BN>(experts);
+    return min(room / Stages<BN>::BYTES, (int)Stages<BN>::MOST);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -139,12 +165,14 @@ template <int BN> static inline size_t shared_bytes(int experts) {
 template <int BN> struct Ring {
     uint32_t tiles;    // address of stage 0
     uint32_t barriers; // of full[0]
+    int stages;
     int stage;
     uint32_t parity; // of the phase that is to come
 
-    __device__ __forceinline__ Ring(uint32_t base) {
+    __device__ __forceinline__ Ring(uint32_t base, int count) {
         tiles = base;
-        barriers = base + Stages<BN>::COUNT * Stages<BN>::BYTES;
+        barriers = base + count * Stages<BN>::BYTES;
+        stages = count;
         stage = 0;
         parity = 0;
     }
@@ -158,11 +186,14 @@ template <int BN> struct Ring {
         return barriers + stage * 8;
     }
     __device__ __forceinline__ uint32_t empty() const {
-        return full() + Stages<BN>::COUNT * 8;
+        return full() + stages * 8;
+    }
+    __device__ __forceinline__ uint32_t landed() const {
+        return barriers + Stages<BN>::LANDED;
     }
     __device__ __forceinline__ void advance() {
         stage++;
-        if (stage == Stages<BN>::COUNT) {
+        if (stage == stages) {
             stage = 0;
             parity ^= 1;
         }
@@ -170,10 +201,13 @@ template <int BN> struct Ring {
 };
 
 template <int PRODUCT, int BN> __device__ __forceinline__ void init_barriers(Ring<BN> ring) {
-    for (int stage = 0; stage < Stages<BN>::COUNT; stage++) {
+    for (int stage = 0; stage < ring.stages; stage++) {
         barrier_init(ring.full(), Traits<PRODUCT>::GATHERS ? 1 + GROUP_THREADS : 1);
         barrier_init(ring.empty(), CLUSTER * CONSUMER_WARPS);
         ring.advance();
+    }
+    for (int slot = 0; Traits<PRODUCT>::H_IN_SLOTS && slot < 2 * SLOTS; slot++) {
+        barrier_init(ring.landed() + slot * 8, 1);
     }
     barrier_init_done();
 }
@@ -437,8 +471,10 @@ __device__ __forceinline__ void prefetch_epilogue(const Arguments &args, const C
     for (int box = max(first, 0); box < min(first + a_step, BOXES); box++) {
         int x = box / 2, y = box % 2;
         if (PRODUCT == DOWN_BACKWARD && y * GROUP_ROWS < tile.rows) { // G, then U
-            int column = x < BN / 64 ? tile.n + x * 64 : args.F + tile.n + (x - BN / 64) * 64;
-            tma_prefetch(map, column, h_first + tile.m + y * 64);
+            int piece = x % (BN / 64);
+            if (!Traits<PRODUCT>::H_IN_SLOTS || piece >= SLOTS) {
+                tma_prefetch(map, tile.n + piece * 64, x / (BN / 64), h_first + tile.m + y * 64);
+            }
         } else if (PRODUCT == DOWN_WGRAD) {
             tma_prefetch(map, 2 * tile.n + x * 64, tile.expert * args.d + tile.m + y * 64);
         } else if (PRODUCT == UP_WGRAD) {
@@ -513,10 +549,12 @@ __device__ __forceinline__ void lead_wait(volatile int *lead, int tiles) {
     }
 }
 
-// starts all products of a tile; the last of them still run. Returns the stage they read, to be released
-template <int PRODUCT, int BN>
+// Starts all products of a tile; the last of them still run. Returns the stage they read, to be released.
+// Meanwhile: what to do when the first run
+template <int PRODUCT, int BN, class Meanwhile>
 __device__ __forceinline__ uint32_t multiply(float (&acc)[BN / 2], Ring<BN> &ring, int group, int steps,
-                                             int tiles, int lead, volatile int *leading) {
+                                             int tiles, int lead, volatile int *leading,
+                                             const Meanwhile &meanwhile) {
     const int A_ACROSS = Traits<PRODUCT>::A_ACROSS, B_ACROSS = Traits<PRODUCT>::B_ACROSS;
     const int A_STEP = A_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16; // descriptors count 16 bytes
     const int B_STEP = B_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16;
@@ -538,7 +576,9 @@ __device__ __forceinline__ uint32_t multiply(float (&acc)[BN / 2], Ring<BN> &rin
             wgmma<A_ACROSS, B_ACROSS>(acc, a + k * A_STEP, b + k * B_STEP, step + k > 0);
         }
         wgmma_commit();
-        if (step > 0) {
+        if (step == 0) {
+            meanwhile();
+        } else {
             wgmma_wait<1>();
             release_stage(last);
         }
@@ -601,14 +641,6 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
 
 __device__ __forceinline__ void store16(floatX *to, const uint32_t (&v)[4]) {
     *reinterpret_cast<uint4 *>(to) = make_uint4(v[0], v[1], v[2], v[3]);
-}
-
-__device__ __forceinline__ void load16(uint32_t (&v)[4], const floatX *from) {
-    uint4 x = *reinterpret_cast<const uint4 *>(from);
-    v[0] = x.x;
-    v[1] = x.y;
-    v[2] = x.z;
-    v[3] = x.w;
 }
 
 // Where this thread's accumulators are: rows row and row + 8 of the tile; after the exchange, of each 32
@@ -703,73 +735,147 @@ __device__ __forceinline__ float swiglu_backward_pair(uint32_t &a, uint32_t &g, 
     return dot;
 }
 
-// G and U of 8 columns of one of the thread's rows
-struct HPiece {
-    uint32_t gate[4], up[4];
-};
-
-// piece p: row p % 2, columns 32 (p / 2) ..
-__device__ __forceinline__ void load_h(HPiece &piece, const floatX *h, int p, int F, int columns) {
-    if (p / 2 * 32 < columns) {
-        const floatX *from = h + p / 2 * 32 + (int64_t)(p % 2) * 16 * F;
-        load16(piece.gate, from);
-        load16(piece.up, from + F);
+// dgate's part of the tile: the quad's lanes have one row's
+template <int BN>
+__device__ __forceinline__ void store_dgate(const float (&dot)[2], const Arguments &args, const Tile &tile,
+                                            Place place) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = dot[half] + __shfl_xor_sync(0xffffffffu, dot[half], 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (place.column == 0 && tile.n < args.N) {
+            args.dgate_partial[(int64_t)(tile.m + place.row + 8 * half) * args.n_tiles + tile.n / BN] = sum;
+        }
     }
 }
 
-// G and U are loaded two pieces ahead of where results are stored: the compiler cannot know that these lie
-// elsewhere
+// A consumer's slots of H. Piece p of a tile, columns 64 p .., is in slot p % SLOTS.
+struct Slots {
+    uint32_t memory;   // address of slot 0
+    uint32_t landed;   // its barrier
+    uint32_t parities; // bit s: of slot s' phase that is to come
+    uint32_t pair;     // offset of the thread's first pair of columns, were it not for the swizzle
+    const CUtensorMap *map;
+    int row;     // in the map, of the consumer's first row in the chunk's first tile
+    int barrier; // the consumer's own
+    bool starts; // this thread starts the copies
+
+    __device__ __forceinline__ uint32_t slot(int p) const {
+        return memory + p % SLOTS * SLOT_BYTES;
+    }
+    __device__ __forceinline__ void wait(int p) {
+        barrier_wait(landed + p % SLOTS * 8, parities >> (p % SLOTS) & 1);
+        parities ^= 1u << (p % SLOTS);
+    }
+};
+
+__device__ __forceinline__ Slots slots_new(const Arguments &args, uint32_t memory, uint32_t landed,
+                                           int group) {
+    Slots slots;
+    int which, first = (int)h_row(args, &which);
+    uint32_t thread = threadIdx.x % GROUP_THREADS;
+    uint32_t row = thread / 32 * 16 + thread % 32 / 4;
+    slots.memory = memory + group * SLOTS * SLOT_BYTES;
+    slots.landed = landed + group * SLOTS * 8;
+    slots.parities = 0;
+    slots.pair = row * 128 + (row % 8 << 4) + thread % 4 * 4;
+    slots.map = &args.soon[which];
+    slots.row = first + group * GROUP_ROWS;
+    slots.barrier = 1 + group;
+    slots.starts = thread == 0;
+    return slots;
+}
+
+// The starting thread: G and U of piece p, if there is one, as soon as the slot's results have left
+__device__ __forceinline__ void slots_load(const Slots &slots, const Arguments &args, const Tile &tile,
+                                           int p) {
+    int f = tile.n + p * SLOT_F;
+    uint32_t landed = slots.landed + p % SLOTS * 8;
+    if (f < args.F) {
+        tma_wait_read();
+        barrier_expect(landed, SLOT_BYTES);
+        tma_load(slots.slot(p), slots.map, landed, f, 0, slots.row + tile.m);
+        tma_load(slots.slot(p) + BLOCK_BYTES, slots.map, landed, f, 1, slots.row + tile.m);
+    }
+}
+
+// dG and dU of piece p, that all of the consumer's threads have written
+__device__ __forceinline__ void slots_store(const Slots &slots, const Tile &tile, int p) {
+    fence_async_proxy();
+    named_barrier(slots.barrier, GROUP_THREADS);
+    if (slots.starts) {
+        int f = tile.n + p * SLOT_F;
+        tma_store(slots.map, slots.slot(p), f, 0, slots.row + tile.m);
+        tma_store(slots.map, slots.slot(p) + BLOCK_BYTES, f, 1, slots.row + tile.m);
+        tma_commit();
+    }
+}
+
+// address of the thread's pair in group c of 8 columns, row + 8 half
+__device__ __forceinline__ uint32_t pair_address(const Slots &slots, int p, int c, int half) {
+    return ((slots.slot(p) + slots.pair) ^ (uint32_t)c << 4) + half * 8 * 128;
+}
+
+// The thread's pairs of G and U in columns 32 i .. 32 i + 31 of row + 8 half become dG and dU, v gate A
+template <int COUNT>
+__device__ __forceinline__ float swiglu_backward_pairs(uint32_t (&v)[4], const float (&acc)[COUNT],
+                                                       const Slots &slots, int p, int i, int half,
+                                                       float gate) {
+    uint32_t g[4], u[4];
+    float dot = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t at = pair_address(slots, p, 4 * i + j, half);
+        g[j] = shared_load(at);
+        u[j] = shared_load(at + BLOCK_BYTES);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int first = (8 * p + 4 * i + j) * 4 + 2 * half;
+        float da[2] = {acc[first], acc[first + 1]};
+        dot += swiglu_backward_pair(v[j], g[j], u[j], da, gate);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t at = pair_address(slots, p, 4 * i + j, half);
+        shared_store(at, g[j]);
+        shared_store(at + BLOCK_BYTES, u[j]);
+    }
+    return dot;
+}
+
+// gate A of piece p goes to memory after dG and dU, so that the fence before theirs has no stores to wait for
 template <int BN>
 __device__ __forceinline__ void store_swiglu_backward(const float (&acc)[BN / 2], const Arguments &args,
-                                                      const Tile &tile, Place place, floatX *h,
+                                                      const Tile &tile, Place place, Slots &slots,
                                                       const float (&gate)[2]) {
-    const int AHEAD = 2;
-    int64_t row = tile.m + place.row;
-    int f = tile.n + place.column;
-    int columns = args.F - f; // that there are from here on
-    floatX *h_row = h + row * 2 * args.F + f;
-    floatX *a_row = args.a_out + row * args.F + f;
+    const int PIECES_F = BN / SLOT_F;
     float dot[2] = {0.0f, 0.0f};
-    HPiece pieces[AHEAD + 1];
 #pragma unroll
-    for (int p = 0; p < AHEAD; p++) {
-        load_h(pieces[p], h_row, p, args.F, columns);
-    }
-#pragma unroll
-    for (int p = 0; p < BN / 16; p++) {
-        const int i = p / 2, half = p % 2;
-        HPiece &piece = pieces[p % (AHEAD + 1)];
-        uint32_t even[4], odd[4], a[4];
-        if (p + AHEAD < BN / 16) {
-            load_h(pieces[(p + AHEAD) % (AHEAD + 1)], h_row, p + AHEAD, args.F, columns);
+    for (int p = 0; p < PIECES_F; p++) {
+        if (tile.n + p * SLOT_F >= args.F) {
+            break;
         }
+        uint32_t a[4][4]; // 32 columns of row and of row + 8, then the next 32
+        slots.wait(p);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            even[j] = __float_as_uint(acc[(4 * i + j) * 4 + 2 * half]);
-            odd[j] = __float_as_uint(acc[(4 * i + j) * 4 + 2 * half + 1]);
-        }
-        quad_transpose(even);
-        quad_transpose(odd);
-        if (32 * i < columns) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float da[2] = {__uint_as_float(even[j]), __uint_as_float(odd[j])};
-                dot[half] += swiglu_backward_pair(a[j], piece.gate[j], piece.up[j], da, gate[half]);
+        for (int b = 0; b < 4; b++) {
+            dot[b % 2] += swiglu_backward_pairs(a[b], acc, slots, p, b / 2, b % 2, gate[b % 2]);
+            quad_transpose(a[b]);
+            if (b == 0 && p > 0 && p + 1 < PIECES_F && slots.starts) {
+                slots_load(slots, args, tile, p + 1);
             }
-            floatX *to = h_row + 32 * i + (int64_t)half * 16 * args.F;
-            store16(a_row + 32 * i + (int64_t)half * 8 * args.F, a);
-            store16(to, piece.gate);
-            store16(to + args.F, piece.up);
         }
-    }
+        slots_store(slots, tile, p);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], 1);
-        dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], 2);
-        if (place.column == 0 && tile.n < args.N) {
-            args.dgate_partial[(row + 8 * half) * args.n_tiles + tile.n / BN] = dot[half];
+        for (int b = 0; b < 4; b++) {
+            int f = tile.n + p * SLOT_F + b / 2 * 32 + place.column;
+            if (f < args.F) {
+                store16(args.a_out + (int64_t)(tile.m + place.row + b % 2 * 8) * args.F + f, a[b]);
+            }
         }
     }
+    store_dgate<BN>(dot, args, tile, place);
 }
 
 enum { ADD_AT_ONCE = 8 }; // groups of 8 columns whose sums are loaded before the first is stored
@@ -838,10 +944,14 @@ __device__ __forceinline__ void add_transposed(const float (&acc)[BN / 2], const
 
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<BN> ring, int group,
-                                        volatile int *leading) {
-    const bool USES_H = PRODUCT == UP_FORWARD || PRODUCT == DOWN_BACKWARD;
-    floatX *h = USES_H ? h_address(args) : NULL;
+                                        uint32_t slots_memory, volatile int *leading) {
+    const bool H_IN_SLOTS = Traits<PRODUCT>::H_IN_SLOTS;
+    floatX *h = PRODUCT == UP_FORWARD ? h_address(args) : NULL;
     Place place = thread_place(group);
+    Slots slots;
+    if (H_IN_SLOTS) {
+        slots = slots_new(args, slots_memory, ring.landed(), group);
+    }
     Tile tile, next;
     next.expert = 0;
     int item = blockIdx.x / CLUSTER, tiles = 0;
@@ -855,7 +965,15 @@ __device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<B
             gate[0] = gates[0];
             gate[1] = gates[8];
         }
-        uint32_t last = multiply<PRODUCT>(acc, ring, group, tile.steps, ++tiles, args.lead, leading);
+        auto load_first = [&] {
+            if (H_IN_SLOTS && mine && slots.starts) {
+                for (int p = 0; p < SLOTS; p++) {
+                    slots_load(slots, args, tile, p);
+                }
+            }
+        };
+        uint32_t last =
+            multiply<PRODUCT>(acc, ring, group, tile.steps, ++tiles, args.lead, leading, load_first);
         item += gridDim.x / CLUSTER;
         more = find_tile<PRODUCT, BN>(next, item, plan, args);
         multiply_done(acc, last);
@@ -865,7 +983,7 @@ __device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<B
         if (PRODUCT == UP_FORWARD) {
             store_swiglu<BN>(acc, args, tile, place, h);
         } else if (PRODUCT == DOWN_BACKWARD) {
-            store_swiglu_backward<BN>(acc, args, tile, place, h, gate);
+            store_swiglu_backward<BN>(acc, args, tile, place, slots, gate);
         } else if (PRODUCT == DOWN_WGRAD) {
             add_straight<BN>(acc, args, tile, place);
         } else if (PRODUCT == UP_WGRAD) {
@@ -873,6 +991,9 @@ __device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<B
         } else {
             store_rounded<BN>(acc, args, tile, place);
         }
+    }
+    if (H_IN_SLOTS && slots.starts) {
+        tma_wait_written(); // shared memory must outlive the copies
     }
 }
 
@@ -897,9 +1018,10 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     uint32_t address = shared_address(shared_memory());
     uint32_t base = (address + 1023) & ~1023u;
     unsigned char *memory = shared_memory() + (base - address);
-    Ring<BN> ring(base);
-    unsigned char *after = memory + Stages<BN>::COUNT * Stages<BN>::BYTES;
-    volatile int *leading = reinterpret_cast<volatile int *>(after + Stages<BN>::COUNT * 16);
+    const int stages = Traits<PRODUCT>::H_IN_SLOTS ? args.stages : (int)Stages<BN>::MOST;
+    Ring<BN> ring(base + AllSlots<PRODUCT>::BYTES, stages);
+    unsigned char *after = memory + AllSlots<PRODUCT>::BYTES + stages * Stages<BN>::BYTES;
+    volatile int *leading = reinterpret_cast<volatile int *>(after + stages * 16);
     int *starts = reinterpret_cast<int *>(after + Stages<BN>::BARRIERS);
     Plan plan = {starts, starts + args.chunk.experts + 1};
     if (threadIdx.x == 0) {
@@ -921,7 +1043,7 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
         __syncwarp();
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        consume<PRODUCT>(args, plan, ring, group - 1, leading);
+        consume<PRODUCT>(args, plan, ring, group - 1, base, leading);
     }
     cluster_sync(); // the other block may still send here
 #else
@@ -999,9 +1121,12 @@ static inline Arguments arguments(RowChunk chunk, int d, int F, int N, int k) {
 
 template <int PRODUCT, int BN> static void start_tiles(Arguments args, cudaStream_t stream) {
     args.n_tiles = ceil_div<int>(args.N, Columns<PRODUCT, BN>::N);
+    args.stages = ring_stages<PRODUCT, BN>(args.chunk.experts);
+    args.lead = min(args.lead, args.stages - 2); // a stage at least is being filled
     int blocks = num_sms() / CLUSTER * CLUSTER;
+    size_t shared = other_bytes<PRODUCT, BN>(args.chunk.experts) + args.stages * Stages<BN>::BYTES;
     void (*kernel)(Arguments) = grouped_kernel<PRODUCT, BN>;
-    launch(kernel, blocks, BLOCK_THREADS, shared_bytes<BN>(args.chunk.experts), stream, args);
+    launch(kernel, blocks, BLOCK_THREADS, shared, stream, args);
 }
 
 template <int PRODUCT> static void start(Arguments args, int BN, cudaStream_t stream) {
@@ -1019,6 +1144,13 @@ static inline void h_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int bo
     const int64_t any_length = 0x7fffffff;
     maps[0] = tensor_map(h.store != NULL ? h.store : h.scratch, 2 * F, any_length, 0, box_rows);
     maps[1] = h.scratch != NULL ? tensor_map(h.scratch, 2 * F, rows, 0, box_rows) : maps[0];
+}
+
+// H as an epilogue operand, [rows][2][F]: a box ends where G ends
+static inline void h_epilogue_maps(CUtensorMap maps[2], ChunkH h, int F, int rows) {
+    const int64_t any_length = 0x7fffffff;
+    maps[0] = tensor_map(h.store != NULL ? h.store : h.scratch, F, 2, any_length, 1, GROUP_ROWS);
+    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, F, 2, rows, 1, GROUP_ROWS) : maps[0];
 }
 
 // to be prefetched only: two bf16 stand for an fp32 number
@@ -1061,7 +1193,7 @@ static inline void grouped_down_backward(floatX *a, ChunkH h, float *dgate_parti
     args.rows = dy;
     args.a_out = a;
     args.dgate_partial = dgate_partial;
-    h_maps(args.soon, h, F, chunk.rows, GROUP_ROWS);
+    h_epilogue_maps(args.soon, h, F, chunk.rows);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BOX_ACROSS);
     start<DOWN_BACKWARD>(args, row_tile(F, 256), stream);
 }

@@ -57,21 +57,22 @@ static inline EncodeTiled tensor_map_encoder(void) {
     return (EncodeTiled)function;
 }
 
-// Tensor [sheets][rows][columns] of bf16, contiguous; sheets 0: [rows][columns]. The box is [box_rows][64].
+// Tensor [sheets][rows][columns] of bf16, contiguous; sheets 0: [rows][columns]. The box is
+// [box_sheets][box_rows][64].
 static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
-                                     int box_rows) {
+                                     int box_rows, int box_sheets = 1) {
     CUtensorMap map;
     cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)sheets};
     cuuint64_t strides[2] = {(cuuint64_t)columns * 2, (cuuint64_t)(rows * columns * 2)}; // bytes
-    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, 1};
+    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
     cuuint32_t steps[3] = {1, 1, 1};
     CUresult result =
         tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2, (void *)base, sizes,
                              strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
-        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d rows", (int)result,
-            (long long)sheets, (long long)rows, (long long)columns, base, box_rows);
+        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d rows", (int)result,
+            (long long)sheets, (long long)rows, (long long)columns, base, box_sheets, box_rows);
     }
     return map;
 }
@@ -223,6 +224,55 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column,
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
                  "r"(row)
                  : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column, int row, int sheet) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
+                 "r"(column), "r"(row), "r"(sheet)
+                 : "memory");
+}
+
+// The box from shared memory to the tensor; what lies outside the tensor is not written. Before it, the
+// writing threads' fence_async_proxy and a barrier.
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int column, int row,
+                                          int sheet) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+        "r"(from), "r"(column), "r"(row), "r"(sheet)
+        : "memory");
+}
+
+// this thread's stores since the last commit are a group
+__device__ __forceinline__ void tma_commit(void) {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// until all of this thread's groups have read shared memory, which may then be written again
+__device__ __forceinline__ void tma_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// until they have been written
+__device__ __forceinline__ void tma_wait_written(void) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// ----------------------------------------------------------------------------
+// shared memory by address; barriers between some of the block's warps
+
+__device__ __forceinline__ uint32_t shared_load(uint32_t from) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void shared_store(uint32_t to, uint32_t value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+// `id` is 1 .. 15: __syncthreads has 0
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ----------------------------------------------------------------------------

@@ -4,7 +4,8 @@ The Hopper grouped GEMM against a naive kernel, and timed beside cuBLASLt's dens
     grouped_gemm check [lead [p]]   every product (or the p-th alone, on random operands) on small and odd
                                     shapes, every element
     grouped_gemm time [lead [...]]  the shapes of the paper's models: sampled elements checked, then times,
-                                    with each `lead` (hopper::Arguments); 2n: lead 2 and no prefetch
+                                    with each `lead` (hopper::Arguments); 2n: lead 2 and no prefetch.
+                                    p2: product 2 alone; c3: the first 3 shapes
 
 Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data; cuBLASLt's is the best of
 its first 8 heuristics. A dense product has as many rows as there are pairs; weight gradients are compared
@@ -320,6 +321,7 @@ static __global__ void unequal_kernel(unsigned *count, const uint32_t *a, const 
 
 static int failures = 0;
 static int only = -1; // product
+static size_t timed_cases = 100;
 
 static bool wanted(int product) {
     return only < 0 || only == product;
@@ -782,6 +784,9 @@ static void print_to(std::vector<char> &table, const char *format, ...) {
 static void time_layer(std::vector<char> &table, const Layer &l, const std::vector<const char *> &variants) {
     const Case &c = l.c;
     for (int product = 0; product < PRODUCTS; product++) {
+        if (!wanted(product)) {
+            continue;
+        }
         use_variant(variants[0]);
         prepare(l, product);
         floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 2 * c.F);
@@ -811,8 +816,9 @@ static void time_all(const std::vector<const char *> &variants) {
     CUBLAS_CHECK(cublasLtCreate(&lt));
     CUDA_CHECK(cudaMalloc(&workspace, WORKSPACE));
     std::vector<char> table;
-    for (const Case &c : cases) {
-        Layer l = layer_new(c);
+    size_t count = std::min(timed_cases, sizeof(cases) / sizeof(cases[0]));
+    for (size_t i = 0; i < count; i++) {
+        Layer l = layer_new(cases[i]);
         check_layer(l, 509, 1);
         time_layer(table, l, variants);
         layer_free(l);
@@ -833,7 +839,16 @@ int main(int argc, char **argv) {
         only = argc > 3 ? atoi(argv[3]) : -1;
         check_all();
     } else {
-        std::vector<const char *> variants(argv + 2, argv + argc);
+        std::vector<const char *> variants;
+        for (int i = 2; i < argc; i++) {
+            if (argv[i][0] == 'p') {
+                only = atoi(argv[i] + 1);
+            } else if (argv[i][0] == 'c') {
+                timed_cases = (size_t)atoi(argv[i] + 1);
+            } else {
+                variants.push_back(argv[i]);
+            }
+        }
         time_all(variants.empty() ? std::vector<const char *>(1, "2") : variants);
     }
     printf(failures ? "%d FAILED\n" : "all checks passed\n", failures);
