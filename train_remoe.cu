@@ -31,12 +31,13 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: floatX, launch, CUDA_CHECK; DeviceMemory, take
 #include "llmc/cuda_common.cuh"
 #include "llmc/memory.cuh"
-// defines: GemmPlans, matmul_forward, matmul_backward, gemm, router_logits (cuBLASLt)
+// defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
 #include "llmc/gemm.cuh"
-// defines: embedding_*, rmsnorm_*, rope_*, attention_* (forward, backward)
+// defines: embedding_*, rmsnorm_*, rope_*, attention_* (forward, backward); rmsnorm_router_forward
 #include "llmc/attention.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/rmsnorm.cuh"
+#include "llmc/rmsnorm_router.cuh"
 #include "llmc/rope.cuh"
 #include "llmc/rope.h"
 // defines: DevicePairs, router_forward, router_loss, router_backward; DeviceDispatch, dispatch_sort; Arena;
@@ -519,12 +520,13 @@ static void moe_block_forward(Model *m, int l, floatX *out, const int *ids, int 
     LayerActs *a = &m->layers[l];
     int d = c->hidden, E = c->router.experts;
     profile_mark(&m->profile, "norms", m->stream);
-    rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
-    profile_mark(&m->profile, "router and dispatch", m->stream);
     if (w->router != NULL) { // z = W x, W from its fp32 master
-        router_logits(a->router_logits, a->ffn_normed, w->router, N, d, E, m->router_scratch, &m->gemm,
-                      m->stream);
+        rmsnorm_router_forward(a->ffn_normed, a->ffn_rstd, a->router_logits, a->mid, w->ffn_norm, w->router,
+                               N, d, E, (float)c->norm_eps, m->router_scratch, &m->gemm, m->stream);
+    } else {
+        rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
+    profile_mark(&m->profile, "router and dispatch", m->stream);
     router_forward(a->pairs, a->router_logits, ids, forced, router_in_force(m), N, m->scratch, m->stream);
     dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
     arena_place(&m->arena, l, a->dispatch, m->stream);

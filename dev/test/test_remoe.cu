@@ -46,6 +46,7 @@ namespace cpu {
 #include "cuda/test_model.cuh"
 #include "cuda/test_pairs.cuh"
 #include "cuda/test_rmsnorm.cuh"
+#include "cuda/test_rmsnorm_router.cuh"
 #include "cuda/test_rope.cuh"
 #include "cuda/test_router.cuh"
 
@@ -62,6 +63,7 @@ static const TestRow test_rows[] = {
     {"gemm", test_cuda_gemm, bench_cuda_elementwise, 0},
     {"embedding", test_cuda_embedding, NULL, 0},
     {"rmsnorm", test_cuda_rmsnorm, NULL, 0},
+    {"rmsnorm_router", test_cuda_rmsnorm_router, NULL, 0},
     {"rope", test_cuda_rope, NULL, 0},
     {"attention", test_cuda_attention, bench_cuda_attention, 0},
     {"pairs", test_cuda_pairs, NULL, 0},
