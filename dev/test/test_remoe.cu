@@ -37,6 +37,7 @@ namespace cpu {
 #include "cuda/test_attention.cuh"
 #include "cuda/test_crossentropy.cuh"
 #include "cuda/test_dispatch.cuh"
+#include "cuda/test_dispatch_rmsnorm.cuh"
 #include "cuda/bench_elementwise.cuh"
 #include "cuda/test_embedding.cuh"
 #include "cuda/test_experts.cuh"
@@ -69,6 +70,7 @@ static const TestRow test_rows[] = {
     {"pairs", test_cuda_pairs, NULL, 0},
     {"router", test_cuda_router, bench_cuda_router, 0},
     {"dispatch", test_cuda_dispatch, bench_cuda_dispatch, 0},
+    {"dispatch_rmsnorm", test_cuda_dispatch_rmsnorm, NULL, 0},
     {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm, 1},
     {"experts", test_cuda_experts, NULL, 1},
     {"crossentropy", test_cuda_crossentropy, NULL, 0},
@@ -111,7 +113,7 @@ static void run_test(const TestRow *row, TestTotals *totals) {
     row->run();
     CUDA_CHECK(cudaDeviceSynchronize());
     int ok = tally.failures == 0 && tally.checks > 0;
-    printf("%-14s %s  %6d checks, %d failed%s  %.1f s%s\n", row->name, ok ? "ok    " : "FAILED", tally.checks,
+    printf("%-16s %s  %6d checks, %d failed%s  %.1f s%s\n", row->name, ok ? "ok    " : "FAILED", tally.checks,
            tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin,
            test_kernels == KERNELS_HOPPER ? "  (Hopper kernels)" : "");
     fflush(stdout);

@@ -13,6 +13,7 @@ with --recompute, backward makes them again by that.
 #include "../../../llmc/rmsnorm.h"
 #include "../../../llmc/rmsnorm_router.cuh"
 #include "harness.cuh"
+#include "test_gemm.cuh"
 
 static void rmsnorm_router_case(GemmPlans *plans, int64_t N, int d, int E) {
     const float eps = 1e-5f;
