@@ -165,6 +165,29 @@ static void combine_rmsnorm_case(PairLoad load, int N, int E, int d, int chunks,
     combine_case_free(&c);
 }
 
+// more rows than were planned for (the arena's overflow): those beyond the last chunk are left out
+static void combine_rmsnorm_overflow_case(void) {
+    enum { N = 70, E = 8, D = 24 };
+    CombineCase c = combine_case(LOAD_ALL, N, E, D, 3);
+    CombineChunk chunk = {c.rows, NULL, NULL, 0, c.R, c.pairs.pairs, c.pairs.dispatch};
+    float *residual = host_random(N * D, 2, 1.0f), *w = host_random(D, 3, 1.0f);
+    floatX *d_residual = device_x(residual, N * D), *y[2], *normed = device_new<floatX>(N * D);
+    float *d_w = device_f(w, D), *rstd = device_new<float>(N);
+    y[0] = device_new<floatX>(N * D);
+    y[1] = device_new<floatX>(N * D);
+    dispatch_combine(y[0], NULL, d_residual, c.rows, NULL, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1,
+                     NULL);
+    dispatch_combine_rmsnorm_forward(y[1], normed, rstd, d_residual, chunk, d_w, N, D, 1e-5f, NULL);
+    CHECK(device_hash(y[0], N * D * sizeof(floatX)) == device_hash(y[1], N * D * sizeof(floatX)));
+    const void *taken[] = {d_residual, y[0], y[1], normed, d_w, rstd};
+    for (const void *p : taken) {
+        device_release(p);
+    }
+    free(residual);
+    free(w);
+    combine_case_free(&c);
+}
+
 static void test_cuda_dispatch_rmsnorm(void) {
     const int widths[] = {8, 24, 200, 768, 1024, 1536, 2056}, experts[] = {1, 3, 8, 16, 17, 128};
     GemmPlans *plans = gemm_test_open();
@@ -186,6 +209,7 @@ static void test_cuda_dispatch_rmsnorm(void) {
         combine_rmsnorm_case(LOAD_SPARSE, 20011, 8, 768, 2, plans);
         combine_rmsnorm_case(LOAD_MIXED, 5003, 16, 1536, 3, plans);
     }
+    combine_rmsnorm_overflow_case();
     gemm_test_close(plans);
 }
 
