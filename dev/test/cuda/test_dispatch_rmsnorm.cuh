@@ -213,4 +213,53 @@ static void test_cuda_dispatch_rmsnorm(void) {
     gemm_test_close(plans);
 }
 
+// ----------------------------------------------------------------------------
+// speed, against the bytes that must move
+
+static void bench_combine_rmsnorm_of(PairLoad load, int N, int E, int d, GemmPlans *plans) {
+    PairsCase c = pairs_case(load, N, E);
+    int64_t size = (int64_t)N * d;
+    int *offsets = fetch(c.dispatch.offsets, E + 1), rows = offsets[E];
+    double P = (double)c.host.num_pairs, vector = (double)d * sizeof(floatX);
+    floatX *Y = device_new<floatX>((int64_t)rows * d), *x = device_new<floatX>(size),
+           *y = device_new<floatX>(size), *normed = device_new<floatX>(size);
+    float *dz_host = NEW(float, (int64_t)N *E), *w = device_new<float>(d), *rstd = device_new<float>(N),
+          *dw = device_new<float>(d), *scratch = device_new<float>(rmsnorm_scratch_floats(d));
+    for (int t = 0; t < N; t++) {
+        for (int64_t p = c.host.row_start[t]; p < c.host.row_start[t + 1]; p++) {
+            dz_host[(int64_t)t * E + c.host.expert[p]] = 1.0f;
+        }
+    }
+    floatX *dz = device_x(dz_host, (int64_t)N * E), *router = device_new<floatX>((int64_t)E * d);
+    CombineChunk chunk = {Y, c.pairs.gate, NULL, 0, rows, c.pairs, c.dispatch};
+    printf("  N %d, E %d, d %d: %.0f pairs\n", N, E, d, P);
+    double ms =
+        device_ms([&] { dispatch_combine_rmsnorm_forward(y, normed, rstd, x, chunk, w, N, d, 1e-5f, 0); });
+    bench_cuda_dispatch_line("combine_rmsnorm forward", ms, 4.0 * N + 8.0 * P + (P + 3.0 * N) * vector);
+    chunk.gates = NULL;
+    ms = device_ms([&] {
+        dispatch_combine_rmsnorm_backward(y, dw, normed, chunk, dz, router, x, w, rstd, N, d, E, scratch,
+                                          plans, 0);
+    });
+    bench_cuda_dispatch_line("combine_rmsnorm backward", ms,
+                             8.0 * N + 4.0 * P + 2.0 * N * E + (P + 3.0 * N) * vector);
+    const void *taken[] = {Y, x, y, normed, w, rstd, dw, scratch, dz, router};
+    for (const void *p : taken) {
+        device_release(p);
+    }
+    free(dz_host);
+    free(offsets);
+    pairs_case_free(&c);
+}
+
+static void bench_cuda_dispatch_rmsnorm(void) {
+    GemmPlans *plans = gemm_test_open();
+    bench_combine_rmsnorm_of(LOAD_SPARSE, 65536, 8, 768, plans);
+    bench_combine_rmsnorm_of(LOAD_MIXED, 65536, 8, 768, plans);
+    bench_combine_rmsnorm_of(LOAD_SPARSE, 65536, 8, 1024, plans);
+    bench_combine_rmsnorm_of(LOAD_SPARSE, 32768, 8, 1536, plans);
+    bench_combine_rmsnorm_of(LOAD_EIGHTH, 32768, 512, 768, plans);
+    gemm_test_close(plans);
+}
+
 #endif
