@@ -630,7 +630,7 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     int d = c->hidden, E = c->router.experts;
     if (m->recompute) {
         profile_mark(&m->profile, "norms", m->stream);
-        rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
+        rmsnorm_again(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, m->stream);
     }
     profile_mark(&m->profile, "experts backward", m->stream);
     experts_backward(NULL, m->dgate, g->gate_up, g->down, NULL, m->dx, a->ffn_normed, working(m, w->gate_up),
@@ -656,8 +656,8 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
     LayerActs *a = &m->layers[l];
     int N = B * T, d = c->hidden, width = (int)config_qkv_width(c);
     if (m->recompute) {
-        rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, (float)c->norm_eps,
-                        m->stream);
+        profile_mark(&m->profile, "norms", m->stream);
+        rmsnorm_again(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, m->stream);
     }
     profile_mark(&m->profile, "attention projections", m->stream);
     matmul_backward(m->datt, g->o, m->dx, a->att, working(m, w->o), N, d, d, &m->gemm, m->stream);

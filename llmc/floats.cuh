@@ -7,6 +7,10 @@ bytes that move as two 16-byte accesses (one in the fp32 build).
 
     widen    pack -> Floats, exact
     narrow   Floats -> pack, each rounded once
+
+What a thread holds for long it should hold as Bits, the pack's 16 bytes in 4 registers: a Pack<floatX> has
+8 numbers of 16 bits, and where paths of control meet (a load that depends on a condition) the compiler
+gives each a register.
 */
 #ifndef FLOATS_CUH
 #define FLOATS_CUH
@@ -41,6 +45,41 @@ __device__ __forceinline__ Pack<floatX> narrow(const Floats &floats) {
         pack.x[i] = to_x(floats.x[i]);
     }
     return pack;
+}
+
+typedef Pack<uint32_t> Bits;
+
+__device__ __forceinline__ Bits load_bits(const floatX *from) {
+    return *reinterpret_cast<const Bits *>(from);
+}
+
+__device__ __forceinline__ void store_bits(floatX *to, const Bits &bits) {
+    *reinterpret_cast<Bits *>(to) = bits;
+}
+
+__device__ __forceinline__ Bits to_bits(const Pack<floatX> &pack) {
+    Bits bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    return bits;
+}
+
+__device__ __forceinline__ Floats widen(const Bits &bits) {
+    Pack<floatX> pack;
+    memcpy(&pack, &bits, sizeof(pack));
+    return widen(pack);
+}
+
+// The compiler must not know that these are the values of before: what it has computed from them (all
+// widened, all exponentials) it would keep for the next use, and there are not the registers
+template <int COUNT> __device__ __forceinline__ void forget_values(Bits (&held)[COUNT]) {
+#ifdef EMULATED
+    (void)held;
+#else
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        asm volatile("" : "+r"(held[i].x[0]), "+r"(held[i].x[1]), "+r"(held[i].x[2]), "+r"(held[i].x[3]));
+    }
+#endif
 }
 
 // whether 16-byte accesses may begin at p

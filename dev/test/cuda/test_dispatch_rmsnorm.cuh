@@ -1,10 +1,11 @@
 /*
-dispatch_rmsnorm.cuh against the C functions one after another: dispatch_combine and rmsnorm_forward; dispatch_combine,
-sgemm and rmsnorm_backward. Few experts (dz W within the kernel) and many (a GEMM), no router, rows that a
-warp can hold and wider ones, tokens without an expert, one chunk of rows and several.
+dispatch_rmsnorm.cuh against the C functions one after another: dispatch_combine and rmsnorm_forward;
+dispatch_combine, sgemm and rmsnorm_backward. Few experts (dz W within the kernel) and many (a GEMM), no
+router, rows that a warp can hold and wider ones, tokens without an expert, one chunk of rows and several.
 
-Tolerances: y, normed and dx are rounded to bf16 once each, at most 2^-9 of an element, and normed is of a rounded y
-on both sides; rstd and dw are fp32 sums in another order. dx of wide rows comes of a dnormed that is rounded too.
+Tolerances: y, normed and dx are rounded to bf16 once each, at most 2^-9 of an element, and normed is of a
+rounded y on both sides; rstd and dw are fp32 sums in another order. dx of wide rows comes of a dnormed that
+is rounded too.
 */
 #ifndef TEST_CUDA_DISPATCH_RMSNORM_CUH
 #define TEST_CUDA_DISPATCH_RMSNORM_CUH
@@ -79,7 +80,7 @@ static void combine_rmsnorm_forward_case(const CombineCase *c) {
     check_device("combine_rmsnorm normed", d_normed, normed, size, tolerance(1e-5, 2e-3));
     check_device("combine_rmsnorm rstd", d_rstd, rstd, N, 1e-5);
     uint64_t once = device_hash(d_normed, size * sizeof(floatX));
-    rmsnorm_forward(d_normed, d_rstd, d_residual, d_w, N, d, eps, NULL); // what --recompute makes again
+    rmsnorm_again(d_normed, d_rstd, d_residual, d_w, N, d, NULL); // as with --recompute
     CHECK(device_hash(d_normed, size * sizeof(floatX)) == once);
     const void *taken[] = {d_residual, d_normed, d_w, d_rstd};
     for (const void *p : taken) {
