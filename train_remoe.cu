@@ -127,11 +127,19 @@ struct Model {
     float *host_logits;                 // [V] of sampling
 };
 
-// rows of logits that are in memory at once: as many as keep the product large while [N, V] would outgrow all else
-static int64_t classifier_rows(int64_t N, int V) {
-    int64_t rows = ((int64_t)1 << 29) / V / 256 * 256;
+// Rows of logits that are in memory at once, at most: as many as keep the product large while [N, V] would outgrow
+// all else
+static int64_t classifier_most_rows(int64_t N, int V) {
+    int64_t rows = ((int64_t)1 << 30) / V / 256 * 256;
     rows = rows < 256 ? 256 : rows;
     return rows < N ? rows : N;
+}
+
+// the same number of chunks, evenly filled
+static int64_t classifier_rows(int64_t N, int V) {
+    int64_t most = classifier_most_rows(N, V), chunks = ceil_div<int64_t>(N, most);
+    int64_t rows = ceil_div<int64_t>(ceil_div<int64_t>(N, chunks), 256) * 256;
+    return rows < most ? rows : most;
 }
 
 // pairs that a token can have at most: only the ReLU router leaves it open (and a dump's forced routes)
@@ -224,7 +232,8 @@ static void allocate_activations(Model *m) {
     m->normed = take<floatX>(memory, SEGMENT_ACTIVATIONS, N * d);
     m->rstd = take<float>(memory, SEGMENT_ACTIVATIONS, N);
     m->logit_rows = classifier_rows(N, c->vocab_size);
-    m->logits = take<floatX>(memory, SEGMENT_WORKSPACE, m->logit_rows * c->vocab_size);
+    m->logits =
+        take<floatX>(memory, SEGMENT_WORKSPACE, classifier_most_rows(N, c->vocab_size) * c->vocab_size);
     m->losses = take<float>(memory, SEGMENT_WORKSPACE, N);
     m->scratch = take<unsigned char>(memory, SEGMENT_WORKSPACE, scratch_bytes(m));
     m->router_scratch = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? 3 * E * d : 0);
