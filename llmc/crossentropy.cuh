@@ -3,10 +3,11 @@ Softmax cross entropy on the device, in nats, forward and backward in one launch
 
     loss_n = ln sum_v exp(z_nv) - z_n,target;     dz_nv = scale (softmax(z_n)_v - 1{v = target})
 
-A block owns a row. With up to 57336 columns (bf16) it keeps the row in its registers, all of whose loads are
-under way at once: each byte is read once and written once. That is one row a processor, 1024 threads with 7
-packs of 16 bytes each. (dev/ladder/crossentropy.cu compares ways to do it, on an H100 at V = 51200: this one at
-2900 GB/s, and reading the row again from the L2 cache at 2050. In shared memory it was slower still.)
+A block owns a row. With up to 57336 columns (bf16) it keeps the row in its registers, all of whose loads
+are under way at once: each byte is read once and written once. That is one row a processor, 1024 threads
+with 7 packs of 16 bytes each. (dev/ladder/crossentropy.cu compares ways to do it, on an H100 at V = 51200:
+this one at 2900 GB/s, and reading the row again from the L2 cache at 2050. In shared memory it was slower
+still.)
 
 A wider row is read twice, and so it takes one pass for both the maximum and the sum: a thread keeps the
 largest logit so far and the sum of the exponentials relative to it, and rescales the sum when the largest

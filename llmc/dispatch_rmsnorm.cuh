@@ -91,7 +91,7 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 3 : 2)
         int c = first + i * 32 * PACK_X;
         if (c < d) {
             store_bits(y + t * d + c, kept[i]);
-            store_bits(normed + t * d + c, rmsnorm_scaled(kept[i], w + c, r));
+            store_bits(normed + t * d + c, rmsnorm_scaled(kept[i], load_constant_floats(w + c), r));
         }
     }
     if (first == 0) {

@@ -27,6 +27,19 @@ __device__ __forceinline__ Floats load_floats(const float *from) {
     return *reinterpret_cast<const Floats *>(from);
 }
 
+// the same of what no thread writes while the kernel runs: the compiler may move such a load before a store
+__device__ __forceinline__ Floats load_constant_floats(const float *from) {
+#ifdef EMULATED
+    return load_floats(from);
+#else
+    Floats floats;
+    for (int i = 0; i < PACK_X; i += 4) {
+        *reinterpret_cast<float4 *>(floats.x + i) = __ldg(reinterpret_cast<const float4 *>(from + i));
+    }
+    return floats;
+#endif
+}
+
 __device__ __forceinline__ void store_floats(float *to, const Floats &floats) {
     *reinterpret_cast<Floats *>(to) = floats;
 }

@@ -61,7 +61,7 @@ __device__ __forceinline__ void split_router_weights(floatX *parts, const float 
 // a lane's columns of its row -> the same, normed, which are stored too
 template <int CHUNKS>
 __device__ __forceinline__ void rmsnorm_quad_row(floatX *out, float *rstd, Bits (&x)[CHUNKS], const float *w,
-                                                 bool exists, int d, float eps) {
+                                                 int width, int d, float eps) {
     float sum = sum_of_squares_held(x);
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
@@ -71,14 +71,12 @@ __device__ __forceinline__ void rmsnorm_quad_row(floatX *out, float *rstd, Bits 
 #pragma unroll
     for (int j = 0; j < CHUNKS; j++) {
         int c = first + j * 32;
-        if (c < d) {
-            x[j] = rmsnorm_scaled(x[j], w + c, r);
-            if (exists) {
-                store_bits(out + c, x[j]);
-            }
+        x[j] = rmsnorm_scaled(x[j], load_floats(w + c), r); // beyond d 0 stays 0
+        if (c < width) {
+            store_bits(out + c, x[j]);
         }
     }
-    if (exists && first == 0) {
+    if (width > 0 && first == 0) {
         *rstd = r;
     }
 }
@@ -109,20 +107,24 @@ static __global__ void __launch_bounds__(RMSNORM_ROUTER_THREADS, rmsnorm_router_
                                   const float *router, int64_t N, int d, int E, float eps) {
     const int ROWS = RMSNORM_ROUTER_ROWS, WARPS = RMSNORM_ROUTER_THREADS / 32;
     int warp = (int)threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
-    floatX *parts = (floatX *)shared_memory();
-    split_router_weights<CHUNKS>(parts, router, E, d);
+    float *w_shared = (float *)shared_memory();         // [CHUNKS 32], 0 beyond d
+    floatX *parts = (floatX *)(w_shared + CHUNKS * 32); // of router
+    for (int c = (int)threadIdx.x; c < CHUNKS * 32; c += RMSNORM_ROUTER_THREADS) {
+        w_shared[c] = c < d ? w[c] : 0.0f;
+    }
+    split_router_weights<CHUNKS>(parts, router, E, d); // its barrier covers w too
     for (int64_t first = ((int64_t)blockIdx.x * WARPS + warp) * ROWS; first < N;
          first += (int64_t)gridDim.x * WARPS * ROWS) {
         int64_t n = first + g;
-        bool exists = n < N;
+        int width = n < N ? d : 0; // beyond the last row nothing is read or written
         Bits kept[CHUNKS];
-        load_packs(kept, x + n * d, t * 8, 32, exists ? d : 0);
-        rmsnorm_quad_row(out + n * d, rstd + n, kept, w, exists, d, eps);
+        load_packs(kept, x + n * d, t * 8, 32, width);
+        rmsnorm_quad_row(out + n * d, rstd + n, kept, w_shared, width, d, eps);
         for (int e = 0; e < E; e += 8) {
             float two[2];
             logits_of_tile(two, kept, parts + e / 8 * CHUNKS * 96 * 8);
             for (int i = 0; i < 2; i++) {
-                if (exists && e + 2 * t + i < E) {
+                if (n < N && e + 2 * t + i < E) {
                     logits[n * E + e + 2 * t + i] = two[i];
                 }
             }
@@ -133,7 +135,8 @@ static __global__ void __launch_bounds__(RMSNORM_ROUTER_THREADS, rmsnorm_router_
 static inline size_t rmsnorm_router_shared_bytes(int d, int E) {
     size_t bytes = 0;
     with_warp_packs(d, [&](auto packs) {
-        bytes = (size_t)ceil_div(E, 8) * decltype(packs)::value * 8 * 96 * 8 * sizeof(floatX);
+        const int CHUNKS = decltype(packs)::value * 8;
+        bytes = CHUNKS * (32 * sizeof(float) + (size_t)ceil_div(E, 8) * 96 * 8 * sizeof(floatX));
     });
     return bytes;
 }
