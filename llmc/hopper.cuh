@@ -57,24 +57,32 @@ static inline EncodeTiled tensor_map_encoder(void) {
     return (EncodeTiled)function;
 }
 
-// Tensor [sheets][rows][columns] of bf16, contiguous; sheets 0: [rows][columns]. The box is
-// [box_sheets][box_rows][64].
-static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
-                                     int box_rows, int box_sheets = 1) {
+// Tensor [sheets][rows][columns] of bf16 or fp32, contiguous; sheets 0: [rows][columns]. The box is
+// [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32 fp32 numbers) or of 64, swizzled.
+static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t columns, int64_t rows,
+                                     int64_t sheets, int box_rows, int box_sheets, int box_columns) {
     CUtensorMap map;
+    cuuint64_t size = fp32 ? 4 : 2;
     cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)sheets};
-    cuuint64_t strides[2] = {(cuuint64_t)columns * 2, (cuuint64_t)(rows * columns * 2)}; // bytes
-    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
+    cuuint64_t strides[2] = {(cuuint64_t)columns * size, (cuuint64_t)(rows * columns) * size}; // bytes
+    cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
     cuuint32_t steps[3] = {1, 1, 1};
-    CUresult result =
-        tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2, (void *)base, sizes,
-                             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult result = tensor_map_encoder()(
+        &map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2,
+        (void *)base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        box_columns * size == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
-        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d rows", (int)result,
-            (long long)sheets, (long long)rows, (long long)columns, base, box_sheets, box_rows);
+        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d x %d", (int)result,
+            (long long)sheets, (long long)rows, (long long)columns, base, box_sheets, box_rows, box_columns);
     }
     return map;
+}
+
+// of bf16, boxes of 64 columns
+static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
+                                     int box_rows) {
+    return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -219,19 +227,6 @@ __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap *ma
                  : "memory");
 }
 
-// the box will soon be wanted: to L2. (The bulk prefetch without a map is slow: some 250 cycles each.)
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
-                 "r"(row)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column, int row, int sheet) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
-                 "r"(column), "r"(row), "r"(sheet)
-                 : "memory");
-}
-
 // The box from shared memory to the tensor; what lies outside the tensor is not written. Before it, the
 // writing threads' fence_async_proxy and a barrier.
 __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int column, int row,
@@ -242,14 +237,31 @@ __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from,
         : "memory");
 }
 
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+        "r"(from), "r"(column), "r"(row)
+        : "memory");
+}
+
+// The box of fp32 numbers is added to the tensor, in L2. Where nobody else adds meanwhile, that is one sum as any
+// other: always the same bits
+__device__ __forceinline__ void tma_add(const CUtensorMap *map, uint32_t from, int column, int row,
+                                        int sheet) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], "
+                 "[%1];" ::"l"(map),
+                 "r"(from), "r"(column), "r"(row), "r"(sheet)
+                 : "memory");
+}
+
 // this thread's stores since the last commit are a group
 __device__ __forceinline__ void tma_commit(void) {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// until all of this thread's groups have read shared memory, which may then be written again
-__device__ __forceinline__ void tma_wait_read(void) {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+// until all but PENDING of this thread's groups have read shared memory, which may then be written again
+template <int PENDING> __device__ __forceinline__ void tma_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
 // until they have been written
@@ -260,14 +272,27 @@ __device__ __forceinline__ void tma_wait_written(void) {
 // ----------------------------------------------------------------------------
 // shared memory by address; barriers between some of the block's warps
 
-__device__ __forceinline__ uint32_t shared_load(uint32_t from) {
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-    return value;
+// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th, as in
+// wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
+__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
 }
 
-__device__ __forceinline__ void shared_store(uint32_t to, uint32_t value) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void shared_store(uint32_t to, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void shared_store(uint32_t to, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
 
 // `id` is 1 .. 15: __syncthreads has 0

@@ -1,11 +1,9 @@
 /*
 The Hopper grouped GEMM against a naive kernel, and timed beside cuBLASLt's dense product of the same size.
 
-    grouped_gemm check [lead [p]]   every product (or the p-th alone, on random operands) on small and odd
-                                    shapes, every element
-    grouped_gemm time [lead [...]]  the shapes of the paper's models: sampled elements checked, then times,
-                                    with each `lead` (hopper::Arguments); 2n: lead 2 and no prefetch.
-                                    p2: product 2 alone; c3: the first 3 shapes
+    grouped_gemm check [p2]       every product on small and odd shapes, every element
+    grouped_gemm time [p2] [c3]   the shapes of the paper's models: sampled elements checked, then times
+                                  p2: product 2 alone (on random operands); c3: the first 3 shapes
 
 Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data; cuBLASLt's is the best of
 its first 8 heuristics. A dense product has as many rows as there are pairs; weight gradients are compared
@@ -14,10 +12,6 @@ loss.
 
     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. dev/ladder/grouped_gemm.cu -lcublasLt
 */
-static int bench_lead = 2;
-static bool bench_prefetch = true;
-#define GROUPED_LEAD bench_lead
-#define GROUPED_PREFETCH bench_prefetch
 
 #include "llmc/grouped_gemm_hopper.cuh"
 #include <algorithm>
@@ -760,11 +754,6 @@ static Row time_product(const Layer &l, int product, const Dense &dense, const f
     return {median(ours), median(theirs), (float)(least_bytes(l, product) / 3e9), flops};
 }
 
-static void use_variant(const char *variant) {
-    bench_lead = atoi(variant);
-    bench_prefetch = strchr(variant, 'n') == NULL;
-}
-
 // operands as they are in training
 static void prepare(const Layer &l, int product) {
     for (int before = 0; before < std::min(product, 3); before++) {
@@ -781,33 +770,25 @@ static void print_to(std::vector<char> &table, const char *format, ...) {
     table.insert(table.end(), line, line + length);
 }
 
-static void time_layer(std::vector<char> &table, const Layer &l, const std::vector<const char *> &variants) {
+static void time_layer(std::vector<char> &table, const Layer &l) {
     const Case &c = l.c;
     for (int product = 0; product < PRODUCTS; product++) {
         if (!wanted(product)) {
             continue;
         }
-        use_variant(variants[0]);
         prepare(l, product);
         floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 2 * c.F);
         Dense dense = dense_of(l, product);
-        for (size_t i = 0; i < variants.size(); i++) {
-            use_variant(variants[i]);
-            prepare(l, product); // the dense product spoils some operands
-            Row r = time_product(l, product, dense, h);
-            if (i == 0) {
-                print_to(table, "%4d %4d %3d %-13s dense %.3f ms %3.0f, bytes %.3f ms;", c.d, c.F, c.E,
-                         product_names[product], r.dense, r.flops / r.dense * 1e-9, r.bound);
-            }
-            print_to(table, "  %s: %.3f ms %3.0f %.3f", variants[i], r.ours, r.flops / r.ours * 1e-9,
-                     fmaxf(r.dense, r.bound) / r.ours);
-        }
-        print_to(table, "\n");
+        prepare(l, product); // the dense product spoils some operands
+        Row r = time_product(l, product, dense, h);
+        print_to(table, "%4d %4d %3d %-13s dense %.3f ms %3.0f, bytes %.3f ms; ours %.3f ms %3.0f  %.3f\n",
+                 c.d, c.F, c.E, product_names[product], r.dense, r.flops / r.dense * 1e-9, r.bound, r.ours,
+                 r.flops / r.ours * 1e-9, fmaxf(r.dense, r.bound) / r.ours);
         CUDA_CHECK(cudaFree(h));
     }
 }
 
-static void time_all(const std::vector<const char *> &variants) {
+static void time_all(void) {
     Case cases[] = {
         {768, 3072, 8, 65536, 1, 0, 0, true, 0},  {1024, 4096, 8, 65536, 1, 0, 0, true, 0},
         {768, 384, 64, 65536, 8, 0, 0, true, 0},  {768, 3072, 64, 65536, 1, 0, 0, true, 0},
@@ -820,7 +801,7 @@ static void time_all(const std::vector<const char *> &variants) {
     for (size_t i = 0; i < count; i++) {
         Layer l = layer_new(cases[i]);
         check_layer(l, 509, 1);
-        time_layer(table, l, variants);
+        time_layer(table, l);
         layer_free(l);
     }
     table.push_back(0);
@@ -828,28 +809,26 @@ static void time_all(const std::vector<const char *> &variants) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 2 || (strcmp(argv[1], "check") != 0 && strcmp(argv[1], "time") != 0)) {
-        die_usage("grouped_gemm check | time [lead ...]");
+    bool time = argc > 1 && strcmp(argv[1], "time") == 0;
+    if (argc < 2 || (!time && strcmp(argv[1], "check") != 0)) {
+        die_usage("grouped_gemm check | time [p2] [c3]");
+    }
+    for (int i = 2; i < argc; i++) {
+        if (argv[i][0] == 'p') {
+            only = atoi(argv[i] + 1);
+        } else if (argv[i][0] == 'c') {
+            timed_cases = (size_t)atoi(argv[i] + 1);
+        } else {
+            die_usage("no such argument: %s", argv[i]);
+        }
     }
     if (!hopper::available()) {
         die("this device is no Hopper GPU (compute capability 9.0)");
     }
-    if (strcmp(argv[1], "check") == 0) {
-        bench_lead = argc > 2 ? atoi(argv[2]) : bench_lead;
-        only = argc > 3 ? atoi(argv[3]) : -1;
-        check_all();
+    if (time) {
+        time_all();
     } else {
-        std::vector<const char *> variants;
-        for (int i = 2; i < argc; i++) {
-            if (argv[i][0] == 'p') {
-                only = atoi(argv[i] + 1);
-            } else if (argv[i][0] == 'c') {
-                timed_cases = (size_t)atoi(argv[i] + 1);
-            } else {
-                variants.push_back(argv[i]);
-            }
-        }
-        time_all(variants.empty() ? std::vector<const char *>(1, "2") : variants);
+        check_all();
     }
     printf(failures ? "%d FAILED\n" : "all checks passed\n", failures);
     return failures != 0;
