@@ -101,7 +101,8 @@ SANITIZE_SECONDS=${SANITIZE_SECONDS:-300}
 SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch,experts pairs gemm router model'
 
 sanitize() { # sanitize TOOL PROGRAM COMPONENTS: in the background
-    local name="$1_$(basename "$2")_$3"
+    local name
+    name="$1_$(basename "$2")_$3"
     timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 "$2" ${3//,/ } >"$logs/$name.txt" 2>&1 &
     pids+=($!)
     names+=("$name")
@@ -149,8 +150,8 @@ check_train() {
              match($0, /"tok_s": [0-9.e+]*/); speed[stage] += substr($0, RSTART + 9, RLENGTH - 9); count[stage]++
              match($0, /"sparsity": [0-9.e+-]*/); s[n + 0] = substr($0, RSTART + 12, RLENGTH - 12)
              match($0, /"lambda": [0-9.e+-]*/); lambda = substr($0, RSTART + 10, RLENGTH - 10)
-             match($0, /"lm_loss": [0-9.e+]*/)
-             if (n++ % 10 == 0) printf "step %d loss %s S %s lambda %s\n", n, substr($0, RSTART + 11, RLENGTH - 11), s[n - 1], lambda
+             match($0, /"lm_loss": [0-9.e+]*/); loss = substr($0, RSTART + 11, RLENGTH - 11)
+             if (n++ % 10 == 0) printf "step %d loss %s S %s lambda %s\n", n, loss, s[n - 1], lambda
          }
          END {
              for (i = n - 20; i < n; i++) mean += s[i] / 20
@@ -184,7 +185,8 @@ check_bench() {
     done
 }
 
-for step in ${*:-build test compare resume curves sanitize}; do
+[ $# -gt 0 ] || set -- build test compare resume curves sanitize
+for step; do
     check_$step
 done
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
