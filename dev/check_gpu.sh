@@ -98,12 +98,14 @@ check_curves() {
 }
 
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-300}
-SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch,experts pairs gemm router model'
+SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch,experts pairs gemm router'
+RACED='model:relu,model:topk,model:ec model:hash,model:dense,model:update model:bits,model:sampling model:overflow,model:graph'
 
 sanitize() { # sanitize TOOL PROGRAM COMPONENTS: in the background
-    local name
-    name="$1_$(basename "$2")_$3"
-    timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 "$2" ${3//,/ } >"$logs/$name.txt" 2>&1 &
+    local name few=''
+    name="$1_$(basename "$2")_${3//[:,]/_}"
+    [ "$1" != racecheck ] || few=--few
+    timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 "$2" $few ${3//,/ } >"$logs/$name.txt" 2>&1 &
     pids+=($!)
     names+=("$name")
 }
@@ -112,14 +114,15 @@ check_sanitize() { # under the sanitizers a GPU is as slow as the emulator: the 
     local i=0
     pids=() names=()
     make -s build/test_remoecu_small build/test_remoecu_small_fp32 >$logs/build_small.txt 2>&1
-    for components in $SANITIZED; do
-        for tool in memcheck racecheck; do
-            sanitize $tool build/test_remoecu_small "$components"
-        done
+    for components in $SANITIZED model; do
+        sanitize memcheck build/test_remoecu_small "$components"
         case $components in # elsewhere cuBLASLt writes: through TMA on Hopper, which initcheck does not follow
         gemm | model) ;;
         *) sanitize initcheck build/test_remoecu_small "$components" ;;
         esac
+    done
+    for components in $SANITIZED $RACED; do
+        sanitize racecheck build/test_remoecu_small "$components"
     done
     for components in attention grouped_gemm dispatch,experts; do
         sanitize racecheck build/test_remoecu_small_fp32 $components

@@ -2,7 +2,8 @@
 test_remoe.cu: runs the CUDA tests, one component a file in dev/test/cuda/test_X.cuh.
 
     ./test_remoecu             all of them
-    ./test_remoecu router ...  only these
+    ./test_remoecu router ...  only these; model:topk: of the model's cases those with this in their name
+    ./test_remoecu --few ...   fewer and smaller shapes of router and model: for racecheck
     ./test_remoecu --bench attention ...   times these components' kernels instead
     ./test_remoecu --list      their names
 
@@ -76,11 +77,18 @@ static const TestRow test_rows[] = {
 
 enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };
 
+// does the argument name this test, or cases of it (model:topk)?
+static int names_test(const char *argument, const char *name) {
+    size_t size = strlen(name);
+    int cases = strcmp(name, "model") == 0;
+    return strncmp(argument, name, size) == 0 && (argument[size] == '\0' || (cases && argument[size] == ':'));
+}
+
 static int test_is_wanted(const char *name, int argc, char **argv) {
     int named = 0;
     for (int i = 1; i < argc; i++) {
         named += argv[i][0] != '-';
-        if (strcmp(argv[i], name) == 0) {
+        if (names_test(argv[i], name)) {
             return 1;
         }
     }
@@ -89,9 +97,9 @@ static int test_is_wanted(const char *name, int argc, char **argv) {
 
 static void refuse_unknown_tests(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        int known = strcmp(argv[i], "--bench") == 0;
+        int known = strcmp(argv[i], "--bench") == 0 || strcmp(argv[i], "--few") == 0;
         for (int row = 0; row < TEST_ROWS; row++) {
-            known += strcmp(argv[i], test_rows[row].name) == 0;
+            known += names_test(argv[i], test_rows[row].name);
         }
         if (!known) {
             die_usage("no test is called %s\n  ---> ./test_remoecu --list", argv[i]);
@@ -106,6 +114,7 @@ typedef struct {
 static void run_test(const TestRow *row, TestTotals *totals) {
     double begin = seconds_now();
     memset(&tally, 0, sizeof(tally));
+    test_component = row->name;
     row->run();
     CUDA_CHECK(cudaDeviceSynchronize());
     int ok = tally.failures == 0 && tally.checks > 0;
@@ -162,6 +171,10 @@ int main(int argc, char **argv) {
         return 0;
     }
     refuse_unknown_tests(argc, argv);
+    test_names = argv + 1;
+    for (int i = 1; i < argc; i++) {
+        few_cases |= strcmp(argv[i], "--few") == 0;
+    }
     if (!benching) {
         return run_tests(argc, argv);
     }
