@@ -287,7 +287,7 @@ static void test_router_large(void) {
     router_case(ROUTER_HASH, 8, 2, 1000003, LOGITS_RANDOM);
 }
 
-// every kernel: groups of 4 and of 32 lanes, tokens in one tile and in two, with load balance and without, forced
+// every kernel: 4, 8 and 32 lanes a token, one tile of tokens and two, load balance or none, forced or not
 static void test_router_few(void) {
     for (int method = ROUTER_RELU; method <= ROUTER_HASH; method++) {
         float *forced = sample_mask(MASK_MIXED, 33, 8, 9);
