@@ -79,18 +79,18 @@ figures() {
                  if ($i == "mfu_active") active = $(i + 1) + 0
              }
              tflops = scale * (measured < nominal ? measured : nominal)
-             print $1, tflops, active < mfu ? active : mfu, active, s, target, $(NF - 1)
+             print $1, tflops, (active < mfu ? active : mfu), active, s, target, $(NF - 1)
          }' "$1"
 }
 
 means() { # of the columns of stdin
     awk '{ for (i = 1; i <= NF; i++) { sum[i] += $i; text[i] = $i } }
-         END { for (i = 1; i <= NF; i++) printf text[i] == "-" ? "- " : "%.8g ", sum[i] / NR }'
+         END { for (i = 1; i <= NF; i++) printf((text[i] == "-" ? "- " : "%.8g "), sum[i] / NR) }'
 }
 
 quotient() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.3f", a / b }'; }
 
-percent() { awk -v x="$1" 'BEGIN { printf x == "-" ? "-" : "%.1f %%", 100 * x }'; }
+percent() { awk -v x="$1" 'BEGIN { printf((x == "-" ? "-" : "%.1f %%"), 100 * x) }'; }
 
 measure() { # measure ROW: a training row
     local row=$1 batch against turn turns='' peers='' log begin=$SECONDS most
@@ -128,7 +128,7 @@ report() { # report ROW B FIGURES PEER: shows and records
     *) ratio="to $against, tok/s: $(quotient "$tok" "${tok_s[$against]}")" ;;
     esac
     [ -z "$peer" ] || ratio+="${ratio:+; }to the peer, TFLOP/s: $(quotient "$tflops" "$peer")"
-    s=$(awk -v s="$s" -v t="$target" 'BEGIN { d = s - t; printf d * d < 0.005 ^ 2 ? "%.4f" : "%.4f, not " t, s }')
+    s=$(awk -v s="$s" -v t="$target" 'BEGIN { d = s - t; printf((d * d < 0.005 ^ 2 ? "%.4f" : "%.4f, not " t), s) }')
     [ "$row" != dense ] || s=-
     set -- "$(field "$row" 2)" "$batch" "$(printf %.0f "$tok")" "$(printf %.1f "$tflops")" "$(percent "$mfu")" "$s" \
         "$(printf %.1f "$gb")" "${peer:--}" "${ratio:--}"
