@@ -179,11 +179,12 @@ bench_gemm() { # a line a shape: TFLOP/s of the six products, and the share of m
         echo "gemm $shape: $tflops TFLOP/s; $share"
         record "experts' products, $shape: up, down; backward down, up; weight gradients down, up" - - "$tflops" - - - - \
             "to min(cuBLASLt dense, bytes / 3 TB/s): $share"
-    done < <(awk '/ dense .* bytes .*2: / {
+    done < <(awk '/ wgmma .* ms / {
                       key = "d " $1 ", F " $2 ", E " $3
+                      for (i = 1; $i != "wgmma"; i++) continue
                       between = key in tflops ? ", " : ""
                       if (between == "") order[n++] = key
-                      tflops[key] = tflops[key] between $(NF - 1)
+                      tflops[key] = tflops[key] between $(i + 3)
                       share[key] = share[key] between $NF
                   }
                   END { for (i = 0; i < n; i++) print order[i] "|" tflops[order[i]] "|" share[order[i]] }' "$log")
