@@ -65,8 +65,6 @@ capture the launches.
 #if !defined(PRECISION_FP32) && !defined(EMULATED)
 #include "hopper.cuh"
 
-#define HOPPER_KERNELS
-
 #ifndef GROUPED_CLUSTER
 #define GROUPED_CLUSTER 2
 #endif
@@ -79,7 +77,6 @@ enum {
     TILE_M = 128,
     STEP_K = 64,
     GROUP_ROWS = 64, // rows of a consumer
-    GROUP_THREADS = 128,
     BLOCK_THREADS = 3 * GROUP_THREADS,
     CONSUMER_WARPS = 8,
     CLUSTER = GROUPED_CLUSTER, // blocks: 1 or 2
@@ -566,47 +563,12 @@ template <int PRODUCT, int BN> struct Multiplier {
 // ----------------------------------------------------------------------------
 // consumers: epilogues
 
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&pair);
-}
-
-__device__ __forceinline__ float low_half(uint32_t pair) {
-    return __uint_as_float(pair << 16);
-}
-
-__device__ __forceinline__ float high_half(uint32_t pair) {
-    return __uint_as_float(pair & 0xffff0000u);
-}
-
 // 1 / (1 + 2^(-x log2 e)), two instructions of the special function unit: error 1e-6 or so
 __device__ __forceinline__ float sigmoid(float x) {
     float power, result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
     return result;
-}
-
-// The quad's 4 x 4 matrix is transposed: v[j] of lane i goes to v[i] of lane j. What a lane has of four
-// groups of 8 columns becomes all 8 columns of one group.
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
-    bool odd = threadIdx.x % 2 == 1, high = threadIdx.x / 2 % 2 == 1;
-    uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
-    uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);
-    v[0] = odd ? x : v[0];
-    v[1] = odd ? v[1] : x;
-    v[2] = odd ? y : v[2];
-    v[3] = odd ? v[3] : y;
-    x = __shfl_xor_sync(0xffffffffu, high ? v[0] : v[2], 2);
-    y = __shfl_xor_sync(0xffffffffu, high ? v[1] : v[3], 2);
-    v[0] = high ? x : v[0];
-    v[1] = high ? y : v[1];
-    v[2] = high ? v[2] : x;
-    v[3] = high ? v[3] : y;
-}
-
-__device__ __forceinline__ void store16(floatX *to, const uint32_t (&v)[4]) {
-    *reinterpret_cast<uint4 *>(to) = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 // Where this thread's accumulators are: rows row and row + 8 of the tile; after the exchange, of each 32

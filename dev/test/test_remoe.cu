@@ -7,7 +7,7 @@ test_remoe.cu: runs the CUDA tests, one component a file in dev/test/cuda/test_X
     ./test_remoecu --bench attention ...   times these components' kernels instead
     ./test_remoecu --list      their names
 
-On a Hopper GPU in bf16 the components that use the grouped GEMMs are tested (and timed) with both kinds of kernels.
+On a Hopper GPU in bf16 the components that have kernels of two kinds are tested (and timed) with both.
 
 Prints a line a component and last "N passed, N failed"; exit 1 if any failed. The CUDA trainer is included
 whole, and the CPU trainer in a namespace of its own: the reference that everything is compared with.
@@ -54,8 +54,8 @@ namespace cpu {
 typedef struct {
     const char *name;
     void (*run)(void);
-    void (*bench)(void);   // or NULL
-    int uses_grouped_gemm; // tested again with the Hopper kernels
+    void (*bench)(void); // or NULL
+    int has_two_kinds;   // tested again with the Hopper kernels
 } TestRow;
 
 // foundations first
@@ -65,7 +65,7 @@ static const TestRow test_rows[] = {
     {"embedding", test_cuda_embedding, NULL, 0},
     {"rmsnorm", test_cuda_rmsnorm, NULL, 0},
     {"rope", test_cuda_rope, NULL, 0},
-    {"attention", test_cuda_attention, bench_cuda_attention, 0},
+    {"attention", test_cuda_attention, bench_cuda_attention, 1},
     {"pairs", test_cuda_pairs, NULL, 0},
     {"router", test_cuda_router, bench_cuda_router, 0},
     {"dispatch", test_cuda_dispatch, bench_cuda_dispatch, 0},
@@ -139,7 +139,7 @@ static int run_tests(int argc, char **argv) {
         }
         test_kernels = KERNELS_PORTABLE;
         run_test(&test_rows[row], &totals);
-        if (test_rows[row].uses_grouped_gemm && best != KERNELS_PORTABLE) {
+        if (test_rows[row].has_two_kinds && best != KERNELS_PORTABLE) {
             test_kernels = best;
             run_test(&test_rows[row], &totals);
         }
@@ -156,7 +156,7 @@ static void run_benches(int argc, char **argv) {
         }
         test_kernels = KERNELS_PORTABLE;
         test_rows[row].bench();
-        if (test_rows[row].uses_grouped_gemm && grouped_best_kernels() != KERNELS_PORTABLE) {
+        if (test_rows[row].has_two_kinds && grouped_best_kernels() != KERNELS_PORTABLE) {
             test_kernels = grouped_best_kernels();
             printf("the same with Hopper kernels\n");
             test_rows[row].bench();
