@@ -31,18 +31,20 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: floatX, launch, CUDA_CHECK; DeviceMemory, take
 #include "llmc/cuda_common.cuh"
 #include "llmc/memory.cuh"
-// defines: GemmPlans, matmul_forward, matmul_backward, gemm, router_logits (cuBLASLt)
+// defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
 #include "llmc/gemm.cuh"
-// defines: embedding_*, rmsnorm_*, attention_* (forward, backward), rope_forward
+// defines: embedding_*, rmsnorm_*, attention_* (forward, backward), rope_forward; rmsnorm_router_forward
 #include "llmc/attention.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/rmsnorm.cuh"
+#include "llmc/rmsnorm_router.cuh"
 #include "llmc/rope.cuh"
 #include "llmc/rope.h"
 // defines: DevicePairs, router_forward, router_loss, router_backward; DeviceDispatch, dispatch_sort; Arena;
-// experts_forward, experts_backward
+// experts_forward, experts_backward, experts_last_chunk; dispatch_combine_rmsnorm_forward, ..._backward
 #include "llmc/arena.cuh"
 #include "llmc/dispatch.cuh"
+#include "llmc/dispatch_rmsnorm.cuh"
 #include "llmc/experts.cuh"
 #include "llmc/router.cuh"
 // defines: crossentropy_forward_backward, sum_losses; adamw_update, sum_of_squares, round_copy
@@ -486,15 +488,13 @@ static const floatX *working(const Model *m, const float *master) {
 // ----------------------------------------------------------------------------
 // forward
 
-// x [N, d] -> mid [N, d] = x + Attn(RMSNorm(x)); rows start .. T-1 of each sequence
+// x, attn_normed [N, d] -> mid [N, d] = x + Attn(RMSNorm(x)); rows start .. T-1 of each sequence
 static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layers[l];
     LayerActs *a = &m->layers[l];
     int N = B * (T - start), d = c->hidden, width = (int)config_qkv_width(c);
     floatX *qkv = a->qkv + (int64_t)start * width; // start > 0 has B = 1: its rows follow the cached ones
-    profile_mark(&m->profile, "norms", m->stream);
-    rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, (float)c->norm_eps, m->stream);
     profile_mark(&m->profile, "attention projections", m->stream);
     matmul_forward(qkv, a->attn_normed, working(m, w->qkv), N, d, width, &m->gemm, m->stream);
     profile_mark(&m->profile, "rope", m->stream);
@@ -513,25 +513,49 @@ static Router router_in_force(const Model *m) {
     return router;
 }
 
-// mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1). ids, forced: device
-static void moe_block_forward(Model *m, int l, floatX *out, const int *ids, int N, const float *forced) {
+// what a layer hands on: the residual stream after it and the next norm of that, and the norm's weight
+typedef struct {
+    floatX *x, *normed; // [N, d]
+    float *rstd;        // [N]
+    const float *norm;  // [d]
+} LayerOut;
+
+static LayerOut layer_out(const Model *m, int l) {
+    if (l + 1 < m->config.layers) {
+        const LayerActs *a = &m->layers[l + 1];
+        LayerOut next = {a->x, a->attn_normed, a->attn_rstd, m->weights.layers[l + 1].attn_norm};
+        return next;
+    }
+    LayerOut last = {m->x, m->normed, m->rstd, m->weights.norm};
+    return last;
+}
+
+// mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1), and the next norm. ids,
+// forced: device
+static void moe_block_forward(Model *m, int l, const int *ids, int N, const float *forced) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->weights.layers[l];
     LayerActs *a = &m->layers[l];
     int d = c->hidden, E = c->router.experts;
     profile_mark(&m->profile, "norms", m->stream);
-    rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
-    profile_mark(&m->profile, "router and dispatch", m->stream);
     if (w->router != NULL) { // z = W x, W from its fp32 master
-        router_logits(a->router_logits, a->ffn_normed, w->router, N, d, E, m->router_scratch, &m->gemm,
-                      m->stream);
+        rmsnorm_router_forward(a->ffn_normed, a->ffn_rstd, a->router_logits, a->mid, w->ffn_norm, w->router,
+                               N, d, E, (float)c->norm_eps, m->router_scratch, &m->gemm, m->stream);
+    } else {
+        rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
+    profile_mark(&m->profile, "router and dispatch", m->stream);
     router_forward(a->pairs, a->router_logits, ids, forced, router_in_force(m), N, m->scratch, m->stream);
     dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
     arena_place(&m->arena, l, a->dispatch, m->stream);
     profile_mark(&m->profile, "experts forward", m->stream);
-    experts_forward(out, a->mid, a->ffn_normed, working(m, w->gate_up), working(m, w->down), a->pairs,
+    experts_forward(NULL, NULL, a->ffn_normed, working(m, w->gate_up), working(m, w->down), a->pairs,
                     a->dispatch, &m->arena, l, N, E, d, c->ffn, m->stream);
+    profile_mark(&m->profile, "combine and norms", m->stream);
+    LayerOut out = layer_out(m, l);
+    dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid,
+                                     experts_last_chunk(a->pairs.gate, a->pairs, a->dispatch, &m->arena, l),
+                                     out.norm, N, d, (float)c->norm_eps, m->stream);
 }
 
 // the active set of layer l from the host (dump), or NULL
@@ -551,14 +575,15 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, con
     int N = B * (T - start);
     arena_begin_micro_batch(&m->arena, m->stream);
     profile_mark(&m->profile, "embedding", m->stream);
-    embedding_forward(m->layers[0].x, ids, working(m, m->weights.embed), N, c->hidden, m->stream);
-    for (int l = 0; l < c->layers; l++) {
-        floatX *out = l + 1 < c->layers ? m->layers[l + 1].x : m->x;
-        attention_block_forward(m, l, B, T, start);
-        moe_block_forward(m, l, out, ids, N, upload_forced(m, forced, l, N));
-    }
+    LayerActs *first = &m->layers[0];
+    embedding_forward(first->x, ids, working(m, m->weights.embed), N, c->hidden, m->stream);
     profile_mark(&m->profile, "norms", m->stream);
-    rmsnorm_forward(m->normed, m->rstd, m->x, m->weights.norm, N, c->hidden, (float)c->norm_eps, m->stream);
+    rmsnorm_forward(first->attn_normed, first->attn_rstd, first->x, m->weights.layers[0].attn_norm, N,
+                    c->hidden, (float)c->norm_eps, m->stream); // the later ones: each of the layer before
+    for (int l = 0; l < c->layers; l++) {
+        attention_block_forward(m, l, B, T, start);
+        moe_block_forward(m, l, ids, N, upload_forced(m, forced, l, N));
+    }
 }
 
 // losses of N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the losses;
@@ -609,21 +634,20 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
     profile_mark(&m->profile, "experts backward", m->stream);
-    experts_backward(m->dnormed, m->dgate, g->gate_up, g->down, NULL, m->dx, a->ffn_normed,
-                     working(m, w->gate_up), working(m, w->down), a->pairs, a->dispatch, &m->arena, l, N, E,
-                     d, c->ffn, m->stream);
+    experts_backward(NULL, m->dgate, g->gate_up, g->down, NULL, m->dx, a->ffn_normed, working(m, w->gate_up),
+                     working(m, w->down), a->pairs, a->dispatch, &m->arena, l, N, E, d, c->ffn, m->stream);
     profile_mark(&m->profile, "router and dispatch", m->stream);
-    if (w->router != NULL) {
+    const floatX *router = w->router != NULL ? working(m, w->router) : NULL;
+    if (router != NULL) {
         router_backward(m->drouter, m->dgate, a->pairs, a->router_logits, router_in_force(m), N, c->layers,
                         reg_weight, m->stream);
-        gemm(&m->gemm, 0, 0, N, d, E, m->drouter, E, working(m, w->router), d, m->dnormed, d, m->dnormed,
-             m->stream); // dnormed += dz W
-        matmul_backward(NULL, g->router, m->drouter, a->ffn_normed, working(m, w->router), N, d, E, &m->gemm,
-                        m->stream);
+        matmul_backward(NULL, g->router, m->drouter, a->ffn_normed, router, N, d, E, &m->gemm, m->stream);
     }
-    profile_mark(&m->profile, "norms", m->stream);
-    rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed, a->mid, w->ffn_norm, a->ffn_rstd, N, d,
-                     (float *)m->scratch, m->stream);
+    profile_mark(&m->profile, "combine and norms", m->stream);
+    dispatch_combine_rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed,
+                                      experts_last_chunk(NULL, a->pairs, a->dispatch, &m->arena, l),
+                                      router != NULL ? m->drouter : NULL, router, a->mid, w->ffn_norm,
+                                      a->ffn_rstd, N, d, E, (float *)m->scratch, &m->gemm, m->stream);
 }
 
 static void attention_block_backward(Model *m, int l, int B, int T) {

@@ -215,6 +215,14 @@ __device__ __forceinline__ void store_residual_sum(floatX *y, const floatX *resi
     store_pack(y, narrow(sum));
 }
 
+// total += gate row
+__device__ __forceinline__ void add_row(Floats &total, float gate, const Pack<floatX> &row) {
+    Floats wide = widen(row);
+    for (int i = 0; i < PACK_X; i++) {
+        total.x[i] = fmaf(gate, wide.x[i], total.x[i]); // (Eq. 1)
+    }
+}
+
 // A thread owns 16 bytes of one token's y; as many threads as that makes keep the memory busy. The rows'
 // loads do not depend on each other, and four are under way at a time.
 static __global__ void __launch_bounds__(COMBINE_THREADS)
@@ -242,10 +250,7 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
 #pragma unroll 4
     for (int p = begin; p < end; p++) {
         float gate = gates != NULL ? gates[p] : 1.0f;
-        Floats row = widen(load_pack(rows + (int64_t)(dispatch.row_of_pair[p] - first) * d + column));
-        for (int i = 0; i < PACK_X; i++) {
-            total.x[i] = fmaf(gate, row.x[i], total.x[i]); // (Eq. 1)
-        }
+        add_row(total, gate, load_pack(rows + (int64_t)(dispatch.row_of_pair[p] - first) * d + column));
     }
     if (last_chunk) {
         store_residual_sum(y + at, residual != NULL ? residual + at : NULL, total);

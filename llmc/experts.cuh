@@ -23,7 +23,9 @@ the GEMM does while it loads. Unlike the C functions these do not add to y and d
 rounded once: the residual stream is read and written in the same pass. Shapes: x, y, dx, dy, residual [N,
 d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F] floatX, their gradients fp32 and added to; dgate [P] fp32,
 in the pair list's order. d and F are multiples of 8. y may be residual, and dx may be residual or dy: they
-are written after all else is read. Before: dispatch_sort and arena_place of the layer. Errors: none here;
+are written after all else is read. With y (dx) NULL the last chunk's combine is left to the caller, who has
+something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): experts_last_chunk() describes
+it, until the arena's next use. Before: dispatch_sort and arena_place of the layer. Errors: none here;
 *arena->overflow afterwards.
 */
 #ifndef EXPERTS_CUH
@@ -31,7 +33,17 @@ are written after all else is read. Before: dispatch_sort and arena_place of the
 
 #include "arena.cuh"
 #include "dispatch.cuh"
+#include "dispatch_rmsnorm.cuh"
 #include "grouped_gemm.cuh"
+// defines: RowChunk, ChunkH, arena_chunk, arena_h; dispatch_combine; CombineChunk; grouped_*
+
+// what a combine that was left to the caller has to add; gates: pairs.gate in forward, NULL in backward
+static inline CombineChunk experts_last_chunk(const float *gates, DevicePairs pairs, DeviceDispatch dispatch,
+                                              const Arena *arena, int layer) {
+    int first = (arena->planned[layer] - 1) * arena->chunk_rows;
+    CombineChunk chunk = {arena->rows, gates, arena->sum, first, arena->chunk_rows, pairs, dispatch};
+    return chunk;
+}
 
 // y = residual + the experts' weighted sum; residual NULL: 0
 static inline void experts_forward(floatX *y, const floatX *residual, const floatX *x,
@@ -45,8 +57,10 @@ static inline void experts_forward(floatX *y, const floatX *residual, const floa
         int last = c == arena->planned[layer] - 1;
         grouped_up_forward(arena->a, h, x, w_gate_up, chunk, d, F, stream);       // H, A = silu(G) * U
         grouped_down_forward(arena->rows, arena->a, w_down, chunk, d, F, stream); // Y = A W_down^T
-        dispatch_combine(y, arena->sum, residual, arena->rows, pairs.gate, pairs, dispatch, N, d, chunk.first,
-                         chunk.rows, last, stream); // (Eq. 1)
+        if (!last || y != NULL) {
+            dispatch_combine(y, arena->sum, residual, arena->rows, pairs.gate, pairs, dispatch, N, d,
+                             chunk.first, chunk.rows, last, stream); // (Eq. 1)
+        }
     }
 }
 
@@ -68,9 +82,10 @@ static inline void experts_backward(floatX *dx, float *dgate, float *dw_gate_up,
         grouped_down_wgrad(dw_down, dy, a, chunk, d, F, stream);      // dW_down += dO'^T (gate A)
         grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);      // dW_gate_up += dH^T X'
         grouped_up_backward(rows, h, w_gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
-        dispatch_combine(dx, arena->sum, residual, rows, NULL, pairs, dispatch, N, d, chunk.first, chunk.rows,
-                         last,
-                         stream); // dx_t += sum_p dX'[row_of_pair p]
+        if (!last || dx != NULL) {
+            dispatch_combine(dx, arena->sum, residual, rows, NULL, pairs, dispatch, N, d, chunk.first,
+                             chunk.rows, last, stream); // dx_t += sum_p dX'[row_of_pair p]
+        }
         dispatch_dgate(dgate, partial, arena->dgate_tiles, pairs, dispatch, N, E, chunk.first, chunk.rows,
                        stream);
     }

@@ -6,7 +6,7 @@ RMSNorm (Zhang and Sennrich, 2019) on the device.
 
 Arithmetic is next to nothing, so what counts is that each byte moves once: forward reads x and writes out;
 backward reads dout, x and dx and writes dx. Forward reads a row into registers, in 16-byte packs, reduces it
-and uses it from there. A warp owns a row if it can hold it (d <= 1024 in bf16): no barrier, and many rows are
+and uses it from there. A warp owns a row if it can hold it (d <= 1536 in bf16): no barrier, and many rows are
 in flight. A wider row takes a block; what exceeds its registers (d > 2048) is read again, from the cache.
 
 dw sums over rows. A thread meets the same columns in every row, so it adds them up in registers while it is
@@ -22,11 +22,12 @@ rmsnorm.h up to the order of the sums. Errors: none.
 #define RMSNORM_CUH
 
 #include "floats.cuh"
-// defines: Floats, load_floats, widen, narrow
+#include <type_traits>
+// defines: Floats, load_floats, widen, narrow; std::integral_constant
 
 enum {
     RMSNORM_THREADS = 256,     // of a block
-    RMSNORM_WARP_PACKS = 4,    // a lane holds, where a warp owns a row
+    RMSNORM_WARP_PACKS = 6,    // a lane holds at most, where a warp owns a row
     RMSNORM_BLOCK_PACKS = 1,   // a thread holds, where a block owns a row
     RMSNORM_WARP_BLOCKS = 264, // in backward: 2 for each of an H100's processors, 16 rows under way
     RMSNORM_BLOCK_BLOCKS = 528 // 4 for each
@@ -34,6 +35,18 @@ enum {
 
 static inline bool rmsnorm_fits_warp(int d) {
     return d <= 32 * RMSNORM_WARP_PACKS * PACK_X;
+}
+
+// calls f with the packs that a lane has to hold, a constant: the fewer, the more rows are under way
+template <class F> static void with_warp_packs(int d, F f) {
+    int packs = ceil_div<int>(d, 32 * PACK_X);
+    if (packs <= 3) {
+        f(std::integral_constant<int, 3>());
+    } else if (packs == 4) {
+        f(std::integral_constant<int, 4>());
+    } else {
+        f(std::integral_constant<int, RMSNORM_WARP_PACKS>());
+    }
 }
 
 static inline int64_t rmsnorm_scratch_floats(int d) {
@@ -56,17 +69,40 @@ __device__ __forceinline__ float sum_of_products(const Floats &a, const Floats &
 // ----------------------------------------------------------------------------
 // forward
 
-__device__ __forceinline__ void rmsnorm_write(floatX *out, Floats x, const float *w, float r) {
-    Floats weight = load_floats(w);
+// r of a row whose squares' sum is given
+__device__ __forceinline__ float rmsnorm_rstd(float squares, int d, float eps) {
+    return 1.0f / sqrtf(squares / (float)d + eps);
+}
+
+// x r w, rounded
+__device__ __forceinline__ Pack<floatX> rmsnorm_scaled(const Pack<floatX> &x, const float *w, float r) {
+    Floats scaled = widen(x), weight = load_floats(w);
     for (int i = 0; i < PACK_X; i++) {
-        x.x[i] = x.x[i] * r * weight.x[i];
+        scaled.x[i] = scaled.x[i] * r * weight.x[i];
     }
-    store_pack(out, narrow(x));
+    return narrow(scaled);
+}
+
+// a thread's packs: columns first, first + step, ... of the row, 0 beyond its end
+template <int PACKS>
+__device__ __forceinline__ void load_packs(Pack<floatX> (&kept)[PACKS], const floatX *row, int first,
+                                           int step, int d) {
+    for (int i = 0; i < PACKS; i++) {
+        kept[i] = first + i * step < d ? load_pack(row + first + i * step) : Pack<floatX>{};
+    }
+}
+
+template <int PACKS> __device__ __forceinline__ float sum_of_squares_held(const Pack<floatX> (&kept)[PACKS]) {
+    float sum = 0.0f;
+    for (int i = 0; i < PACKS; i++) {
+        sum += sum_of_products(widen(kept[i]), widen(kept[i]));
+    }
+    return sum;
 }
 
 // THREADS own a row, each holds PACKS packs of it: columns (thread + i THREADS) PACK_X
 template <int THREADS, int PACKS>
-static __global__ void __launch_bounds__(RMSNORM_THREADS, 4)
+static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 4 ? 4 : 3)
     rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *x, const float *w, int64_t N, int d,
                            float eps) {
     const int STEP = THREADS * PACK_X;
@@ -76,29 +112,22 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, 4)
     }
     int first = (int)(threadIdx.x % THREADS) * PACK_X;
     const floatX *row = x + n * d;
-    Pack<floatX> kept[PACKS] = {};
-    for (int i = 0; i < PACKS; i++) {
-        if (first + i * STEP < d) {
-            kept[i] = load_pack(row + first + i * STEP);
-        }
-    }
-    float sum = 0.0f;
-    for (int i = 0; i < PACKS; i++) {
-        sum += sum_of_products(widen(kept[i]), widen(kept[i]));
-    }
+    Pack<floatX> kept[PACKS];
+    load_packs(kept, row, first, STEP, d);
+    float sum = sum_of_squares_held(kept);
     for (int c = first + PACKS * STEP; c < d; c += STEP) {
         Floats more = widen(load_pack(row + c));
         sum += sum_of_products(more, more);
     }
-    float r = 1.0f / sqrtf(row_sum<THREADS>(sum) / (float)d + eps);
+    float r = rmsnorm_rstd(row_sum<THREADS>(sum), d, eps);
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * STEP;
         if (c < d) {
-            rmsnorm_write(out + n * d + c, widen(kept[i]), w + c, r);
+            store_pack(out + n * d + c, rmsnorm_scaled(kept[i], w + c, r));
         }
     }
     for (int c = first + PACKS * STEP; c < d; c += STEP) {
-        rmsnorm_write(out + n * d + c, widen(load_pack(row + c)), w + c, r);
+        store_pack(out + n * d + c, rmsnorm_scaled(load_pack(row + c), w + c, r));
     }
     if (first == 0) {
         rstd[n] = r;
@@ -108,9 +137,11 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, 4)
 static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *w, int64_t N,
                                    int d, float eps, cudaStream_t stream) {
     if (rmsnorm_fits_warp(d)) {
-        launch(rmsnorm_forward_kernel<32, RMSNORM_WARP_PACKS>,
-               dim3((unsigned)ceil_div<int64_t>(N, RMSNORM_THREADS / 32)), RMSNORM_THREADS, 0, stream, out,
-               rstd, x, w, N, d, eps);
+        with_warp_packs(d, [&](auto packs) {
+            launch(rmsnorm_forward_kernel<32, decltype(packs)::value>,
+                   dim3((unsigned)ceil_div<int64_t>(N, RMSNORM_THREADS / 32)), RMSNORM_THREADS, 0, stream,
+                   out, rstd, x, w, N, d, eps);
+        });
     } else {
         launch(rmsnorm_forward_kernel<RMSNORM_THREADS, RMSNORM_BLOCK_PACKS>, dim3((unsigned)N),
                RMSNORM_THREADS, 0, stream, out, rstd, x, w, N, d, eps);
@@ -121,13 +152,12 @@ static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, co
 // backward
 
 // dout w x, summed
-__device__ __forceinline__ float rmsnorm_dot(const Pack<floatX> &dout, const Pack<floatX> &x,
-                                             const float *w) {
-    Floats weighted = widen(dout), weight = load_floats(w);
+__device__ __forceinline__ float rmsnorm_dot(Floats dout, const Floats &x, const float *w) {
+    Floats weight = load_floats(w);
     for (int i = 0; i < PACK_X; i++) {
-        weighted.x[i] *= weight.x[i];
+        dout.x[i] *= weight.x[i];
     }
-    return sum_of_products(weighted, widen(x));
+    return sum_of_products(dout, x);
 }
 
 // dx += r (w dout - x scale)
@@ -162,11 +192,11 @@ __device__ __forceinline__ void rmsnorm_backward_row(floatX *dx, Floats (&held)[
         int c = first + i * STEP;
         if (c < d) {
             before[i] = load_pack(dx + c);
-            sum += rmsnorm_dot(load_pack(dout + c), load_pack(x + c), w + c);
+            sum += rmsnorm_dot(widen(load_pack(dout + c)), widen(load_pack(x + c)), w + c);
         }
     }
     for (int c = first + PACKS * STEP; c < d; c += STEP) {
-        sum += rmsnorm_dot(load_pack(dout + c), load_pack(x + c), w + c);
+        sum += rmsnorm_dot(widen(load_pack(dout + c)), widen(load_pack(x + c)), w + c);
     }
     float scale = row_sum<THREADS>(sum) / (float)d * r * r;
     for (int i = 0; i < PACKS; i++) {
@@ -209,7 +239,9 @@ __device__ __forceinline__ void rmsnorm_join_rows(float *partial, const Floats (
 }
 
 template <int THREADS, int PACKS>
-static __global__ void __launch_bounds__(RMSNORM_THREADS, THREADS == 32 ? 2 : 4)
+static __global__ void __launch_bounds__(RMSNORM_THREADS, THREADS > 32 ? 4
+                                                          : PACKS <= 4 ? 2
+                                                                       : 1)
     rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const float *w,
                             const float *rstd, int64_t N, int d) {
     const int ROWS = RMSNORM_THREADS / THREADS;
@@ -248,21 +280,28 @@ static __global__ void __launch_bounds__(JOIN_COLUMNS *JOIN_SLICES)
     }
 }
 
+static inline void rmsnorm_join_blocks(float *dw, const float *partial, int blocks, int d,
+                                       cudaStream_t stream) {
+    launch(rmsnorm_join_blocks_kernel, dim3((unsigned)ceil_div<int>(d, JOIN_COLUMNS)),
+           JOIN_COLUMNS * JOIN_SLICES, 0, stream, dw, partial, blocks, d);
+}
+
 static inline void rmsnorm_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x,
                                     const float *w, const float *rstd, int64_t N, int d, float *scratch,
                                     cudaStream_t stream) {
     int blocks;
     if (rmsnorm_fits_warp(d)) {
         blocks = (int)std::min<int64_t>(RMSNORM_WARP_BLOCKS, ceil_div<int64_t>(N, RMSNORM_THREADS / 32));
-        launch(rmsnorm_backward_kernel<32, RMSNORM_WARP_PACKS>, dim3((unsigned)blocks), RMSNORM_THREADS, 0,
-               stream, dx, scratch, dout, x, w, rstd, N, d);
+        with_warp_packs(d, [&](auto packs) {
+            launch(rmsnorm_backward_kernel<32, decltype(packs)::value>, dim3((unsigned)blocks),
+                   RMSNORM_THREADS, 0, stream, dx, scratch, dout, x, w, rstd, N, d);
+        });
     } else {
         blocks = (int)std::min<int64_t>(RMSNORM_BLOCK_BLOCKS, N);
         launch(rmsnorm_backward_kernel<RMSNORM_THREADS, RMSNORM_BLOCK_PACKS>, dim3((unsigned)blocks),
                RMSNORM_THREADS, 0, stream, dx, scratch, dout, x, w, rstd, N, d);
     }
-    launch(rmsnorm_join_blocks_kernel, dim3((unsigned)ceil_div<int>(d, JOIN_COLUMNS)),
-           JOIN_COLUMNS * JOIN_SLICES, 0, stream, dw, scratch, blocks, d);
+    rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
 }
 
 #endif

@@ -38,6 +38,7 @@ namespace cpu {
 #include "cuda/test_attention.cuh"
 #include "cuda/test_crossentropy.cuh"
 #include "cuda/test_dispatch.cuh"
+#include "cuda/test_dispatch_rmsnorm.cuh"
 #include "cuda/bench_elementwise.cuh"
 #include "cuda/test_embedding.cuh"
 #include "cuda/test_experts.cuh"
@@ -48,6 +49,7 @@ namespace cpu {
 #include "cuda/test_pairs.cuh"
 #include "cuda/test_repeat.cuh"
 #include "cuda/test_rmsnorm.cuh"
+#include "cuda/test_rmsnorm_router.cuh"
 #include "cuda/test_rope.cuh"
 #include "cuda/test_router.cuh"
 
@@ -64,11 +66,13 @@ static const TestRow test_rows[] = {
     {"gemm", test_cuda_gemm, bench_cuda_elementwise, 0},
     {"embedding", test_cuda_embedding, NULL, 0},
     {"rmsnorm", test_cuda_rmsnorm, NULL, 0},
+    {"rmsnorm_router", test_cuda_rmsnorm_router, NULL, 0},
     {"rope", test_cuda_rope, NULL, 0},
     {"attention", test_cuda_attention, bench_cuda_attention, 1},
     {"pairs", test_cuda_pairs, NULL, 0},
     {"router", test_cuda_router, bench_cuda_router, 0},
     {"dispatch", test_cuda_dispatch, bench_cuda_dispatch, 0},
+    {"dispatch_rmsnorm", test_cuda_dispatch_rmsnorm, NULL, 0},
     {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm, 1},
     {"experts", test_cuda_experts, NULL, 1},
     {"crossentropy", test_cuda_crossentropy, NULL, 0},
@@ -121,7 +125,7 @@ static void run_test(const TestRow *row, TestTotals *totals) {
     row->run();
     CUDA_CHECK(cudaDeviceSynchronize());
     int ok = tally.failures == 0 && tally.checks > 0;
-    printf("%-14s %s  %6d checks, %d failed%s  %.1f s%s\n", row->name, ok ? "ok    " : "FAILED", tally.checks,
+    printf("%-16s %s  %6d checks, %d failed%s  %.1f s%s\n", row->name, ok ? "ok    " : "FAILED", tally.checks,
            tally.failures, tally.skipped ? ", some skipped" : "", seconds_now() - begin,
            test_kernels == KERNELS_HOPPER ? "  (Hopper kernels)" : "");
     fflush(stdout);

@@ -1,0 +1,228 @@
+/*
+The experts' combine joined with the RMSNorm that stands next to it, so that what lies between them stays in
+registers. Each equals calls of dispatch.cuh, gemm.cuh and rmsnorm.cuh (and the C functions of those names):
+
+    dispatch_combine_rmsnorm_forward       y = residual + combine;  normed, rstd = rmsnorm_forward(y)
+        the norm is the next layer's, or the last one; y is rounded before it is normed, as it is stored
+    dispatch_combine_rmsnorm_backward      dnormed = combine + dz W_router;  dx, dw += rmsnorm_backward(dnormed)
+        dnormed, the gradient of what the experts and the router read, is not stored, nor rounded
+
+A warp owns a token: its lanes fetch the numbers of the token's rows and then add up row after row, in the order
+of dispatch_combine. In backward a warp goes over many tokens and keeps their sum of dw, as in rmsnorm.cuh; the
+router's weights are in shared memory, and of dz W only the terms with dz != 0 are computed (with the ReLU router,
+those of the active experts). With more than 16 experts the product comes from a GEMM, and its result is read.
+
+Rows that a warp cannot hold (d > 1536 in bf16) take the separate calls.
+
+y, normed, x, dx, residual [N, d] floatX; w, dw [d] fp32; rstd [N]; dz [N, E] floatX, router [E, d] its floatX
+copy; dnormed [N, d] and scratch [rmsnorm_scratch_floats(d)] are for use within the call. d a multiple of 8.
+Errors: none.
+*/
+#ifndef DISPATCH_RMSNORM_CUH
+#define DISPATCH_RMSNORM_CUH
+
+#include "dispatch.cuh"
+#include "gemm.cuh"
+#include "rmsnorm.cuh"
+// defines: DevicePairs, DeviceDispatch, dispatch_combine, add_row; GemmPlans, gemm; rmsnorm_*, with_warp_packs
+
+enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 };
+
+// the rows that a combine has to add last, and what those of earlier chunks came to
+typedef struct {
+    const floatX *rows; // [chunk_rows, d]
+    const float *gates; // [P]; NULL: every gate is 1
+    float *sum;         // [N, d] of the chunks before; not read when first == 0
+    int first, chunk_rows;
+    DevicePairs pairs;
+    DeviceDispatch dispatch;
+} CombineChunk;
+
+// total = the token's sum over all chunks; a lane's packs of it
+template <int PACKS>
+__device__ __forceinline__ void combine_token(Floats (&total)[PACKS], const CombineChunk &chunk, int64_t t,
+                                              int d) {
+    int lane = (int)threadIdx.x % 32, end = chunk.pairs.row_start[t + 1];
+    for (int i = 0; i < PACKS; i++) {
+        int c = (lane + i * 32) * PACK_X;
+        total[i] = chunk.first > 0 && c < d ? load_floats(chunk.sum + t * d + c) : Floats{};
+    }
+    for (int begin = chunk.pairs.row_start[t]; begin < end; begin += 32) {
+        int p = begin + lane;
+        int row = p < end ? chunk.dispatch.row_of_pair[p] - chunk.first : -1;
+        float gate = p < end && chunk.gates != NULL ? chunk.gates[p] : 1.0f;
+        unsigned here = __ballot_sync(0xffffffffu, row >= 0 && row < chunk.chunk_rows);
+        for (; here != 0; here &= here - 1) {
+            int next = __ffs((int)here) - 1;
+            float scale = __shfl_sync(0xffffffffu, gate, next);
+            const floatX *from = chunk.rows + (int64_t)__shfl_sync(0xffffffffu, row, next) * d;
+            Pack<floatX> packs[PACKS];
+            load_packs(packs, from, lane * PACK_X, 32 * PACK_X, d);
+            for (int i = 0; i < PACKS; i++) {
+                add_row(total[i], scale, packs[i]);
+            }
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// forward
+
+template <int PACKS>
+static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 3 : 2)
+    dispatch_combine_rmsnorm_forward_kernel(floatX *y, floatX *normed, float *rstd, const floatX *residual,
+                                            CombineChunk chunk, const float *w, int N, int d, float eps) {
+    int64_t t = (int64_t)blockIdx.x * (RMSNORM_THREADS / 32) + threadIdx.x / 32;
+    if (t >= N) {
+        return; // the whole warp
+    }
+    int first = (int)(threadIdx.x % 32) * PACK_X;
+    Pack<floatX> kept[PACKS];
+    Floats total[PACKS];
+    load_packs(kept, residual + t * d, first, 32 * PACK_X, d);
+    combine_token(total, chunk, t, d);
+    for (int i = 0; i < PACKS; i++) {
+        add_row(total[i], 1.0f, kept[i]);
+        kept[i] = narrow(total[i]);
+    }
+    float r = rmsnorm_rstd(warp_sum(sum_of_squares_held(kept)), d, eps);
+    for (int i = 0; i < PACKS; i++) {
+        int c = first + i * 32 * PACK_X;
+        if (c < d) {
+            store_pack(y + t * d + c, kept[i]);
+            store_pack(normed + t * d + c, rmsnorm_scaled(kept[i], w + c, r));
+        }
+    }
+    if (first == 0) {
+        rstd[t] = r;
+    }
+}
+
+// y may be residual
+static inline void dispatch_combine_rmsnorm_forward(floatX *y, floatX *normed, float *rstd,
+                                                    const floatX *residual, CombineChunk chunk,
+                                                    const float *w, int N, int d, float eps,
+                                                    cudaStream_t stream) {
+    if (!rmsnorm_fits_warp(d)) {
+        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.gates, chunk.pairs, chunk.dispatch, N, d,
+                         chunk.first, chunk.chunk_rows, 1, stream);
+        rmsnorm_forward(normed, rstd, y, w, N, d, eps, stream);
+        return;
+    }
+    with_warp_packs(d, [&](auto packs) {
+        launch(dispatch_combine_rmsnorm_forward_kernel<decltype(packs)::value>,
+               ceil_div<int>(N, RMSNORM_THREADS / 32), RMSNORM_THREADS, 0, stream, y, normed, rstd, residual,
+               chunk, w, N, d, eps);
+    });
+}
+
+// ----------------------------------------------------------------------------
+// backward
+
+// what the gradient of the norm's output has besides the combine: dz W of a GEMM, or its factors
+typedef struct {
+    const floatX *product;     // [N, d]; NULL: none
+    const floatX *dz, *router; // [N, E], [E, d]; dz NULL: no router
+    int E;
+} RouterGradient;
+
+// dnormed += dz W, a lane's packs of it; weights: the router's in shared memory
+template <int PACKS>
+__device__ __forceinline__ void add_router_gradient(Floats (&dnormed)[PACKS], const RouterGradient &from,
+                                                    const floatX *weights, int64_t t, int d) {
+    int first = (int)(threadIdx.x % 32) * PACK_X;
+    Pack<floatX> packs[PACKS];
+    if (from.product != NULL) {
+        load_packs(packs, from.product + t * d, first, 32 * PACK_X, d);
+        for (int i = 0; i < PACKS; i++) {
+            add_row(dnormed[i], 1.0f, packs[i]);
+        }
+    }
+    for (int e = 0; from.dz != NULL && e < from.E; e++) {
+        float dz = to_float(from.dz[t * from.E + e]);
+        if (dz != 0.0f) {
+            load_packs(packs, weights + e * d, first, 32 * PACK_X, d);
+            for (int i = 0; i < PACKS; i++) {
+                add_row(dnormed[i], dz, packs[i]);
+            }
+        }
+    }
+}
+
+// one token; held: the sums of dw
+template <int PACKS>
+__device__ __forceinline__ void
+combine_rmsnorm_backward_token(floatX *dx, Floats (&held)[PACKS], const CombineChunk &chunk,
+                               const RouterGradient &from, const floatX *weights, const floatX *x,
+                               const float *w, float r, int64_t t, int d) {
+    const int STEP = 32 * PACK_X;
+    int first = (int)(threadIdx.x % 32) * PACK_X;
+    Pack<floatX> before[PACKS], kept[PACKS]; // on their way while the rows are added
+    Floats dnormed[PACKS];
+    load_packs(before, dx + t * d, first, STEP, d);
+    load_packs(kept, x + t * d, first, STEP, d);
+    combine_token(dnormed, chunk, t, d);
+    add_router_gradient(dnormed, from, weights, t, d);
+    float sum = 0.0f;
+    for (int i = 0; i < PACKS; i++) {
+        int c = first + i * STEP;
+        sum += c < d ? rmsnorm_dot(dnormed[i], widen(kept[i]), w + c) : 0.0f;
+    }
+    float scale = warp_sum(sum) / (float)d * r * r;
+    for (int i = 0; i < PACKS; i++) {
+        int c = first + i * STEP;
+        if (c < d) {
+            rmsnorm_add_dx(dx + t * d + c, widen(before[i]), dnormed[i], widen(kept[i]), w + c, r, scale);
+            rmsnorm_add_dw(held[i], dnormed[i], widen(kept[i]), r);
+        }
+    }
+}
+
+template <int PACKS>
+static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 2 : 1)
+    dispatch_combine_rmsnorm_backward_kernel(floatX *dx, float *partial, CombineChunk chunk,
+                                             RouterGradient from, const floatX *x, const float *w,
+                                             const float *rstd, int N, int d) {
+    const int WARPS = RMSNORM_THREADS / 32;
+    floatX *weights = (floatX *)shared_memory(); // [E, d]
+    Floats held[PACKS] = {};
+    for (int i = (int)threadIdx.x * PACK_X; from.dz != NULL && i < from.E * d;
+         i += RMSNORM_THREADS * PACK_X) {
+        store_pack(weights + i, load_pack(from.router + i));
+    }
+    __syncthreads();
+    for (int64_t t = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32; t < N; t += (int64_t)gridDim.x * WARPS) {
+        combine_rmsnorm_backward_token(dx, held, chunk, from, weights, x, w, rstd[t], t, d);
+    }
+    rmsnorm_join_rows<32>(partial + (int64_t)blockIdx.x * d, held, d);
+}
+
+// dz NULL: the experts alone have read the norm's output
+static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floatX *dnormed,
+                                                     CombineChunk chunk, const floatX *dz,
+                                                     const floatX *router, const floatX *x, const float *w,
+                                                     const float *rstd, int N, int d, int E, float *scratch,
+                                                     GemmPlans *plans, cudaStream_t stream) {
+    int fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
+    if (!fits) {
+        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.gates, chunk.pairs, chunk.dispatch, N, d,
+                         chunk.first, chunk.chunk_rows, 1, stream);
+    }
+    if (dz != NULL && !(fits && few)) {
+        gemm(plans, 0, 0, N, d, E, dz, E, router, d, dnormed, d, fits ? NULL : dnormed, stream);
+    }
+    if (!fits) {
+        rmsnorm_backward(dx, dw, dnormed, x, w, rstd, N, d, scratch, stream);
+        return;
+    }
+    RouterGradient from = {dz != NULL && !few ? dnormed : NULL, few ? dz : NULL, router, E};
+    int blocks = std::min<int>(RMSNORM_WARP_BLOCKS, ceil_div<int>(N, RMSNORM_THREADS / 32));
+    size_t shared = from.dz != NULL ? (size_t)E * d * sizeof(floatX) : 0;
+    with_warp_packs(d, [&](auto packs) {
+        launch(dispatch_combine_rmsnorm_backward_kernel<decltype(packs)::value>, blocks, RMSNORM_THREADS,
+               shared, stream, dx, scratch, chunk, from, x, w, rstd, N, d);
+    });
+    rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
+}
+
+#endif
