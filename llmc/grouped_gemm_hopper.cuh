@@ -538,17 +538,21 @@ template <int PRODUCT, int BN> struct Multiplier {
     }
 
     // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do while
-    // the first steps' products run. They are unrolled: its parts find their registers at compile time
+    // they run. Unrolled: its parts find their registers at compile time. After two steps with a part comes one
+    // without, so that neither tensor cores nor producer have long to wait: 8 parts go with 12 steps
     template <int PARTS, class Meanwhile>
     __device__ __forceinline__ void tile(float (&acc)[BN / 2], int steps, const Meanwhile &meanwhile) {
+        const int UNROLLED = PARTS * 3 / 2;
 #pragma unroll
-        for (int i = 0; i < PARTS; i++) {
+        for (int i = 0; i < UNROLLED; i++) {
             if (i < steps) {
                 step(acc, i);
             }
-            meanwhile(i);
+            if (i % 3 < 2) {
+                meanwhile(i / 3 * 2 + i % 3);
+            }
         }
-        for (int i = PARTS; i < steps; i++) {
+        for (int i = UNROLLED; i < steps; i++) {
             step(acc, i);
         }
     }
