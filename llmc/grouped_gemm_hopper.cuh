@@ -49,8 +49,9 @@ next, as soon as a slot's results have left.
 
 Operands that are stored across k (W in the backward products; both in the weight gradients, whose k are rows)
 are read as they are: wgmma transposes them (hopper.cuh). up_forward's tile holds BN/2 gate columns and the up
-columns of the same f, so that a thread has both. Rows: segments of the experts are multiples of 64 rows; half tiles that belong to
-nobody are not stored. Edges of d and F, multiples of 8, are zeros in shared memory and are not stored.
+columns of the same f, so that a thread has both. Rows: segments of the experts are multiples of 64 rows; half
+tiles that belong to nobody are not stored. Edges of d and F, multiples of 8, are zeros in shared memory and
+are not stored.
 
 Deterministic: each element of an output has one owner, who adds in a fixed order; tiles are dealt out in a
 fixed order. Shapes: grouped_gemm.cuh. place of ChunkH: a multiple of 2F. Errors: more than 2048 experts are
@@ -537,9 +538,9 @@ template <int PRODUCT, int BN> struct Multiplier {
         ring.advance();
     }
 
-    // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do while
-    // they run. Unrolled: its parts find their registers at compile time. After two steps with a part comes one
-    // without, so that neither tensor cores nor producer have long to wait: 8 parts go with 12 steps
+    // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do
+    // while they run. Unrolled: its parts find their registers at compile time. After two steps with a part
+    // comes one without, so that nobody has long to wait: 8 parts go with 12 steps
     template <int PARTS, class Meanwhile>
     __device__ __forceinline__ void tile(float (&acc)[BN / 2], int steps, const Meanwhile &meanwhile) {
         const int UNROLLED = PARTS * 3 / 2;
@@ -746,7 +747,7 @@ __device__ __forceinline__ void store_dgate(const float (&dot)[2], const Argumen
     for (int half = 0; half < 2; half++) {
         float sum = dot[half] + __shfl_xor_sync(0xffffffffu, dot[half], 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (place.column == 0 && tile.n < args.N) {
+        if (place.column == 0) {
             args.dgate_partial[(int64_t)(tile.m + place.row + 8 * half) * args.n_tiles + tile.n / BN] = sum;
         }
     }
@@ -848,8 +849,8 @@ __device__ __forceinline__ float swiglu_backward_pairs(uint32_t (&v)[4], const f
     return dot;
 }
 
-// A part of down_backward's results: 32 columns, half of a piece of H. gate A goes to memory after dG and dU, so
-// that the fence before theirs has no stores to wait for
+// A part of down_backward's results: 32 columns, half of a piece of H. gate A goes to memory after dG and dU,
+// so that the fence before theirs has no stores to wait for
 template <int BN>
 __device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int part, const Arguments &args,
                                            Place place, Slots &slots) {
@@ -882,8 +883,8 @@ __device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int pa
     }
 }
 
-// A part of a weight gradient's tile, dW[m][n] += D, or transposed, dW[n][m] += D. In shared memory rows are of 32
-// numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m 32 on
+// A part of a weight gradient's tile, dW[m][n] += D, or transposed, dW[n][m] += D. In shared memory rows are of
+// 32 numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, const Arguments &args,
                                          const Tile &tile, Exit &exit) {
@@ -1254,8 +1255,8 @@ static inline void grouped_down_forward(floatX *y, const floatX *a, const floatX
     start<DOWN_FORWARD>(args, BN, stream);
 }
 
-// BN of down_backward: of 256 columns the sums and those held would be 256 registers; narrow experts take less
-// time in tiles of 128 (measured)
+// BN of down_backward: of 256 columns the sums and those held would be 256 registers; narrow experts take
+// less time in tiles of 128 (measured)
 static inline int down_backward_tile(int F) {
     return row_tile(F, 256, F < 1024 ? 128 : 192);
 }

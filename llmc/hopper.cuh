@@ -66,7 +66,8 @@ static inline EncodeTiled tensor_map_encoder(void) {
 }
 
 // Tensor [sheets][rows][columns] of bf16 or fp32, contiguous; sheets 0: [rows][columns]. The box is
-// [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32 fp32 numbers) or of 64, swizzled.
+// [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32 fp32 numbers) or of 64,
+// swizzled.
 static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t columns, int64_t rows,
                                      int64_t sheets, int box_rows, int box_sheets, int box_columns) {
     CUtensorMap map;
@@ -265,8 +266,8 @@ __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from,
         : "memory");
 }
 
-// The box of fp32 numbers is added to the tensor, in L2. Where nobody else adds meanwhile, that is one sum as any
-// other: always the same bits
+// The box of fp32 numbers is added to the tensor, in L2. Where nobody else adds meanwhile, that is one sum as
+// any other: always the same bits
 __device__ __forceinline__ void tma_add(const CUtensorMap *map, uint32_t from, int column, int row,
                                         int sheet) {
     asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], "
@@ -293,8 +294,8 @@ __device__ __forceinline__ void tma_wait_written(void) {
 // ----------------------------------------------------------------------------
 // shared memory by address; barriers between some of the block's warps
 
-// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th, as in
-// wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
+// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th, as
+// in wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
 __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])

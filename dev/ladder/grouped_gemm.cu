@@ -575,6 +575,7 @@ static void check_all(void) {
         {768, 96, 128, 2000, 4, 0, 20000, true, 1},
         {320, 3072, 8, 3000, 1, 128, 2560, true, 0},
         {8, 8, 3, 17, 1, 0, 0, true, 0},
+        {768, 64, 16, 16000, 4, 0, 0, true, 0}, // many tiles a block, each of one step
         {64, 64, 3, 100, 1, 4096, 1024, true, 0},
     };
     for (const Case &c : cases) {
