@@ -21,17 +21,17 @@ in shared memory, each a step of 64 in k. B comes by TMA; A by TMA where its row
 thread copies 16-byte pieces (cp.async) from the rows' tokens: no gathered copy ever exists. The other two are
 consumers, 64 rows of the tile each: wgmma from the ring into registers.
 
-The epilogue is hidden. With d = 768 a tile is only 12 steps long, and what follows, SwiGLU and the stores, would
-take as long again. So a consumer keeps a tile's results (Held: rounded pairs in half the registers;
-down_backward's sums as they are), starts the next tile, and after each of its first steps' products have been
-started, which run by themselves, it lets a part of 32 columns of the last tile leave:
+The epilogue is hidden. With d = 768 a tile is only 12 steps long, and what follows, SwiGLU and the stores,
+would take as long again. So a consumer keeps a tile's results (Held: rounded pairs in half the registers;
+down_backward's sums as they are) and starts the next tile; while the products of its first steps run, which
+need nobody, it lets a part of 32 columns of the last tile leave:
 
     tensor cores   | tile 1: step 0 | 1 | 2 | ... | 11 | tile 2: step 0 | 1      | 2      | ...
     the consumer   |                                   | part 0 of 1    | part 1 | part 2 | ...
 
-Results leave by way of shared memory (stmatrix), from where TMA takes them; weight gradients, whose tiles are
-long, leave at once, and TMA adds them to what is in memory: one addition an element and launch, so there is no
-order to depend on.
+Results leave by way of shared memory (stmatrix), from where TMA takes them; weight gradients, whose tiles
+are long, leave at once, and TMA adds them to what is in memory: one addition an element and launch, so there
+is no order to depend on.
 
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
@@ -883,8 +883,8 @@ __device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int pa
     }
 }
 
-// A part of a weight gradient's tile, dW[m][n] += D, or transposed, dW[n][m] += D. In shared memory rows are of
-// 32 numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
+// A part of a weight gradient's tile, dW[m][n] += D, or transposed, dW[n][m] += D. In shared memory rows are
+// of 32 numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, const Arguments &args,
                                          const Tile &tile, Exit &exit) {

@@ -294,8 +294,8 @@ __device__ __forceinline__ void tma_wait_written(void) {
 // ----------------------------------------------------------------------------
 // shared memory by address; barriers between some of the block's warps
 
-// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th, as
-// in wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
+// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th,
+// as in wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
 __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])

@@ -3,16 +3,16 @@ The grouped GEMM, from the simplest version to the fastest, each checked and tim
 
     naive      one thread an element of the result: the reference of the checks (below)
     mma.sync   llmc/grouped_gemm_portable.cuh: tiles by cp.async, epilogues in registers
-    wgmma      llmc/grouped_gemm_hopper.cuh: TMA, a producer and two consumers, the epilogue behind the next tile
+    wgmma      llmc/grouped_gemm_hopper.cuh: TMA, producer and consumers, the epilogue behind the next tile
     dense      cuBLASLt's dense product of the same size: the best of its first 8 heuristics
 
     grouped_gemm check [p2]       every product on small and odd shapes, every element
     grouped_gemm time [p2] [c3]   the shapes of the paper's models: sampled elements checked, then times
                                   p2: product 2 alone (on random operands); c3: the first 3 shapes
 
-Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data (naive: once, the first shape
-alone). A dense product has as many rows as there are pairs; weight gradients are compared with the better of one
-product over all rows and a batch of E. FLOPs are those of the pairs: pads are our loss.
+Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data (naive: once, the first
+shape alone). A dense product has as many rows as there are pairs; weight gradients are compared with the
+better of one product over all rows and a batch of E. FLOPs are those of the pairs: pads are our loss.
 
     make build/ladder_grouped_gemm
 */
