@@ -143,8 +143,8 @@ bench: build/bench_matmul train_remoe $(SAMPLE)
 	build/bench_matmul
 	./train_remoe --bench --lambda-init 1e-3
 
-build/ladder_grouped_gemm: private override CUDA_ARCHS := 90a
-build/ladder_grouped_gemm: dev/ladder/grouped_gemm.cu $(CUDA_HEADERS) Makefile
+build/ladder_%: private override CUDA_ARCHS := 90a
+build/ladder_%: dev/ladder/%.cu $(CUDA_HEADERS) Makefile
 	@mkdir -p build
 	$(nvcc_build) -I.
 

@@ -2,19 +2,21 @@
 Causal self-attention with grouped queries on tensor cores (attention.h has the formulas).
 
     attention_forward        out, lse from qkv, whose queries and keys RoPE has rotated
-    attention_rope_backward  dqkv of the unrotated qkv: equals attention_backward, then rope_backward, of which dq
-                             and dk are rounded once (all but the odd head sizes: attention_portable.cuh)
+    attention_rope_backward  dqkv of the unrotated qkv: equals attention_backward, then rope_backward, dq and
+                             dk rounded once (but for odd head sizes: attention_portable.cuh)
 
-Two implementations stand behind these names: attention_portable.cuh (mma.sync, sm_80 and later, and fp32) and
-attention_hopper.cuh (wgmma and TMA, sm_90a, bf16, the backward of heads of 64 and 96); `kernels` chooses, and
-what the second does not have the first does. Their sums differ in order, so their bits do; each is deterministic.
+Two implementations stand behind these names: attention_portable.cuh (mma.sync, sm_80 and later, and fp32),
+and attention_hopper.cuh with attention_backward_hopper.cuh (wgmma and TMA, sm_90a, bf16, heads of 64 and 96).
+`kernels` chooses; what the second does not have the first does. Each is deterministic, and the rows of a
+forward from start on have the same bits as those of the whole.
 
-qkv [B, T, (H + 2 KV) hd], out [B, T - start, H hd], lse [B, H, T - start] (natural logarithm, fp32), rope_table
-[T, hd] of rope.h. Errors: a head size that is no multiple of 8 or above 128 is refused.
+qkv [B, T, (H + 2 KV) hd], out [B, T - start, H hd], lse [B, H, T - start] (natural logarithm, fp32),
+rope_table [T, hd] of rope.h. Errors: a head size that is no multiple of 8 or above 128 is refused.
 */
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
 
+#include "attention_backward_hopper.cuh"
 #include "attention_hopper.cuh"
 #include "attention_portable.cuh"
 
@@ -25,8 +27,14 @@ static inline size_t attention_scratch_floats(int B, int T, int H) {
 // positions start .. T-1 against all keys up to T
 static inline void attention_forward(floatX *out, float *lse, const floatX *qkv, int B, int T, int start,
                                      int H, int KV, int hd, Kernels kernels, cudaStream_t stream) {
+    auto forward = portable::attention_forward;
+#ifdef HOPPER_KERNELS
+    if (kernels == KERNELS_HOPPER && hopper::attention_takes(hd)) {
+        forward = hopper::attention_forward;
+    }
+#endif
     (void)kernels;
-    portable::attention_forward(out, lse, qkv, B, T, start, H, KV, hd, stream);
+    forward(out, lse, qkv, B, T, start, H, KV, hd, stream);
 }
 
 // dqkv is overwritten; scratch: attention_scratch_floats

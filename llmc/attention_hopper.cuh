@@ -1,37 +1,30 @@
 /*
-Attention's backward on Hopper (sm_90a), bf16, heads of 64 or 96: the function of attention.cuh in namespace
-hopper. The same two kernels as in attention_portable.cuh, the same sums in registers, on wgmma and TMA:
+Attention on Hopper (sm_90a), bf16, heads of 64 or 96: what forward and backward
+(attention_backward_hopper.cuh) share, and the forward; the functions of attention.cuh in namespace hopper.
+The mathematics is that of attention_portable.cuh, P and dS exist only as accumulators; here the products are
+wgmma's and the copies TMA's.
 
-    attention_queries_kernel  64 queries a consumer:  S = Q K^T, dP = dO V^T;     dS = P (dP - D);  dQ += dS K
-    attention_keys_kernel     64 keys a consumer, all queries of the group's heads that see them, transposed:
-                              S^T = K Q^T, dP^T = V dO^T;   dV += P^T dO, dK += dS^T Q
+How the kernels work. A block is three warpgroups. One is the producer: one thread of it has TMA bring the
+rows that the consumers own, then tile by tile the rows that these are multiplied with, 64 at a time, into a
+ring of stages. The other two are consumers, 64 rows each (forward: queries): what they own is the left
+operand and stays in registers as fragments, and P goes from accumulators to left operand in registers. The
+ring's tiles are read along k (S = Q K^T) and across it (O += P V): hopper.cuh.
 
-A block is three warpgroups. One is the producer: a thread of it has TMA bring what the consumers own, then
-the other side, 64 rows a stage, into a ring. The other two are consumers, 64 rows each: what they own is the
-left operand and stays in registers as fragments, which halves what wgmma reads from shared memory; P and dS
-go from accumulators to left operand in registers. Left operands' rows are along k, the ring's tiles are read
-both along and across k (hopper.cuh).
-
-    own_full    TMA's bytes: the rows that the consumers own have come
-    own_empty   8 consumer warps: they are in registers, the next may come
+    own_full, own_empty         TMA's bytes: what the consumers own is there; 8 warps: it is in registers
     full[stage], empty[stage]   the same of the ring
 
-A consumer keeps products in flight while it computes: exp of one tile runs beside the last products of the
-tile before and beside dP, and the other consumer's products fill what is left. For tile i, in this order:
+A consumer keeps products in flight while it computes. Forward, tile i of the keys:
 
-    keys:     .. | S_i, dK_{i-1}, dP_i | exp | dV_i | dS | S_{i+1}, dK_i, dP_{i+1} | ..
-    queries:  .. | S_i, dQ_{i-1}, dP_i | exp |        dS | S_{i+1}, dQ_i, dP_{i+1} | ..
+    start S_{i+1} = Q K_{i+1}^T | maxima of S_i | await O += P_{i-1} V_{i-1} | P_i = exp | start O += P_i V_i
 
-Blocks are as many as multiprocessors and take the tiles of 128 rows in pairs, a long one (at the end of the
-sequence for queries) and the short one that complements it: all pairs are equal work. The producer is at the
-next tile while the consumers finish one. Tiles wholly in the future are not loaded, or where only one of the
-consumers needs them, skipped by the other; the mask is applied on the diagonal alone.
+Blocks are as many as multiprocessors and take tiles of 128 rows in pairs, a long one from the end of the
+sequence and the short one that complements it: all pairs are equal work, and the producer is at the next tile
+while the consumers finish one. Tiles wholly in the future are not loaded, or where only one of the consumers
+needs them, skipped by the other; the mask is applied on the diagonal alone.
 
 hd = 96 is a block of 64 columns and half a block: boxes are 64 columns wide, the other half holds columns of
-the next head that nobody reads. Rows beyond T are zeros (the maps know sequences), and are not stored.
-dq and dk are turned back by RoPE's angles before they are rounded: columns i and i + hd/2 are in one thread.
-
-Deterministic; nothing is allocated; tensor maps are kernel arguments. Scratch as in attention_portable.cuh.
+the next head that nobody reads. Rows beyond T are zeros (the maps know sequences), and are not stored, nor
+are rows before start. Deterministic; nothing is allocated; tensor maps are kernel arguments.
 */
 #ifndef ATTENTION_HOPPER_CUH
 #define ATTENTION_HOPPER_CUH
@@ -53,20 +46,26 @@ enum {
     ATTENTION_CONSUMER_REGISTERS = 240
 };
 
+// the kernels; also how many tiles of 64 rows a consumer owns: Q; K and V; Q, dO and out
+enum { ATTENTION_FORWARD = 1, ATTENTION_DKV = 2, ATTENTION_DQ = 3 };
+
 struct AttentionArguments {
     CUtensorMap qkv, dout, out; // [B][T][columns], boxes of 64 rows x 64 columns
-    floatX *dqkv;
-    float *scratch;
+    floatX *to;                 // out or dqkv
+    float *lse_to, *scratch;
     const float *lse, *rope_table;
-    int B, T, H, KV;
+    int B, T, start, H, KV; // start: of the backward 0
     float scale;
+    float c; // scale log2 e: exponents are of 2
 };
 
 // shared memory: OWN tiles of 64 rows that each consumer owns, the ring, lse and D of the ring's queries
 template <int HD, int OWN> struct AttentionMemory {
     enum {
         TILE = (HD + 63) / 64 * BLOCK_BYTES,
-        STAGES = HD <= 64 ? 4 : 3,
+        STAGES = HD <= 64                   ? 6
+                 : OWN == ATTENTION_FORWARD ? 5
+                                            : 3,
         OWN_BYTES = 2 * OWN * TILE,
         STAGE_BYTES = 2 * TILE,
         ROW_BYTES = 2 * ATTENTION_ROWS * 4,
@@ -141,17 +140,12 @@ struct AttentionTile128 {
 
 // A block's tiles, in pairs of equal work: tile z from the end, then tile z from the beginning
 struct AttentionWalk {
-    int heads, tiles, items, turn; // turns 2 i and 2 i + 1: the block's item i
+    int turn; // turns 2 i and 2 i + 1: the block's item i
 
-    __device__ __forceinline__ AttentionWalk(int B, int T, int n_heads) {
-        heads = n_heads;
-        tiles = ceil_div<int>(T, ATTENTION_BLOCK_ROWS);
-        items = B * heads * ((tiles + 1) / 2);
-        turn = 0;
-    }
     // false when there are no more
-    __device__ __forceinline__ bool next(AttentionTile128 &at) {
-        int item, z, pairs = (tiles + 1) / 2;
+    __device__ __forceinline__ bool next(AttentionTile128 &at, const AttentionArguments &args, int heads) {
+        int before = args.start / ATTENTION_BLOCK_ROWS; // tiles that are not computed
+        int tiles = ceil_div<int>(args.T, ATTENTION_BLOCK_ROWS) - before, pairs = (tiles + 1) / 2, item, z;
         bool second;
         do {
             item = turn / 2 * (int)gridDim.x + (int)blockIdx.x;
@@ -161,10 +155,20 @@ struct AttentionWalk {
         } while (second && 2 * z == tiles - 1); // the middle is alone
         at.head = item % heads;
         at.b = item / heads / pairs;
-        at.first = (second ? z : tiles - 1 - z) * ATTENTION_BLOCK_ROWS;
-        return item < items;
+        at.first = (before + (second ? z : tiles - 1 - z)) * ATTENTION_BLOCK_ROWS;
+        return at.b < args.B;
     }
 };
+
+// All threads: barriers are there. Returns the thread's warpgroup: 0 is the producer. Every warp's role must
+// look the same to all its lanes
+template <class Memory> __device__ __forceinline__ int begin_block(Memory &memory) {
+    if (threadIdx.x == 0) {
+        memory.init_barriers();
+    }
+    __syncthreads();
+    return __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP_THREADS, 0);
+}
 
 // ----------------------------------------------------------------------------
 // producer (one thread)
@@ -178,21 +182,21 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, u
     }
 }
 
-template <int HD>
+// for queries, the keys up to the diagonal; OWN: forward or dq
+template <int HD, int OWN>
 __device__ __forceinline__ void produce_for_queries(const AttentionArguments &args,
-                                                    AttentionMemory<HD, 3> memory) {
-    typedef AttentionMemory<HD, 3> Memory;
-    AttentionWalk walk(args.B, args.T, args.H);
+                                                    AttentionMemory<HD, OWN> memory) {
+    typedef AttentionMemory<HD, OWN> Memory;
+    const CUtensorMap *maps[3] = {&args.qkv, &args.dout, &args.out};
+    AttentionWalk walk = {0};
     AttentionTile128 at;
-    while (walk.next(at)) {
+    while (walk.next(at, args, args.H)) {
         barrier_wait(memory.own_empty(), memory.own_parity ^ 1);
         barrier_expect(memory.own_full(), Memory::OWN_BYTES);
         memory.own_parity ^= 1;
-        for (int consumer = 0; consumer < 2; consumer++) {
-            int row = at.first + consumer * ATTENTION_ROWS, column = at.head * HD;
-            load_tile<HD>(memory.own(0, consumer), &args.qkv, memory.own_full(), column, row, at.b);
-            load_tile<HD>(memory.own(1, consumer), &args.dout, memory.own_full(), column, row, at.b);
-            load_tile<HD>(memory.own(2, consumer), &args.out, memory.own_full(), column, row, at.b);
+        for (int i = 0; i < 2 * OWN; i++) {
+            int row = at.first + i % 2 * ATTENTION_ROWS;
+            load_tile<HD>(memory.own(i / 2, i % 2), maps[i / 2], memory.own_full(), at.head * HD, row, at.b);
         }
         int column = (args.H + at.head / (args.H / args.KV)) * HD;
         for (int key = 0; key < min(at.first + (int)ATTENTION_BLOCK_ROWS, args.T); key += ATTENTION_ROWS) {
@@ -205,51 +209,13 @@ __device__ __forceinline__ void produce_for_queries(const AttentionArguments &ar
     }
 }
 
-// lse in base 2 of a head's first row; D follows after so many floats
-__device__ __forceinline__ int64_t padded_rows(const AttentionArguments &args) {
-    return ceil_div<int>(args.T, portable::ATTENTION_PAD) * portable::ATTENTION_PAD;
-}
-
-__device__ __forceinline__ float *scratch_rows(const AttentionArguments &args, int b, int head) {
-    return args.scratch + ((int64_t)b * args.H + head) * 2 * padded_rows(args);
-}
-
-template <int HD>
-__device__ __forceinline__ void produce_for_keys(const AttentionArguments &args,
-                                                 AttentionMemory<HD, 2> memory) {
-    typedef AttentionMemory<HD, 2> Memory;
-    AttentionWalk walk(args.B, args.T, args.KV);
-    AttentionTile128 at;
-    while (walk.next(at)) {
-        barrier_wait(memory.own_empty(), memory.own_parity ^ 1);
-        barrier_expect(memory.own_full(), Memory::OWN_BYTES);
-        memory.own_parity ^= 1;
-        for (int consumer = 0; consumer < 2; consumer++) {
-            int row = at.first + consumer * ATTENTION_ROWS, column = (args.H + at.head) * HD;
-            load_tile<HD>(memory.own(0, consumer), &args.qkv, memory.own_full(), column, row, at.b);
-            load_tile<HD>(memory.own(1, consumer), &args.qkv, memory.own_full(), column + args.KV * HD, row,
-                          at.b);
-        }
-        int group = args.H / args.KV;
-        for (int head = at.head * group; head < (at.head + 1) * group; head++) {
-            const float *rows = scratch_rows(args, at.b, head);
-            for (int query = at.first; query < args.T; query += ATTENTION_ROWS) {
-                barrier_wait(memory.empty(), memory.parity ^ 1);
-                barrier_expect(memory.full(), Memory::STAGE_BYTES + Memory::ROW_BYTES);
-                load_tile<HD>(memory.tile(0), &args.qkv, memory.full(), head * HD, query, at.b);
-                load_tile<HD>(memory.tile(1), &args.dout, memory.full(), head * HD, query, at.b);
-                for (int i = 0; i < 2; i++) {
-                    bulk_load(memory.base + memory.rows() + i * ATTENTION_ROWS * 4,
-                              rows + i * padded_rows(args) + query, ATTENTION_ROWS * 4, memory.full());
-                }
-                memory.advance();
-            }
-        }
-    }
-}
-
 // ----------------------------------------------------------------------------
 // consumers: operands and products
+
+// the first of the two rows of the consumer's 64 that a lane holds accumulators of; the other is 8 further
+__device__ __forceinline__ int own_row() {
+    return (int)(threadIdx.x % GROUP_THREADS / 32 * 16 + threadIdx.x % 32 / 4);
+}
 
 // lane 0 of each warp
 __device__ __forceinline__ void release(uint32_t empty) {
@@ -263,6 +229,14 @@ template <class Memory> __device__ __forceinline__ void skip_stage(Memory &memor
     barrier_wait(memory.full(), memory.parity);
     release(memory.empty());
     memory.advance();
+}
+
+// the stage after the present one is there; if there is one
+template <class Memory> __device__ __forceinline__ void wait_next(Memory memory, bool exists) {
+    if (exists) {
+        memory.advance();
+        barrier_wait(memory.full(), memory.parity);
+    }
 }
 
 // columns 16 step .. 16 step + 15 of the warp's 16 rows of a tile, as left operand
@@ -322,8 +296,7 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[4][4], const float (&c)
 // On the diagonal's tile [64, 64]: scores of keys in the query's future become -infinity. Rows are queries;
 // TRANSPOSED: keys
 template <bool TRANSPOSED> __device__ __forceinline__ void mask_diagonal(float (&s)[32]) {
-    int thread = (int)threadIdx.x % GROUP_THREADS;
-    int before = thread % 4 * 2 - (thread / 32 * 16 + thread % 32 / 4); // column - row of s[0]
+    int before = (int)threadIdx.x % 4 * 2 - own_row(); // column - row of s[0]
 #pragma unroll
     for (int i = 0; i < 32; i++) {
         int ahead = before + i / 4 * 8 + i % 2 - i / 2 % 2 * 8;
@@ -332,16 +305,15 @@ template <bool TRANSPOSED> __device__ __forceinline__ void mask_diagonal(float (
 }
 
 // Accumulators times scale become rows of `to`, which is the first of them at `position`; TURN: by way of
-// RoPE's rotation back. Rows beyond T are not stored
+// RoPE's rotation back. Rows before start and from T on are not stored
 template <int HD, bool TURN>
 __device__ __forceinline__ void store_rows(floatX *to, int stride, float (&acc)[HD / 2], float scale,
-                                           const float *table, int position, int T) {
-    int thread = (int)threadIdx.x % GROUP_THREADS, t = thread % 4;
-    int row = thread / 32 * 16 + thread % 32 / 4;
+                                           const AttentionArguments &args, int position) {
+    int row = own_row(), t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++, row += 8) {
-        bool valid = position + row < T;
-        const float *angles = table + (int64_t)(valid ? position + row : 0) * HD + 2 * t;
+        bool valid = position + row >= args.start && position + row < args.T;
+        const float *angles = args.rope_table + (int64_t)(valid ? position + row : 0) * HD + 2 * t;
 #pragma unroll
         for (int n = 0; n < HD / 16; n++) { // columns 8 n .. and HD / 2 + 8 n ..
             float *low = &acc[4 * n + 2 * half], *high = &acc[4 * (n + HD / 16) + 2 * half];
@@ -370,325 +342,182 @@ __device__ __forceinline__ void store_rows(floatX *to, int stride, float (&acc)[
 }
 
 // ----------------------------------------------------------------------------
-// consumers: dq
+// consumers: forward
 
-// the natural logarithms of this lane's rows, row and row + 8
-__device__ __forceinline__ float2 load_lse(const AttentionArguments &args, AttentionTile128 at, int row) {
-    const float *lse = args.lse + ((int64_t)at.b * args.H + at.head) * args.T + at.first + row;
-    int rows = args.T - at.first - row; // that exist from there on
-    return make_float2(rows > 0 ? lse[0] : 0.0f, rows > 8 ? lse[8] : 0.0f);
-}
+// the softmax so far of this lane's two rows: maximum (near it, in units of the exponent), this lane's share
+// of the sum
+struct AttentionSoftmax {
+    float max[2], sum[2];
 
-// D of this lane's two rows: dO's fragments times out's
-template <int HD>
-__device__ __forceinline__ void dot_rows(float (&D)[2], const AttentionOwn<HD, true> &dout,
-                                         uint32_t out_tile) {
-    D[0] = D[1] = 0.0f;
+    // a tile's own maxima
+    static __device__ __forceinline__ void tops(float (&top)[2], const float (&s)[32], float c) {
+        top[0] = top[1] = -INFINITY;
 #pragma unroll
-    for (int step = 0; step < HD / 16; step++) {
-        uint32_t o[4];
-        load_fragment(o, out_tile, step);
+        for (int i = 0; i < 32; i++) {
+            top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+        }
+        top[0] = portable::quad_max(top[0]) * c;
+        top[1] = portable::quad_max(top[1]) * c;
+    }
+    // s becomes p; the sum and the output so far follow a new maximum, if p would exceed 2^8 without
+    template <int HALF_HD>
+    __device__ __forceinline__ void add(float (&s)[32], float (&o)[HALF_HD], const float (&top)[2], float c) {
+        bool grows = top[0] > max[0] + 8.0f || top[1] > max[1] + 8.0f;
+        if (__any_sync(0xffffffffu, grows)) {
+            for (int half = 0; half < 2; half++) {
+                float raised = top[half] > max[half] + 8.0f ? top[half] : max[half];
+                float keep = portable::attention_exp2(max[half] - raised);
+                max[half] = raised;
+                sum[half] *= keep;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t a = dout.a[step][i];
-            D[i % 2] += low_half(a) * low_half(o[i]) + high_half(a) * high_half(o[i]);
+                for (int n = 0; n < HALF_HD / 4; n++) {
+                    o[4 * n + 2 * half] *= keep;
+                    o[4 * n + 2 * half + 1] *= keep;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            s[i] = portable::attention_exp2(s[i] * c - max[i / 2 % 2]);
+            sum[i / 2 % 2] += s[i];
         }
     }
-    D[0] = portable::quad_sum(D[0]);
-    D[1] = portable::quad_sum(D[1]);
-}
+};
 
-// Base-2 lse and D of the consumer's rows, for itself and, in scratch, for the other kernel. Position 0 sees
-// only itself: an infinite lse makes p and ds exactly 0; the other kernel sets p = 1
-__device__ __forceinline__ void finish_rows(float (&lse2)[2], const float (&D)[2], float2 lse,
-                                            const AttentionArguments &args, AttentionTile128 at, int row) {
-    float *rows = scratch_rows(args, at.b, at.head);
-#pragma unroll
+// lse, and the output divided by the sum
+template <int HD>
+__device__ __forceinline__ void store_output(float (&o)[HD / 2], const AttentionSoftmax &softmax,
+                                             const AttentionArguments &args, AttentionTile128 at, int row) {
+    int rows_out = args.T - args.start, stride = args.H * HD;
     for (int half = 0; half < 2; half++) {
-        int position = at.first + row + 8 * half;
-        bool sees = position > 0 && position < args.T;
-        lse2[half] = sees ? (half ? lse.y : lse.x) * 1.44269504f : INFINITY;
-        if (threadIdx.x % 4 == 0 && position < padded_rows(args)) {
-            rows[position] = lse2[half];
-            rows[padded_rows(args) + position] = D[half];
+        float total = portable::quad_sum(softmax.sum[half]), inverse = 1.0f / total;
+        int position = row + own_row() + 8 * half;
+        if (threadIdx.x % 4 == 0 && position >= args.start && position < args.T) {
+            args.lse_to[((int64_t)at.b * args.H + at.head) * rows_out + position - args.start] =
+                (softmax.max[half] + log2f(total)) * 0.693147181f;
+        }
+#pragma unroll
+        for (int n = 0; n < HD / 8; n++) {
+            o[4 * n + 2 * half] *= inverse;
+            o[4 * n + 2 * half + 1] *= inverse;
         }
     }
-}
-
-// s: scores become p; dp becomes dS, rounded. At most one group of products but S and dP is in flight
-__device__ __forceinline__ void soften_rows(uint32_t (&ds)[4][4], float (&s)[32], float (&dp)[32],
-                                            const float (&lse2)[2], const float (&D)[2], float c,
-                                            bool diagonal) {
-    wgmma_wait<1>();
-    wgmma_results(s);
-    if (diagonal) {
-        mask_diagonal<false>(s);
-    }
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-        s[i] = portable::attention_exp2(s[i] * c - lse2[i / 2 % 2]);
-    }
-    wgmma_wait<0>();
-    wgmma_results(dp);
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-        dp[i] = s[i] * (dp[i] - D[i / 2 % 2]);
-    }
-    to_operand(ds, dp);
+    floatX *to = args.to + ((int64_t)at.b * rows_out + row - args.start) * stride + at.head * HD;
+    store_rows<HD, false>(to, stride, o, 1.0f, args, row);
 }
 
 template <int HD>
-__device__ __forceinline__ void consume_queries(const AttentionArguments &args, AttentionMemory<HD, 3> memory,
-                                                int consumer) {
-    int width = (args.H + 2 * args.KV) * HD;
-    int local = consumer * ATTENTION_ROWS + threadIdx.x % GROUP_THREADS / 32 * 16 + threadIdx.x % 32 / 4;
-    float c = args.scale * 1.44269504f;
-    AttentionWalk walk(args.B, args.T, args.H);
-    AttentionTile128 at, following;
-    bool more = walk.next(following);
-    float2 lse = more ? load_lse(args, following, local) : make_float2(0.0f, 0.0f);
-    while (more) {
-        at = following;
+__device__ __forceinline__ void consume_forward(const AttentionArguments &args,
+                                                AttentionMemory<HD, ATTENTION_FORWARD> memory, int consumer) {
+    float c = args.c;
+    AttentionWalk walk = {0};
+    AttentionTile128 at;
+    while (walk.next(at, args, args.H)) {
         int row = at.first + consumer * ATTENTION_ROWS;
         int tiles = ceil_div<int>(min(at.first + (int)ATTENTION_BLOCK_ROWS, args.T), ATTENTION_ROWS);
         int mine = row < args.T ? row / ATTENTION_ROWS + 1 : 0;
-        AttentionOwn<HD, true> queries, dout;
-        float D[2], lse2[2], s[32], dp[32], dq[HD / 2];
-        uint32_t ds[4][4];
+        AttentionSoftmax softmax = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+        AttentionOwn<HD, true> queries;
+        float even[32], odd[32], o[HD / 2], top[2];
+        uint32_t p[4][4];
         barrier_wait(memory.own_full(), memory.own_parity);
         memory.own_parity ^= 1;
         queries.begin(memory.own(0, consumer));
-        dout.begin(memory.own(1, consumer));
-        dot_rows<HD>(D, dout, memory.own(2, consumer));
         release(memory.own_empty());
-        finish_rows(lse2, D, lse, args, at, local);
-        more = walk.next(following);
-        if (more) {
-            lse = load_lse(args, following, local); // on its way during the products
-        }
 #pragma unroll
         for (int i = 0; i < HD / 2; i++) {
-            dq[i] = 0.0f;
+            o[i] = 0.0f;
         }
+        uint32_t done = 0; // the stage before
+        // of the tile whose scores are s; meanwhile the next tile's scores
+        auto step = [&](float(&s)[32], float(&next)[32]) {
+            uint32_t values = memory.tile(1), present = memory.empty();
+            memory.advance();
+            barrier_wait(memory.full(), memory.parity);
+            wgmma_fence();
+            queries.times(next, memory.tile(0));
+            wgmma_commit();
+            AttentionSoftmax::tops(top, s, c);
+            wgmma_wait<1>(); // O is there
+            wgmma_results(o);
+            if (done != 0) {
+                release(done);
+            }
+            softmax.add(s, o, top, c);
+            to_operand(p, s);
+            wgmma_fence();
+            add_product<HD>(o, p, values);
+            wgmma_commit();
+            wgmma_wait<1>();
+            wgmma_results(next);
+            done = present;
+        };
         if (mine > 0) {
             barrier_wait(memory.full(), memory.parity);
             wgmma_fence();
-            queries.times(s, memory.tile(0));
-            wgmma_commit();
-            dout.times(dp, memory.tile(1));
-            wgmma_commit();
-            soften_rows(ds, s, dp, lse2, D, c, mine == 1);
-#pragma unroll 1
-            for (int i = 1; i < mine; i++) {
-                uint32_t keys = memory.tile(0), done = memory.empty();
-                memory.advance();
-                barrier_wait(memory.full(), memory.parity);
-                wgmma_fence();
-                queries.times(s, memory.tile(0));
-                wgmma_commit();
-                add_product<HD>(dq, ds, keys);
-                dout.times(dp, memory.tile(1));
-                wgmma_commit();
-                soften_rows(ds, s, dp, lse2, D, c, i == mine - 1);
-                release(done);
-            }
-            wgmma_fence();
-            add_product<HD>(dq, ds, memory.tile(0));
+            queries.times(even, memory.tile(0));
             wgmma_commit();
             wgmma_wait<0>();
-            wgmma_results(dq);
+            wgmma_results(even);
+#pragma unroll 1
+            for (int i = 2; i < mine; i += 2) {
+                step(even, odd);
+                step(odd, even);
+                wgmma_wait<0>(); // the compiler follows no product around the loop
+                wgmma_results(o);
+            }
+            if (mine % 2 == 0) {
+                step(even, odd);
+                wgmma_wait<0>();
+                wgmma_results(o);
+#pragma unroll
+                for (int i = 0; i < 32; i++) {
+                    even[i] = odd[i];
+                }
+            }
+            mask_diagonal<false>(even);
+            AttentionSoftmax::tops(top, even, c);
+            wgmma_wait<0>();
+            wgmma_results(o);
+            if (done != 0) {
+                release(done);
+            }
+            softmax.add(even, o, top, c);
+            to_operand(p, even);
+            wgmma_fence();
+            add_product<HD>(o, p, memory.tile(1));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_results(o);
             release(memory.empty());
             memory.advance();
         }
         for (int i = mine; i < tiles; i++) {
             skip_stage(memory);
         }
-        floatX *to = args.dqkv + ((int64_t)at.b * args.T + row) * width + at.head * HD;
-        store_rows<HD, true>(to, width, dq, args.scale, args.rope_table, row, args.T);
-    }
-}
-
-// ----------------------------------------------------------------------------
-// consumers: dk, dv
-
-// p and dS of a tile; columns are queries: their lse are at `lse`, their D 64 floats on, from this lane's
-// first on. At most two groups of products but S and dP are in flight; dV's is the newest
-struct AttentionColumns {
-    const float *lse;
-
-    __device__ __forceinline__ void probabilities(float (&s)[32], float c) const {
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            float2 l = *reinterpret_cast<const float2 *>(lse + 8 * n);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                s[4 * n + i] = portable::attention_exp2(s[4 * n + i] * c - (i % 2 ? l.y : l.x));
-            }
-        }
-    }
-    __device__ __forceinline__ void gradients(float (&dp)[32], const float (&s)[32]) const {
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            float2 D = *reinterpret_cast<const float2 *>(lse + ATTENTION_ROWS + 8 * n);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                dp[4 * n + i] = s[4 * n + i] * (dp[4 * n + i] - (i % 2 ? D.y : D.x));
-            }
-        }
-    }
-};
-
-// which queries a consumer's keys meet next
-struct AttentionQueries {
-    int query, first, T; // the present tile's first; the first tile's first
-    int skipped;         // tiles of each head before that
-
-    template <class Memory> __device__ __forceinline__ void begin_head(Memory &memory) {
-        query = first;
-        for (int i = 0; i < skipped; i++) {
-            skip_stage(memory);
-        }
-    }
-    template <class Memory> __device__ __forceinline__ void advance(Memory &memory) {
-        memory.advance();
-        query += ATTENTION_ROWS;
-        if (query >= T) {
-            begin_head(memory);
-        }
-    }
-};
-
-// Which left operands stay in registers: both with hd 64, else V
-template <int HD> struct AttentionKeeps {
-    enum { K = HD <= 64, V = HD <= 64 };
-};
-
-template <int HD>
-__device__ __forceinline__ void consume_keys(const AttentionArguments &args, AttentionMemory<HD, 2> memory,
-                                             int consumer) {
-    const bool KEEP_ALL = AttentionKeeps<HD>::K && AttentionKeeps<HD>::V;
-    int width = (args.H + 2 * args.KV) * HD;
-    float c = args.scale * 1.44269504f;
-    AttentionWalk walk(args.B, args.T, args.KV);
-    AttentionTile128 at;
-    while (walk.next(at)) {
-        int row = at.first + consumer * ATTENTION_ROWS; // the consumer's first key
-        int tiles = args.H / args.KV * max(ceil_div<int>(args.T - row, ATTENTION_ROWS), 0);
-        AttentionQueries queries = {row, row, args.T, consumer};
-        AttentionOwn<HD, AttentionKeeps<HD>::K> keys;
-        AttentionOwn<HD, AttentionKeeps<HD>::V> values;
-        float s[32], dp[32], dk[HD / 2], dv[HD / 2];
-        uint32_t p[4][4], ds[4][4];
-        barrier_wait(memory.own_full(), memory.own_parity);
-        memory.own_parity ^= 1;
-        keys.begin(memory.own(0, consumer));
-        values.begin(memory.own(1, consumer));
-        if (KEEP_ALL) {
-            release(memory.own_empty());
-        }
-#pragma unroll
-        for (int i = 0; i < HD / 2; i++) {
-            dk[i] = dv[i] = 0.0f;
-        }
-        auto soften = [&] {
-            AttentionColumns columns = {
-                reinterpret_cast<const float *>(memory.memory + memory.rows()) + threadIdx.x % 4 * 2};
-            wgmma_wait<1>();
-            wgmma_results(s);
-            if (queries.query == row) {
-                mask_diagonal<true>(s);
-            }
-            columns.probabilities(s, c);
-            to_operand(p, s);
-            if (queries.query + row + (int)threadIdx.x % GROUP_THREADS == 0) { // position 0 and itself
-                p[0][0] = pack2(1.0f, s[1]);
-            }
-            wgmma_fence();
-            add_product<HD>(dv, p, memory.tile(1));
-            wgmma_commit();
-            wgmma_wait<1>();
-            wgmma_results(dp);
-            columns.gradients(dp, s);
-            to_operand(ds, dp);
-        };
-        if (tiles > 0) {
-            queries.begin_head(memory);
-            barrier_wait(memory.full(), memory.parity);
-            wgmma_fence();
-            keys.times(s, memory.tile(0));
-            wgmma_commit();
-            values.times(dp, memory.tile(1));
-            wgmma_commit();
-            soften();
-            wgmma_wait<0>(); // else the compiler would keep this P apart from the loop's
-#pragma unroll 1
-            for (int i = 1; i < tiles; i++) {
-                uint32_t before = memory.tile(0), done = memory.empty();
-                queries.advance(memory);
-                barrier_wait(memory.full(), memory.parity);
-                wgmma_fence();
-                keys.times(s, memory.tile(0));
-                wgmma_commit();
-                add_product<HD>(dk, ds, before);
-                values.times(dp, memory.tile(1));
-                wgmma_commit();
-                soften();
-                release(done);
-            }
-            wgmma_fence();
-            add_product<HD>(dk, ds, memory.tile(0));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_results(dk);
-            wgmma_results(dv);
-            release(memory.empty());
-            memory.advance();
-        } else { // beyond T: the other consumer's tiles
-            for (int i = 0; i < args.H / args.KV; i++) {
-                skip_stage(memory);
-            }
-        }
-        if (!KEEP_ALL) {
-            release(memory.own_empty());
-        }
-        floatX *to = args.dqkv + ((int64_t)at.b * args.T + row) * width + (args.H + at.head) * HD;
-        store_rows<HD, true>(to, width, dk, args.scale, args.rope_table, row, args.T);
-        store_rows<HD, false>(to + args.KV * HD, width, dv, 1.0f, args.rope_table, row, args.T);
+        store_output<HD>(o, softmax, args, at, row);
     }
 }
 
 #endif
 
 // ----------------------------------------------------------------------------
-// the kernels
+// launches
 
-template <int HD, int OWN>
+template <int HD>
 static __global__ void __launch_bounds__(ATTENTION_BLOCK_THREADS, 1)
-    attention_backward_kernel(const __grid_constant__ AttentionArguments args) {
+    attention_forward_kernel(const __grid_constant__ AttentionArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    AttentionMemory<HD, OWN> memory;
-    if (threadIdx.x == 0) {
-        memory.init_barriers();
-    }
-    __syncthreads();
-    // every warp's role must look the same to all its lanes
-    int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP_THREADS, 0);
+    AttentionMemory<HD, ATTENTION_FORWARD> memory;
+    int group = begin_block(memory);
     if (group == 0) {
         give_registers<ATTENTION_PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            if constexpr (OWN == 3) {
-                produce_for_queries<HD>(args, memory);
-            } else {
-                produce_for_keys<HD>(args, memory);
-            }
+            produce_for_queries<HD>(args, memory);
         }
     } else {
         take_registers<ATTENTION_CONSUMER_REGISTERS>();
-        if constexpr (OWN == 3) {
-            consume_queries<HD>(args, memory, group - 1);
-        } else {
-            consume_keys<HD>(args, memory, group - 1);
-        }
+        consume_forward<HD>(args, memory, group - 1);
     }
 #else
     (void)args;
@@ -696,46 +525,44 @@ static __global__ void __launch_bounds__(ATTENTION_BLOCK_THREADS, 1)
 #endif
 }
 
-// ----------------------------------------------------------------------------
-// launches
-
 // the head sizes that these kernels are made for
 static inline bool attention_takes(int hd) {
     return hd == 64 || hd == 96;
 }
 
+static inline AttentionArguments attention_arguments(floatX *to, const floatX *qkv, int B, int T, int start,
+                                                     int H, int KV, int hd) {
+    AttentionArguments args;
+    memset(&args, 0, sizeof(args));
+    args.qkv = tensor_map(qkv, (H + 2 * KV) * hd, T, B, ATTENTION_ROWS);
+    args.to = to;
+    args.B = B;
+    args.T = T;
+    args.start = start;
+    args.H = H;
+    args.KV = KV;
+    args.scale = 1.0f / sqrtf((float)hd);
+    args.c = args.scale * 1.44269504f;
+    return args;
+}
+
 template <int HD, int OWN>
-static void start_attention(AttentionArguments args, int heads, cudaStream_t stream) {
-    int tiles = ceil_div<int>(args.T, ATTENTION_BLOCK_ROWS), items = args.B * heads * ((tiles + 1) / 2);
-    void (*kernel)(AttentionArguments) = attention_backward_kernel<HD, OWN>;
+static void start_attention(void (*kernel)(AttentionArguments), AttentionArguments args,
+                            cudaStream_t stream) {
+    int tiles = ceil_div<int>(args.T, ATTENTION_BLOCK_ROWS) - args.start / ATTENTION_BLOCK_ROWS;
+    int items = args.B * (OWN == ATTENTION_DKV ? args.KV : args.H) * ((tiles + 1) / 2);
     launch(kernel, min(num_sms(), items), ATTENTION_BLOCK_THREADS, AttentionMemory<HD, OWN>::BYTES, stream,
            args);
 }
 
-static inline void attention_rope_backward(floatX *dqkv, const floatX *dout, const floatX *out,
-                                           const floatX *qkv, const float *lse, float *scratch,
-                                           const float *rope_table, int B, int T, int H, int KV, int hd,
-                                           cudaStream_t stream) {
-    AttentionArguments args;
-    memset(&args, 0, sizeof(args));
-    args.qkv = tensor_map(qkv, (H + 2 * KV) * hd, T, B, ATTENTION_ROWS);
-    args.dout = tensor_map(dout, H * hd, T, B, ATTENTION_ROWS);
-    args.out = tensor_map(out, H * hd, T, B, ATTENTION_ROWS);
-    args.dqkv = dqkv;
-    args.scratch = scratch;
-    args.lse = lse;
-    args.rope_table = rope_table;
-    args.B = B;
-    args.T = T;
-    args.H = H;
-    args.KV = KV;
-    args.scale = 1.0f / sqrtf((float)hd);
+static inline void attention_forward(floatX *out, float *lse, const floatX *qkv, int B, int T, int start,
+                                     int H, int KV, int hd, cudaStream_t stream) {
+    AttentionArguments args = attention_arguments(out, qkv, B, T, start, H, KV, hd);
+    args.lse_to = lse;
     if (hd == 64) {
-        start_attention<64, 3>(args, H, stream);
-        start_attention<64, 2>(args, KV, stream);
+        start_attention<64, ATTENTION_FORWARD>(attention_forward_kernel<64>, args, stream);
     } else {
-        start_attention<96, 3>(args, H, stream);
-        start_attention<96, 2>(args, KV, stream);
+        start_attention<96, ATTENTION_FORWARD>(attention_forward_kernel<96>, args, stream);
     }
 }
 

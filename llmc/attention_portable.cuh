@@ -1,7 +1,7 @@
 /*
-Attention on any GPU from sm_80 on, and in fp32: the functions of attention.cuh in namespace portable. Scores and
-probabilities exist only as accumulators of one tile of queries x keys (attention.h has the formulas; Dao et al.,
-2022, 2023 the method).
+Attention on any GPU from sm_80 on, and in fp32: the functions of attention.cuh in namespace portable. Scores
+and probabilities exist only as accumulators of one tile of queries x keys (attention.h has the formulas; Dao
+et al., 2022, 2023 the method).
 
 forward   A block owns 128 queries of a head, a warp 32 of them, and walks over the tiles of keys up to the
           diagonal with the softmax made as it goes ("online"): per row the maximum m and the sum l so far;
@@ -15,11 +15,11 @@ backward  Two kernels, each with its sums in registers: no atomics, no order tha
           Seven products instead of the five of a kernel that adds dQ across blocks: the price of registers.
 
 exp(x) is computed as 2^(x log2 e): scores stay unscaled, and scale log2 e is folded into the exponent. The
-backward needs D_t = dout_t . out_t (from the stored, rounded out): the first kernel makes it on its way. dq and
-dk are turned back by RoPE's angles before they are rounded, where a thread has columns i and i + hd/2: where hd
-is 32, 64, 96 or 128. For other heads rope_backward does it afterwards (and what it reads is rounded already). A
-position that sees only itself (t = 0) has p = 1 and ds = 0 exactly, as in attention.h. Loops over fragments
-have constant bounds: the compiler unrolls them and keeps all of them in registers.
+backward needs D_t = dout_t . out_t (from the stored, rounded out): the first kernel makes it on its way. dq
+and dk are turned back by RoPE's angles before they are rounded, where a thread has columns i and i + hd/2:
+where hd is 32, 64, 96 or 128. For other heads rope_backward does it afterwards (and what it reads is rounded
+already). A position that sees only itself (t = 0) has p = 1 and ds = 0 exactly, as in attention.h. Loops over
+fragments have constant bounds: the compiler unrolls them and keeps all of them in registers.
 
 qkv [B, T, (H + 2 KV) hd], out [B, T - start, H hd], lse [B, H, T - start] (natural logarithm, fp32); scratch
 [B, H, 2, T rounded up to 64] is lse in base 2 and D. Buffers begin at multiples of 16 bytes, hd is a multiple

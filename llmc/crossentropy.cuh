@@ -3,17 +3,19 @@ Softmax cross entropy on the device, in nats, forward and backward in one launch
 
     loss_n = ln sum_v exp(z_nv) - z_n,target;     dz_nv = scale (softmax(z_n)_v - 1{v = target})
 
-A block owns a row. While it reads the row it keeps, a thread, the largest logit so far and the sum of the
-exponentials relative to it, and rescales the sum when the largest changes:
+A block owns a row. With up to 57344 columns (bf16) it keeps the row in its registers, all of whose loads are under
+way at once: each byte is read once and written once. That is one row a processor, 1024 threads with 7 packs of 16
+bytes each. (dev/ladder/crossentropy.cu has measured others, on an H100 at V = 51200: 2900 GB/s, against 2050 where
+the row is read again from the L2 cache; kept in shared memory it was slower still.)
+
+A wider row is read twice, and so it takes one pass for both the maximum and the sum: a thread keeps the largest
+logit so far and the sum of the exponentials relative to it, and rescales the sum when the largest changes:
 
     max' = max(max, z);   sum' = sum exp(max - max') + exp(z - max')
 
-so that one pass gives both. The gradient needs a second look at the row: its 100 KB (V = 51200, bf16) are still in
-the L2 cache. (Kept in shared memory instead, a row was 2.3 times slower on an H200: two blocks a processor.)
-
 exp(z - max) is computed as 2^(z log2(e) - max log2(e)), one multiply-add before the instruction.
 
-Rows of an odd V begin anywhere, so packs are laid on the 16-byte lines of memory rather than on the row: a
+Rows of an odd V begin anywhere (EDGES), so packs are laid on the 16-byte lines of memory rather than on the row: a
 row's first and last packs may hang over its ends, and are then read and written by elements.
 
 logits [N, V] floatX, targets [N], losses [N] fp32. With scale != 0 the logits are overwritten by their
@@ -25,9 +27,13 @@ crossentropy.h. Errors: none; a logit that is not finite makes the loss not fini
 
 #include "floats.cuh"
 #include <math.h>
-// defines: Floats, widen, narrow; exp2f, INFINITY
+// defines: Floats, widen, narrow, power_of_2; INFINITY
 
-enum { CROSSENTROPY_THREADS = 512 };
+enum {
+    CROSSENTROPY_KEPT_THREADS = 1024, // of a block that keeps its row
+    CROSSENTROPY_KEPT_PACKS = 7,      // a thread
+    CROSSENTROPY_THREADS = 512        // of one that does not
+};
 
 #define LOG2_E 1.44269504f
 
@@ -46,27 +52,34 @@ __device__ __forceinline__ LogitRow logit_row(floatX *logits, int64_t n, int V) 
     return row;
 }
 
-// columns outside the row are -infinity, whose exponential is 0
-__device__ __forceinline__ Pack<floatX> load_logits(const LogitRow &row, int p) {
+// is pack p within the row? Without EDGES packs are whole or none
+template <bool EDGES> __device__ __forceinline__ bool is_whole(const LogitRow &row, int p) {
     int first = p * PACK_X - row.shift;
-    if (first >= 0 && first + PACK_X <= row.V) {
-        return load_pack(row.z + first);
+    return EDGES ? first >= 0 && first + PACK_X <= row.V : p < row.packs;
+}
+
+// columns outside the row are -infinity, whose exponential is 0
+template <bool EDGES> __device__ __forceinline__ Bits load_logits(const LogitRow &row, int p) {
+    int first = EDGES ? p * PACK_X - row.shift : p * PACK_X;
+    if (is_whole<EDGES>(row, p)) {
+        return load_bits(row.z + first);
     }
     Pack<floatX> pack;
     for (int i = 0; i < PACK_X; i++) {
         int v = first + i;
-        pack.x[i] = v >= 0 && v < row.V ? row.z[v] : to_x(-INFINITY);
+        pack.x[i] = EDGES && v >= 0 && v < row.V ? row.z[v] : to_x(-INFINITY);
     }
-    return pack;
+    return to_bits(pack);
 }
 
+template <bool EDGES>
 __device__ __forceinline__ void store_logits(const LogitRow &row, int p, const Pack<floatX> &pack) {
-    int first = p * PACK_X - row.shift;
-    if (first >= 0 && first + PACK_X <= row.V) {
+    int first = EDGES ? p * PACK_X - row.shift : p * PACK_X;
+    if (is_whole<EDGES>(row, p)) {
         store_pack(row.z + first, pack);
         return;
     }
-    for (int i = 0; i < PACK_X; i++) {
+    for (int i = 0; i < PACK_X && EDGES; i++) {
         int v = first + i;
         if (v >= 0 && v < row.V) {
             row.z[v] = pack.x[i];
@@ -79,25 +92,33 @@ typedef struct {
     float max, sum;
 } OnlineSum;
 
-__device__ __forceinline__ void online_add(OnlineSum &online, const Floats &z) {
-    float max = online.max;
+__device__ __forceinline__ float max_of_pack(float max, const Floats &z) {
     for (int i = 0; i < PACK_X; i++) {
         max = fmaxf(max, z.x[i]);
     }
-    float offset = max * LOG2_E;
-    float sum = online.sum * exp2f(online.max * LOG2_E - offset);
+    return max;
+}
+
+// of the exponentials relative to max
+__device__ __forceinline__ float sum_of_powers(const Floats &z, float max) {
+    float offset = max * LOG2_E, sum = 0.0f;
     for (int i = 0; i < PACK_X; i++) {
-        sum += exp2f(z.x[i] * LOG2_E - offset);
+        sum += power_of_2(z.x[i] * LOG2_E - offset);
     }
+    return sum;
+}
+
+__device__ __forceinline__ void online_add(OnlineSum &online, const Floats &z) {
+    float max = max_of_pack(online.max, z);
+    online.sum = online.sum * power_of_2(online.max * LOG2_E - max * LOG2_E) + sum_of_powers(z, max);
     online.max = max;
-    online.sum = sum;
 }
 
 // the gradient of pack p
 __device__ __forceinline__ Floats logit_gradient(Floats z, int first, int target, float max, float factor,
                                                  float scale) {
     for (int i = 0; i < PACK_X; i++) {
-        z.x[i] = factor * exp2f(z.x[i] * LOG2_E - max * LOG2_E);
+        z.x[i] = factor * power_of_2(z.x[i] * LOG2_E - max * LOG2_E);
     }
     if (target >= first && target < first + PACK_X) {
         for (int i = 0; i < PACK_X; i++) {
@@ -107,6 +128,63 @@ __device__ __forceinline__ Floats logit_gradient(Floats z, int first, int target
     return z;
 }
 
+template <bool EDGES>
+__device__ __forceinline__ void store_logit_gradient(const LogitRow &row, int p, const Bits &z, int target,
+                                                     float max, float sum, float scale) {
+    int first = p * PACK_X - row.shift;
+    store_logits<EDGES>(row, p, narrow(logit_gradient(widen(z), first, target, max, scale / sum, scale)));
+}
+
+// The compiler must not know that these are the values of before: it would keep all exponentials of the sum for
+// the gradient, which the registers cannot hold
+__device__ __forceinline__ void forget_values(Bits (&z)[CROSSENTROPY_KEPT_PACKS]) {
+#ifdef EMULATED
+    (void)z;
+#else
+#pragma unroll
+    for (int i = 0; i < CROSSENTROPY_KEPT_PACKS; i++) {
+        asm volatile("" : "+r"(z[i].x[0]), "+r"(z[i].x[1]), "+r"(z[i].x[2]), "+r"(z[i].x[3]));
+    }
+#endif
+}
+
+template <bool EDGES>
+static __global__ void __launch_bounds__(CROSSENTROPY_KEPT_THREADS, 1)
+    crossentropy_kept_kernel(float *losses, floatX *logits, const int *targets, int V, float scale) {
+    const int THREADS = CROSSENTROPY_KEPT_THREADS, PACKS = CROSSENTROPY_KEPT_PACKS;
+    LogitRow row = logit_row(logits, blockIdx.x, V);
+    int target = targets[blockIdx.x], thread = (int)threadIdx.x;
+    float target_logit = to_float(row.z[target]); // before any thread overwrites it: barriers follow
+    Bits z[PACKS];
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        z[i] = load_logits<EDGES>(row, thread + i * THREADS);
+    }
+    float max = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        max = max_of_pack(max, widen(z[i]));
+    }
+    max = block_max(max);
+    forget_values(z);
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        sum += sum_of_powers(widen(z[i]), max);
+    }
+    sum = block_sum(sum);
+    if (thread == 0) {
+        losses[blockIdx.x] = logf(sum) + (max - target_logit);
+    }
+    if (scale == 0.0f) {
+        return;
+    }
+    forget_values(z);
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        store_logit_gradient<EDGES>(row, thread + i * THREADS, z[i], target, max, sum, scale);
+    }
+}
+
 static __global__ void __launch_bounds__(CROSSENTROPY_THREADS, 2)
     crossentropy_kernel(float *losses, floatX *logits, const int *targets, int V, float scale) {
     LogitRow row = logit_row(logits, blockIdx.x, V);
@@ -114,27 +192,29 @@ static __global__ void __launch_bounds__(CROSSENTROPY_THREADS, 2)
     float target_logit = to_float(row.z[target]); // before any thread overwrites it: barriers follow
     OnlineSum online = {-INFINITY, 0.0f};
     for (int p = (int)threadIdx.x; p < row.packs; p += CROSSENTROPY_THREADS) {
-        online_add(online, widen(load_logits(row, p)));
+        online_add(online, widen(load_logits<true>(row, p)));
     }
     float max = block_max(online.max);
-    float sum = block_sum(online.sum * exp2f(online.max * LOG2_E - max * LOG2_E));
+    float sum = block_sum(online.sum * power_of_2(online.max * LOG2_E - max * LOG2_E));
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = logf(sum) + (max - target_logit);
     }
-    if (scale == 0.0f) {
-        return;
-    }
-    for (int p = (int)threadIdx.x; p < row.packs; p += CROSSENTROPY_THREADS) {
-        Floats z = widen(load_logits(row, p));
-        store_logits(row, p,
-                     narrow(logit_gradient(z, p * PACK_X - row.shift, target, max, scale / sum, scale)));
+    for (int p = (int)threadIdx.x; p < row.packs && scale != 0.0f; p += CROSSENTROPY_THREADS) {
+        store_logit_gradient<true>(row, p, load_logits<true>(row, p), target, max, sum, scale);
     }
 }
 
 static inline void crossentropy_forward_backward(float *losses, floatX *logits, const int *targets, int64_t N,
                                                  int V, float scale, cudaStream_t stream) {
-    launch(crossentropy_kernel, dim3((unsigned)N), CROSSENTROPY_THREADS, 0, stream, losses, logits, targets,
-           V, scale);
+    int most = CROSSENTROPY_KEPT_THREADS * CROSSENTROPY_KEPT_PACKS * PACK_X - PACK_X; // wherever a row begins
+    int keeps =
+        V > CROSSENTROPY_THREADS * PACK_X && V <= most; // in a short row few threads would have any work
+    int edges = V % PACK_X != 0 || !is_aligned16(logits);
+    auto kernel = !keeps  ? crossentropy_kernel
+                  : edges ? crossentropy_kept_kernel<true>
+                          : crossentropy_kept_kernel<false>;
+    launch(kernel, (unsigned)N, keeps ? CROSSENTROPY_KEPT_THREADS : CROSSENTROPY_THREADS, 0, stream, losses,
+           logits, targets, V, scale);
 }
 
 #undef LOG2_E

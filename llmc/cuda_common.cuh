@@ -55,6 +55,17 @@ __host__ __device__ __forceinline__ floatX to_x(float x) {
 #endif
 }
 
+// 2^x to a relative 2^-22; -infinity gives 0. The library's exp2f spends three more instructions on denormals
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef EMULATED
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 template <class T> __host__ __device__ __forceinline__ T ceil_div(T a, T b) {
     return (a + b - 1) / b;
 }
@@ -162,11 +173,7 @@ __device__ __forceinline__ float block_sum(float x) {
         partial[threadIdx.x / 32] = x;
     }
     __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < (int)blockDim.x / 32; warp++) {
-        sum += partial[warp];
-    }
-    return sum;
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f);
 }
 
 __device__ __forceinline__ float block_max(float x) {
@@ -177,11 +184,7 @@ __device__ __forceinline__ float block_max(float x) {
         partial[threadIdx.x / 32] = x;
     }
     __syncthreads();
-    float max = partial[0];
-    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) {
-        max = fmaxf(max, partial[warp]);
-    }
-    return max;
+    return warp_max(partial[threadIdx.x % 32 < blockDim.x / 32 ? threadIdx.x % 32 : 0]);
 }
 
 #endif

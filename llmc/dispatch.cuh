@@ -216,10 +216,9 @@ __device__ __forceinline__ void store_residual_sum(floatX *y, const floatX *resi
 }
 
 // total += gate row
-__device__ __forceinline__ void add_row(Floats &total, float gate, const Pack<floatX> &row) {
-    Floats wide = widen(row);
+__device__ __forceinline__ void add_row(Floats &total, float gate, const Floats &row) {
     for (int i = 0; i < PACK_X; i++) {
-        total.x[i] = fmaf(gate, wide.x[i], total.x[i]); // (Eq. 1)
+        total.x[i] = fmaf(gate, row.x[i], total.x[i]); // (Eq. 1)
     }
 }
 
@@ -250,7 +249,8 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
 #pragma unroll 4
     for (int p = begin; p < end; p++) {
         float gate = gates != NULL ? gates[p] : 1.0f;
-        add_row(total, gate, load_pack(rows + (int64_t)(dispatch.row_of_pair[p] - first) * d + column));
+        int64_t row = dispatch.row_of_pair[p] - first;
+        add_row(total, gate, widen(load_pack(rows + row * d + column)));
     }
     if (last_chunk) {
         store_residual_sum(y + at, residual != NULL ? residual + at : NULL, total);

@@ -8,8 +8,8 @@ registers. Each equals calls of dispatch.cuh, gemm.cuh and rmsnorm.cuh (and the 
         dnormed, the gradient of what the experts and the router read, is not stored, nor rounded
 
 A warp owns a token: its lanes fetch the numbers of the token's rows and then add up row after row, in the order
-of dispatch_combine. In backward a warp goes over many tokens and keeps their sum of dw, as in rmsnorm.cuh; the
-router's weights are in shared memory, and of dz W only the terms with dz != 0 are computed (with the ReLU router,
+of dispatch_combine. The rest of backward is rmsnorm.cuh's, which is told to get its rows here: the router's
+weights are in shared memory, and of dz W only the terms with dz != 0 are computed (with the ReLU router,
 those of the active experts). With more than 16 experts the product comes from a GEMM, and its result is read.
 
 Rows that a warp cannot hold (d > 1536 in bf16) take the separate calls.
@@ -56,10 +56,10 @@ __device__ __forceinline__ void combine_token(Floats (&total)[PACKS], const Comb
             int next = __ffs((int)here) - 1;
             float scale = __shfl_sync(0xffffffffu, gate, next);
             const floatX *from = chunk.rows + (int64_t)__shfl_sync(0xffffffffu, row, next) * d;
-            Pack<floatX> packs[PACKS];
+            Bits packs[PACKS];
             load_packs(packs, from, lane * PACK_X, 32 * PACK_X, d);
             for (int i = 0; i < PACKS; i++) {
-                add_row(total[i], scale, packs[i]);
+                add_row(total[i], scale, widen(packs[i]));
             }
         }
     }
@@ -77,20 +77,20 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 3 : 2)
         return; // the whole warp
     }
     int first = (int)(threadIdx.x % 32) * PACK_X;
-    Pack<floatX> kept[PACKS];
+    Bits kept[PACKS];
     Floats total[PACKS];
     load_packs(kept, residual + t * d, first, 32 * PACK_X, d);
     combine_token(total, chunk, t, d);
     for (int i = 0; i < PACKS; i++) {
-        add_row(total[i], 1.0f, kept[i]);
-        kept[i] = narrow(total[i]);
+        add_row(total[i], 1.0f, widen(kept[i]));
+        kept[i] = to_bits(narrow(total[i]));
     }
     float r = rmsnorm_rstd(warp_sum(sum_of_squares_held(kept)), d, eps);
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * 32 * PACK_X;
         if (c < d) {
-            store_pack(y + t * d + c, kept[i]);
-            store_pack(normed + t * d + c, rmsnorm_scaled(kept[i], w + c, r));
+            store_bits(y + t * d + c, kept[i]);
+            store_bits(normed + t * d + c, rmsnorm_scaled(kept[i], w + c, r));
         }
     }
     if (first == 0) {
@@ -119,83 +119,49 @@ static inline void dispatch_combine_rmsnorm_forward(floatX *y, floatX *normed, f
 // ----------------------------------------------------------------------------
 // backward
 
-// what the gradient of the norm's output has besides the combine: dz W of a GEMM, or its factors
-typedef struct {
-    const floatX *product;     // [N, d]; NULL: none
-    const floatX *dz, *router; // [N, E], [E, d]; dz NULL: no router
+// The gradient of a norm's output, which the experts and the router have read: the combine's sum and dz W, whose
+// product a GEMM has left in memory, or whose factors are here
+struct CombinedRows {
+    CombineChunk chunk;
+    const floatX *product; // [N, d]; NULL: none
+    const floatX *dz;      // [N, E]; NULL: none
+    const floatX *router;  // [E, d], here or, after prepare(), in shared memory
     int E;
-} RouterGradient;
+    size_t bytes; // of router
 
-// dnormed += dz W, a lane's packs of it; weights: the router's in shared memory
-template <int PACKS>
-__device__ __forceinline__ void add_router_gradient(Floats (&dnormed)[PACKS], const RouterGradient &from,
-                                                    const floatX *weights, int64_t t, int d) {
-    int first = (int)(threadIdx.x % 32) * PACK_X;
-    Pack<floatX> packs[PACKS];
-    if (from.product != NULL) {
-        load_packs(packs, from.product + t * d, first, 32 * PACK_X, d);
-        for (int i = 0; i < PACKS; i++) {
-            add_row(dnormed[i], 1.0f, packs[i]);
-        }
+    size_t shared_bytes() const {
+        return dz != NULL ? bytes : 0;
     }
-    for (int e = 0; from.dz != NULL && e < from.E; e++) {
-        float dz = to_float(from.dz[t * from.E + e]);
-        if (dz != 0.0f) {
-            load_packs(packs, weights + e * d, first, 32 * PACK_X, d);
+
+    __device__ __forceinline__ void prepare(void *shared, int d) {
+        for (int i = (int)threadIdx.x * PACK_X; dz != NULL && i < E * d;
+             i += RMSNORM_BACKWARD_THREADS * PACK_X) {
+            store_pack((floatX *)shared + i, load_pack(router + i));
+        }
+        router = (const floatX *)shared;
+    }
+
+    template <int PACKS> __device__ __forceinline__ void load(Floats (&row)[PACKS], int64_t t, int d) const {
+        int lane = (int)threadIdx.x % 32;
+        float mine = dz != NULL && lane < E ? to_float(dz[t * E + lane]) : 0.0f;
+        Bits packs[PACKS];
+        combine_token(row, chunk, t, d);
+        if (product != NULL) {
+            load_packs(packs, product + t * d, lane * PACK_X, 32 * PACK_X, d);
             for (int i = 0; i < PACKS; i++) {
-                add_row(dnormed[i], dz, packs[i]);
+                add_row(row[i], 1.0f, widen(packs[i]));
+            }
+        }
+        for (unsigned here = __ballot_sync(0xffffffffu, mine != 0.0f); here != 0; here &= here - 1) {
+            int e = __ffs((int)here) - 1;
+            float scale = __shfl_sync(0xffffffffu, mine, e);
+            load_packs(packs, router + e * d, lane * PACK_X, 32 * PACK_X, d);
+            for (int i = 0; i < PACKS; i++) {
+                add_row(row[i], scale, widen(packs[i]));
             }
         }
     }
-}
-
-// one token; held: the sums of dw
-template <int PACKS>
-__device__ __forceinline__ void
-combine_rmsnorm_backward_token(floatX *dx, Floats (&held)[PACKS], const CombineChunk &chunk,
-                               const RouterGradient &from, const floatX *weights, const floatX *x,
-                               const float *w, float r, int64_t t, int d) {
-    const int STEP = 32 * PACK_X;
-    int first = (int)(threadIdx.x % 32) * PACK_X;
-    Pack<floatX> before[PACKS], kept[PACKS]; // on their way while the rows are added
-    Floats dnormed[PACKS];
-    load_packs(before, dx + t * d, first, STEP, d);
-    load_packs(kept, x + t * d, first, STEP, d);
-    combine_token(dnormed, chunk, t, d);
-    add_router_gradient(dnormed, from, weights, t, d);
-    float sum = 0.0f;
-    for (int i = 0; i < PACKS; i++) {
-        int c = first + i * STEP;
-        sum += c < d ? rmsnorm_dot(dnormed[i], widen(kept[i]), w + c) : 0.0f;
-    }
-    float scale = warp_sum(sum) / (float)d * r * r;
-    for (int i = 0; i < PACKS; i++) {
-        int c = first + i * STEP;
-        if (c < d) {
-            rmsnorm_add_dx(dx + t * d + c, widen(before[i]), dnormed[i], widen(kept[i]), w + c, r, scale);
-            rmsnorm_add_dw(held[i], dnormed[i], widen(kept[i]), r);
-        }
-    }
-}
-
-template <int PACKS>
-static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 2 : 1)
-    dispatch_combine_rmsnorm_backward_kernel(floatX *dx, float *partial, CombineChunk chunk,
-                                             RouterGradient from, const floatX *x, const float *w,
-                                             const float *rstd, int N, int d) {
-    const int WARPS = RMSNORM_THREADS / 32;
-    floatX *weights = (floatX *)shared_memory(); // [E, d]
-    Floats held[PACKS] = {};
-    for (int i = (int)threadIdx.x * PACK_X; from.dz != NULL && i < from.E * d;
-         i += RMSNORM_THREADS * PACK_X) {
-        store_pack(weights + i, load_pack(from.router + i));
-    }
-    __syncthreads();
-    for (int64_t t = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32; t < N; t += (int64_t)gridDim.x * WARPS) {
-        combine_rmsnorm_backward_token(dx, held, chunk, from, weights, x, w, rstd[t], t, d);
-    }
-    rmsnorm_join_rows<32>(partial + (int64_t)blockIdx.x * d, held, d);
-}
+};
 
 // dz NULL: the experts alone have read the norm's output
 static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floatX *dnormed,
@@ -215,14 +181,10 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
         rmsnorm_backward(dx, dw, dnormed, x, w, rstd, N, d, scratch, stream);
         return;
     }
-    RouterGradient from = {dz != NULL && !few ? dnormed : NULL, few ? dz : NULL, router, E};
-    int blocks = std::min<int>(RMSNORM_WARP_BLOCKS, ceil_div<int>(N, RMSNORM_THREADS / 32));
-    size_t shared = from.dz != NULL ? (size_t)E * d * sizeof(floatX) : 0;
-    with_warp_packs(d, [&](auto packs) {
-        launch(dispatch_combine_rmsnorm_backward_kernel<decltype(packs)::value>, blocks, RMSNORM_THREADS,
-               shared, stream, dx, scratch, chunk, from, x, w, rstd, N, d);
-    });
-    rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
+    CombinedRows rows = {chunk, few ? NULL : dnormed,          few ? dz : NULL, router,
+                         E,     sizeof(floatX) * (size_t)E * d};
+    rows.product = dz != NULL ? rows.product : NULL;
+    rmsnorm_backward_of(dx, dw, rows, x, w, rstd, N, d, scratch, stream);
 }
 
 #endif

@@ -7,6 +7,9 @@ bytes that move as two 16-byte accesses (one in the fp32 build).
 
     widen    pack -> Floats, exact
     narrow   Floats -> pack, each rounded once
+
+What a thread holds for long it should hold as Bits, the pack's 16 bytes in 4 registers: a Pack<floatX> has 8 numbers
+of 16 bits, and where paths of control meet (a load that depends on a condition) the compiler gives each a register.
 */
 #ifndef FLOATS_CUH
 #define FLOATS_CUH
@@ -41,6 +44,28 @@ __device__ __forceinline__ Pack<floatX> narrow(const Floats &floats) {
         pack.x[i] = to_x(floats.x[i]);
     }
     return pack;
+}
+
+typedef Pack<uint32_t> Bits;
+
+__device__ __forceinline__ Bits load_bits(const floatX *from) {
+    return *reinterpret_cast<const Bits *>(from);
+}
+
+__device__ __forceinline__ void store_bits(floatX *to, const Bits &bits) {
+    *reinterpret_cast<Bits *>(to) = bits;
+}
+
+__device__ __forceinline__ Bits to_bits(const Pack<floatX> &pack) {
+    Bits bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    return bits;
+}
+
+__device__ __forceinline__ Floats widen(const Bits &bits) {
+    Pack<floatX> pack;
+    memcpy(&pack, &bits, sizeof(pack));
+    return widen(pack);
 }
 
 // whether 16-byte accesses may begin at p

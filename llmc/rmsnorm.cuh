@@ -9,10 +9,10 @@ backward reads dout, x and dx and writes dx. Forward reads a row into registers,
 and uses it from there. A warp owns a row if it can hold it (d <= 1536 in bf16): no barrier, and many rows are
 in flight. A wider row takes a block; what exceeds its registers (d > 2048) is read again, from the cache.
 
-dw sums over rows. A thread meets the same columns in every row, so it adds them up in registers while it is
-there (in memory beyond 2048); the warps of a block are then added in order, and a second kernel adds the
-blocks in a fixed tree. The number of blocks is a constant, not the device's number of processors, so that the
-order of the sums is the same everywhere.
+dw sums over rows. A lane meets the same columns in every row, and adds them up in shared memory, which leaves the
+registers to more warps (a block that owns a row: in global memory); the warps of a block are then added in
+order, and a second kernel adds the blocks in a fixed tree. The number of blocks is a constant, not the device's
+number of processors, so that the order of the sums is the same everywhere.
 
 x, out, dout [N, d], dx [N, d] floatX, added to in fp32 and rounded once; w [d] the fp32 master, dw [d] fp32;
 rstd [N]; scratch [rmsnorm_scratch_floats(d)]. d a multiple of 8. Equals rmsnorm_forward, rmsnorm_backward of
@@ -23,15 +23,20 @@ rmsnorm.h up to the order of the sums. Errors: none.
 
 #include "floats.cuh"
 #include <type_traits>
-// defines: Floats, load_floats, widen, narrow; std::integral_constant
+// defines: Floats, Bits, load_floats, widen, narrow; std::integral_constant
 
 enum {
-    RMSNORM_THREADS = 256,     // of a block
-    RMSNORM_WARP_PACKS = 6,    // a lane holds at most, where a warp owns a row
-    RMSNORM_BLOCK_PACKS = 1,   // a thread holds, where a block owns a row
-    RMSNORM_WARP_BLOCKS = 264, // in backward: 2 for each of an H100's processors, 16 rows under way
-    RMSNORM_BLOCK_BLOCKS = 528 // 4 for each
+    RMSNORM_THREADS = 256,   // of a block
+    RMSNORM_WARP_PACKS = 6,  // a lane holds at most, where a warp owns a row
+    RMSNORM_BLOCK_PACKS = 1, // a thread holds, where a block owns a row
+    RMSNORM_BACKWARD_THREADS = 128,
+    RMSNORM_BACKWARD_BLOCKS = 132 // for each block that a processor holds: an H100 has so many processors
 };
+
+// blocks that a processor holds in backward: what the registers allow
+constexpr int rmsnorm_backward_occupancy(int packs) {
+    return packs <= 4 ? 5 : 4;
+}
 
 static inline bool rmsnorm_fits_warp(int d) {
     return d <= 32 * RMSNORM_WARP_PACKS * PACK_X;
@@ -50,7 +55,7 @@ template <class F> static void with_warp_packs(int d, F f) {
 }
 
 static inline int64_t rmsnorm_scratch_floats(int d) {
-    return (int64_t)RMSNORM_BLOCK_BLOCKS * d;
+    return (int64_t)RMSNORM_BACKWARD_BLOCKS * rmsnorm_backward_occupancy(1) * d;
 }
 
 // the sum over the threads that own a row
@@ -75,24 +80,24 @@ __device__ __forceinline__ float rmsnorm_rstd(float squares, int d, float eps) {
 }
 
 // x r w, rounded
-__device__ __forceinline__ Pack<floatX> rmsnorm_scaled(const Pack<floatX> &x, const float *w, float r) {
+__device__ __forceinline__ Bits rmsnorm_scaled(const Bits &x, const float *w, float r) {
     Floats scaled = widen(x), weight = load_floats(w);
     for (int i = 0; i < PACK_X; i++) {
         scaled.x[i] = scaled.x[i] * r * weight.x[i];
     }
-    return narrow(scaled);
+    return to_bits(narrow(scaled));
 }
 
 // a thread's packs: columns first, first + step, ... of the row, 0 beyond its end
 template <int PACKS>
-__device__ __forceinline__ void load_packs(Pack<floatX> (&kept)[PACKS], const floatX *row, int first,
-                                           int step, int d) {
+__device__ __forceinline__ void load_packs(Bits (&kept)[PACKS], const floatX *row, int first, int step,
+                                           int d) {
     for (int i = 0; i < PACKS; i++) {
-        kept[i] = first + i * step < d ? load_pack(row + first + i * step) : Pack<floatX>{};
+        kept[i] = first + i * step < d ? load_bits(row + first + i * step) : Bits{};
     }
 }
 
-template <int PACKS> __device__ __forceinline__ float sum_of_squares_held(const Pack<floatX> (&kept)[PACKS]) {
+template <int PACKS> __device__ __forceinline__ float sum_of_squares_held(const Bits (&kept)[PACKS]) {
     float sum = 0.0f;
     for (int i = 0; i < PACKS; i++) {
         sum += sum_of_products(widen(kept[i]), widen(kept[i]));
@@ -112,7 +117,7 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 4 ? 4 : 3)
     }
     int first = (int)(threadIdx.x % THREADS) * PACK_X;
     const floatX *row = x + n * d;
-    Pack<floatX> kept[PACKS];
+    Bits kept[PACKS];
     load_packs(kept, row, first, STEP, d);
     float sum = sum_of_squares_held(kept);
     for (int c = first + PACKS * STEP; c < d; c += STEP) {
@@ -123,11 +128,11 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 4 ? 4 : 3)
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * STEP;
         if (c < d) {
-            store_pack(out + n * d + c, rmsnorm_scaled(kept[i], w + c, r));
+            store_bits(out + n * d + c, rmsnorm_scaled(kept[i], w + c, r));
         }
     }
     for (int c = first + PACKS * STEP; c < d; c += STEP) {
-        store_pack(out + n * d + c, rmsnorm_scaled(load_pack(row + c), w + c, r));
+        store_bits(out + n * d + c, rmsnorm_scaled(load_bits(row + c), w + c, r));
     }
     if (first == 0) {
         rstd[n] = r;
@@ -177,85 +182,126 @@ __device__ __forceinline__ void rmsnorm_add_dw(Floats &dw, const Floats &dout, c
     }
 }
 
-// One row. held: the sums of dw of the thread's first PACKS packs; beyond: of the others, in memory, by
-// column. x and dout are read twice, the second time from the cache: as fp32 numbers they would not fit the
-// registers
-template <int THREADS, int PACKS>
-__device__ __forceinline__ void rmsnorm_backward_row(floatX *dx, Floats (&held)[PACKS], float *beyond,
-                                                     const floatX *dout, const floatX *x, const float *w,
-                                                     float r, int d) {
-    const int STEP = THREADS * PACK_X;
-    int first = (int)(threadIdx.x % THREADS) * PACK_X;
-    Pack<floatX> before[PACKS] = {}; // dx, on its way while the row is summed
+// A lane's sums of dw for a pack, in shared memory [PACK_X / 4][32][4]: 16 bytes of each lane after the other's,
+// which is how a warp's accesses are fastest
+__device__ __forceinline__ void rmsnorm_add_dw_shared(float *sums, const Floats &dout, const Floats &x,
+                                                      float r) {
+    for (int i = 0; i < PACK_X; i += 4) {
+        float *at = sums + (i / 4 * 32 + threadIdx.x % 32) * 4;
+        Pack<float> dw = load_pack(at);
+        for (int j = 0; j < 4; j++) {
+            dw.x[j] += dout.x[i + j] * x.x[i + j] * r;
+        }
+        store_pack(at, dw);
+    }
+}
+
+// columns c .. c + 3 of the warps' sums [warps][PACKS][PACK_X / 4][32][4], added in order
+template <int PACKS> __device__ __forceinline__ Pack<float> rmsnorm_join_warps(const float *sums, int c) {
+    int pack = c / PACK_X, part = c % PACK_X / 4;
+    const float *at = sums + ((pack / 32 * (PACK_X / 4) + part) * 32 + pack % 32) * 4;
+    Pack<float> total = load_pack(at);
+    for (int warp = 1; warp < RMSNORM_BACKWARD_THREADS / 32; warp++) {
+        Pack<float> more = load_pack(at + warp * PACKS * 32 * PACK_X);
+        for (int j = 0; j < 4; j++) {
+            total.x[j] += more.x[j];
+        }
+    }
+    return total;
+}
+
+// One row; sums: of dw, the warp's
+template <int PACKS, class Rows>
+__device__ __forceinline__ void rmsnorm_backward_row(floatX *dx, float *sums, const Rows &rows,
+                                                     const floatX *x, const float *w, float r, int64_t n,
+                                                     int d) {
+    const int STEP = 32 * PACK_X;
+    int first = (int)(threadIdx.x % 32) * PACK_X;
+    Bits before[PACKS], kept[PACKS];
+    Floats dout[PACKS];
+    load_packs(before, dx + n * d, first, STEP, d); // on its way while the row is summed
+    load_packs(kept, x + n * d, first, STEP, d);
+    rows.load(dout, n, d);
     float sum = 0.0f;
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * STEP;
-        if (c < d) {
-            before[i] = load_pack(dx + c);
-            sum += rmsnorm_dot(widen(load_pack(dout + c)), widen(load_pack(x + c)), w + c);
-        }
+        sum += c < d ? rmsnorm_dot(dout[i], widen(kept[i]), w + c) : 0.0f;
     }
-    for (int c = first + PACKS * STEP; c < d; c += STEP) {
-        sum += rmsnorm_dot(widen(load_pack(dout + c)), widen(load_pack(x + c)), w + c);
-    }
-    float scale = row_sum<THREADS>(sum) / (float)d * r * r;
+    float scale = warp_sum(sum) / (float)d * r * r;
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * STEP;
         if (c < d) {
-            Floats dout_c = widen(load_pack(dout + c)), x_c = widen(load_pack(x + c));
-            rmsnorm_add_dx(dx + c, widen(before[i]), dout_c, x_c, w + c, r, scale);
-            rmsnorm_add_dw(held[i], dout_c, x_c, r);
+            Floats x_c = widen(kept[i]);
+            rmsnorm_add_dx(dx + n * d + c, widen(before[i]), dout[i], x_c, w + c, r, scale);
+            rmsnorm_add_dw_shared(sums + i * STEP, dout[i], x_c, r);
         }
-    }
-    for (int c = first + PACKS * STEP; c < d; c += STEP) {
-        Floats dout_c = widen(load_pack(dout + c)), x_c = widen(load_pack(x + c)),
-               dw = load_floats(beyond + c);
-        rmsnorm_add_dx(dx + c, widen(load_pack(dx + c)), dout_c, x_c, w + c, r, scale);
-        rmsnorm_add_dw(dw, dout_c, x_c, r);
-        store_floats(beyond + c, dw); // read again by this thread alone
     }
 }
 
-// the sums of dw in registers -> the block's row of partial; where warps own rows, warp after warp
-template <int THREADS, int PACKS>
-__device__ __forceinline__ void rmsnorm_join_rows(float *partial, const Floats (&held)[PACKS], int d) {
-    __shared__ Floats joined[PACKS][THREADS];
-    const int OWNERS = RMSNORM_THREADS / THREADS;
-    int owner = (int)threadIdx.x / THREADS, thread = (int)threadIdx.x % THREADS;
-    for (int turn = 0; turn < OWNERS; turn++) {
-        for (int i = 0; i < PACKS && turn == owner; i++) {
-            int c = (thread + i * THREADS) * PACK_X;
-            Floats sum = turn > 0 ? joined[i][thread] : Floats{};
-            for (int j = 0; j < PACK_X; j++) {
-                sum.x[j] += held[i].x[j];
-            }
-            joined[i][thread] = sum;
-            if (turn == OWNERS - 1 && c < d) {
-                store_floats(partial + c, sum);
-            }
-        }
-        __syncthreads();
+// The rows of dout as they are in memory. (dispatch_rmsnorm.cuh has others, which are made on the way.)
+struct StoredRows {
+    const floatX *dout;
+    size_t shared_bytes() const {
+        return 0;
     }
-}
+    __device__ __forceinline__ void prepare(void *shared, int d) { // by all threads of a block
+        (void)shared, (void)d;
+    }
+    template <int PACKS> __device__ __forceinline__ void load(Floats (&row)[PACKS], int64_t n, int d) const {
+        Bits packs[PACKS];
+        load_packs(packs, dout + n * d, (int)(threadIdx.x % 32) * PACK_X, 32 * PACK_X, d);
+        for (int i = 0; i < PACKS; i++) {
+            row[i] = widen(packs[i]);
+        }
+    }
+};
 
-template <int THREADS, int PACKS>
-static __global__ void __launch_bounds__(RMSNORM_THREADS, THREADS > 32 ? 4
-                                                          : PACKS <= 4 ? 2
-                                                                       : 1)
-    rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const float *w,
+template <int PACKS, class Rows>
+static __global__ void __launch_bounds__(RMSNORM_BACKWARD_THREADS, rmsnorm_backward_occupancy(PACKS))
+    rmsnorm_backward_kernel(floatX *dx, float *partial, Rows rows, const floatX *x, const float *w,
                             const float *rstd, int64_t N, int d) {
-    const int ROWS = RMSNORM_THREADS / THREADS;
-    float *mine = partial + (int64_t)blockIdx.x * d;
-    int first = (int)(threadIdx.x % THREADS) * PACK_X;
-    Floats held[PACKS] = {};
-    for (int c = first + PACKS * THREADS * PACK_X; c < d; c += THREADS * PACK_X) {
-        store_floats(mine + c, Floats{});
+    const int WARPS = RMSNORM_BACKWARD_THREADS / 32, COLUMNS = PACKS * 32 * PACK_X;
+    int warp = (int)threadIdx.x / 32;
+    float *sums = (float *)shared_memory(); // [WARPS][COLUMNS]
+    for (int i = (int)threadIdx.x; i < WARPS * COLUMNS; i += RMSNORM_BACKWARD_THREADS) {
+        sums[i] = 0.0f;
     }
-    for (int64_t n = (int64_t)blockIdx.x * ROWS + threadIdx.x / THREADS; n < N;
-         n += (int64_t)gridDim.x * ROWS) {
-        rmsnorm_backward_row<THREADS, PACKS>(dx + n * d, held, mine, dout + n * d, x + n * d, w, rstd[n], d);
+    rows.prepare(sums + WARPS * COLUMNS, d);
+    __syncthreads();
+    for (int64_t n = (int64_t)blockIdx.x * WARPS + warp; n < N; n += (int64_t)gridDim.x * WARPS) {
+        rmsnorm_backward_row<PACKS>(dx, sums + warp * COLUMNS, rows, x, w, rstd[n], n, d);
     }
-    rmsnorm_join_rows<THREADS, PACKS>(mine, held, d);
+    __syncthreads();
+    for (int c = (int)threadIdx.x * 4; c < d; c += RMSNORM_BACKWARD_THREADS * 4) {
+        store_pack(partial + (int64_t)blockIdx.x * d + c, rmsnorm_join_warps<PACKS>(sums, c));
+    }
+}
+
+// A block owns a row. partial: its sums of dw, each read again by the thread that wrote it
+static __global__ void __launch_bounds__(RMSNORM_BACKWARD_THREADS)
+    rmsnorm_backward_wide_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                 const float *w, const float *rstd, int64_t N, int d) {
+    const int STEP = RMSNORM_BACKWARD_THREADS * PACK_X;
+    int first = (int)threadIdx.x * PACK_X;
+    partial += (int64_t)blockIdx.x * d;
+    for (int c = first; c < d; c += STEP) {
+        store_floats(partial + c, Floats{});
+    }
+    for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
+        float sum = 0.0f, r = rstd[n];
+        for (int c = first; c < d; c += STEP) {
+            sum += rmsnorm_dot(widen(load_pack(dout + n * d + c)), widen(load_pack(x + n * d + c)), w + c);
+        }
+        float scale = block_sum(sum) / (float)d * r * r;
+        for (int c = first; c < d; c += STEP) { // dout and x once more, from the cache
+            int64_t at = n * d + c;
+            Floats dout_c = widen(load_pack(dout + at)), x_c = widen(load_pack(x + at)),
+                   dw = load_floats(partial + c);
+            rmsnorm_add_dx(dx + at, widen(load_pack(dx + at)), dout_c, x_c, w + c, r, scale);
+            rmsnorm_add_dw(dw, dout_c, x_c, r);
+            store_floats(partial + c, dw);
+        }
+    }
 }
 
 enum { JOIN_COLUMNS = 32, JOIN_SLICES = 8 };
@@ -286,21 +332,32 @@ static inline void rmsnorm_join_blocks(float *dw, const float *partial, int bloc
            JOIN_COLUMNS * JOIN_SLICES, 0, stream, dw, partial, blocks, d);
 }
 
+// d that a warp can hold
+template <class Rows>
+static inline void rmsnorm_backward_of(floatX *dx, float *dw, Rows rows, const floatX *x, const float *w,
+                                       const float *rstd, int64_t N, int d, float *scratch,
+                                       cudaStream_t stream) {
+    with_warp_packs(d, [&](auto packs) {
+        const int PACKS = decltype(packs)::value, WARPS = RMSNORM_BACKWARD_THREADS / 32;
+        int blocks = RMSNORM_BACKWARD_BLOCKS * rmsnorm_backward_occupancy(PACKS);
+        blocks = (int)std::min<int64_t>(blocks, ceil_div<int64_t>(N, WARPS));
+        size_t sums = (size_t)(WARPS * PACKS * 32 * PACK_X) * sizeof(float);
+        launch(rmsnorm_backward_kernel<PACKS, Rows>, blocks, RMSNORM_BACKWARD_THREADS,
+               sums + rows.shared_bytes(), stream, dx, scratch, rows, x, w, rstd, N, d);
+        rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
+    });
+}
+
 static inline void rmsnorm_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x,
                                     const float *w, const float *rstd, int64_t N, int d, float *scratch,
                                     cudaStream_t stream) {
-    int blocks;
     if (rmsnorm_fits_warp(d)) {
-        blocks = (int)std::min<int64_t>(RMSNORM_WARP_BLOCKS, ceil_div<int64_t>(N, RMSNORM_THREADS / 32));
-        with_warp_packs(d, [&](auto packs) {
-            launch(rmsnorm_backward_kernel<32, decltype(packs)::value>, dim3((unsigned)blocks),
-                   RMSNORM_THREADS, 0, stream, dx, scratch, dout, x, w, rstd, N, d);
-        });
-    } else {
-        blocks = (int)std::min<int64_t>(RMSNORM_BLOCK_BLOCKS, N);
-        launch(rmsnorm_backward_kernel<RMSNORM_THREADS, RMSNORM_BLOCK_PACKS>, dim3((unsigned)blocks),
-               RMSNORM_THREADS, 0, stream, dx, scratch, dout, x, w, rstd, N, d);
+        rmsnorm_backward_of(dx, dw, StoredRows{dout}, x, w, rstd, N, d, scratch, stream);
+        return;
     }
+    int blocks = (int)std::min<int64_t>(RMSNORM_BACKWARD_BLOCKS * rmsnorm_backward_occupancy(1), N);
+    launch(rmsnorm_backward_wide_kernel, blocks, RMSNORM_BACKWARD_THREADS, 0, stream, dx, scratch, dout, x, w,
+           rstd, N, d);
     rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
 }
 

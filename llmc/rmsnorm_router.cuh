@@ -44,12 +44,13 @@ template <int HALF = 16> __device__ __forceinline__ float warp_sums(float *x) {
 // An expert's weights in shared memory: first the first 16 bytes that belong to each pack of floatX, then the
 // second ones, so that neighbouring lanes read neighbouring addresses
 __device__ __forceinline__ int router_weight_place(int c, int d) {
-    return (c % PACK_X / 4 * (d / PACK_X) + c / PACK_X) * 4 + c % 4;
+    return (c % PACK_X / 4 * (d / PACK_X) + c / PACK_X) * 4; // of 4 columns from c on
 }
 
 __device__ __forceinline__ void keep_router_weights(float *kept, const float *router, int E, int d) {
-    for (int i = (int)threadIdx.x; i < E * d; i += RMSNORM_ROUTER_THREADS) {
-        kept[i / d * d + router_weight_place(i % d, d)] = router[i];
+#pragma unroll 4 // loads that are under way together
+    for (int i = (int)threadIdx.x * 4; i < E * d; i += RMSNORM_ROUTER_THREADS * 4) {
+        store_pack(kept + i / d * d + router_weight_place(i % d, d), load_pack(router + i));
     }
     __syncthreads();
 }
@@ -68,15 +69,15 @@ __device__ __forceinline__ Floats load_router_weights(const float *expert, int c
 
 // x becomes the normed row, which is stored too
 template <int PACKS>
-__device__ __forceinline__ void rmsnorm_held_row(floatX *out, float *rstd, Pack<floatX> (&x)[PACKS],
-                                                 const float *w, int d, float eps) {
+__device__ __forceinline__ void rmsnorm_held_row(floatX *out, float *rstd, Bits (&x)[PACKS], const float *w,
+                                                 int d, float eps) {
     int first = (int)(threadIdx.x % 32) * PACK_X;
     float r = rmsnorm_rstd(warp_sum(sum_of_squares_held(x)), d, eps);
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * 32 * PACK_X;
         if (c < d) {
             x[i] = rmsnorm_scaled(x[i], w + c, r);
-            store_pack(out + c, x[i]);
+            store_bits(out + c, x[i]);
         }
     }
     if (first == 0) {
@@ -86,8 +87,8 @@ __device__ __forceinline__ void rmsnorm_held_row(floatX *out, float *rstd, Pack<
 
 // of the experts first .. first + 32 / ROWS - 1: lane i has row i / (32 / ROWS), expert first + i % (32 / ROWS)
 template <int ROWS, int PACKS>
-__device__ __forceinline__ float logits_of_rows(const Pack<floatX> (&normed)[ROWS][PACKS],
-                                                const float *weights, int first, int E, int d) {
+__device__ __forceinline__ float logits_of_rows(const Bits (&normed)[ROWS][PACKS], const float *weights,
+                                                int first, int E, int d) {
     const int EXPERTS = 32 / ROWS;
     float sums[32] = {};
 #pragma unroll
@@ -122,7 +123,7 @@ static __global__ void __launch_bounds__(RMSNORM_ROUTER_THREADS, RMSNORM_ROUTER_
     float *weights = (float *)shared_memory(); // [E, d]
     keep_router_weights(weights, router, E, d);
     for (int64_t n = ((int64_t)blockIdx.x * WARPS + warp) * ROWS; n < N; n += gridDim.x * WARPS * ROWS) {
-        Pack<floatX> kept[ROWS][PACKS] = {};
+        Bits kept[ROWS][PACKS] = {};
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             if (n + row < N) {

@@ -5,10 +5,10 @@ The Hopper attention kernels against the portable ones and against attention.h, 
                       before; a second run must give the same bits
     attention time    the shapes of the paper's models: errors between the two kinds, ms and TFLOP/s of both
 
-Timing: CUDA events, medians, both kinds in turns on the same N(0, 1) data. FLOPs are nominal and causal: forward
-4 B H (T T / 2) hd, backward 2.5 times that. The backward has RoPE's in it.
+Timing: CUDA events, medians, both kinds in turns on the same N(0, 1) data. FLOPs are nominal and causal:
+forward 4 B H (T T / 2) hd, backward 2.5 times that. The backward has RoPE's in it.
 
-    nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. dev/ladder/attention.cu
+    make build/ladder_attention
 */
 #include "llmc/attention.cuh"
 #include "llmc/attention.h"

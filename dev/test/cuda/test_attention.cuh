@@ -1,7 +1,7 @@
 /*
-attention.cuh against attention.h, and rope.h behind it, on the same (rounded) inputs: forward with and without a
-cache, each of dq, dk and dv; a repeat gives the same bits, as do the rows of a cached forward; scores far beyond
-exp's range.
+attention.cuh against attention.h, and rope.h behind it, on the same (rounded) inputs: forward with and
+without a cache, each of dq, dk and dv; a repeat gives the same bits, as do the rows of a cached forward;
+scores far beyond exp's range.
 
 Tolerances in bf16: p and ds are rounded to 8 bits before their products, results once more, each rounding a
 relative 2^-9 / sqrt(3) = 1.1e-3 where it is not averaged out: 4e-3 forward and dv. ds has in D the rounding
@@ -29,7 +29,7 @@ static const AttentionCase ATTENTION_CASES[] = {
     {2, 17, 4, 2, 96, 0, 1.0f, 0},    {1, 130, 1, 1, 128, 0, 2.0f, 0}, {1, 33, 2, 1, 104, 0, 1.0f, 0},
     {1, 130, 2, 1, 56, 100, 1.0f, 0}, {1, 66, 4, 1, 8, 65, 1.0f, 0},   {1, 130, 2, 1, 32, 3, 1.0f, 0},
     {2, 65, 2, 1, 64, 0, 20.0f, 0},   {1, 130, 2, 1, 64, 0, 5.0f, 1},  {1, 200, 1, 1, 96, 0, 4.0f, 1},
-    {1, 130, 1, 1, 64, 0, 30.0f, 1},
+    {1, 130, 1, 1, 64, 0, 30.0f, 1},  {1, 200, 6, 2, 64, 70, 1.0f, 0}, {1, 300, 3, 1, 96, 290, 1.0f, 0},
 };
 
 static float *attention_inputs(const AttentionCase *s) {
