@@ -122,7 +122,7 @@ __device__ __forceinline__ void finish_rows(float (&lse2)[2], const float (&D)[2
     }
 }
 
-// s: scores become p; dp becomes dS, rounded. At most one group of products but S and dP is in flight
+// Of the two newest groups of products the first makes S, the second dP: s becomes p, dp dS, rounded to ds
 template <class Memory>
 __device__ __forceinline__ void soften_rows(uint32_t (&ds)[4][4], float (&s)[32], float (&dp)[32],
                                             const float (&lse2)[2], const float (&D)[2], float c,
@@ -220,8 +220,8 @@ __device__ __forceinline__ void consume_queries(const AttentionArguments &args,
 // ----------------------------------------------------------------------------
 // consumers: dk, dv
 
-// p and dS of a tile; columns are queries: their lse are at `lse`, their D 64 floats on, from this lane's
-// first on. At most two groups of products but S and dP are in flight; dV's is the newest
+// Scores become p, and dp becomes dS. Columns are queries: their lse are at `lse` (from this lane's first
+// on), their D 64 floats further
 struct AttentionColumns {
     const float *lse;
 
@@ -249,8 +249,9 @@ struct AttentionColumns {
 
 // which queries a consumer's keys meet next
 struct AttentionQueries {
-    int query, first, T; // the present tile's first; the first tile's first
-    int skipped;         // tiles of each head before that
+    int query;    // first of the present tile
+    int first, T; // of the head's first tile; all positions
+    int skipped;  // tiles of each head before the first: the other consumer's
 
     template <class Memory> __device__ __forceinline__ void begin_head(Memory &memory) {
         query = first;
@@ -293,6 +294,7 @@ __device__ __forceinline__ void consume_keys(const AttentionArguments &args,
         for (int i = 0; i < HD / 2; i++) {
             dk[i] = dv[i] = 0.0f;
         }
+        // the newest groups of products make S, then (beside dK) dP: P, dV's product, dS
         auto soften = [&] {
             AttentionColumns columns = {reinterpret_cast<const float *>(memory.memory + memory.rows()) +
                                         threadIdx.x % 4 * 2};

@@ -315,17 +315,15 @@ __device__ __forceinline__ void store_rows(floatX *to, int stride, float (&acc)[
         bool valid = position + row >= args.start && position + row < args.T;
         const float *angles = args.rope_table + (int64_t)(valid ? position + row : 0) * HD + 2 * t;
 #pragma unroll
-        for (int n = 0; n < HD / 16; n++) { // columns 8 n .. and HD / 2 + 8 n ..
+        for (int n = 0; n < HD / 8; n++) {
+            acc[4 * n + 2 * half] *= scale;
+            acc[4 * n + 2 * half + 1] *= scale;
+        }
+#pragma unroll
+        for (int n = 0; TURN && n < HD / 16; n++) { // columns 8 n .. and HD / 2 + 8 n ..
             float *low = &acc[4 * n + 2 * half], *high = &acc[4 * (n + HD / 16) + 2 * half];
-            float2 cosine = make_float2(1.0f, 1.0f), sine = make_float2(0.0f, 0.0f);
-            if (TURN) {
-                cosine = *reinterpret_cast<const float2 *>(angles + 8 * n);
-                sine = *reinterpret_cast<const float2 *>(angles + HD / 2 + 8 * n);
-            }
-            for (int j = 0; j < 2; j++) {
-                low[j] *= scale;
-                high[j] *= scale;
-            }
+            float2 cosine = *reinterpret_cast<const float2 *>(angles + 8 * n);
+            float2 sine = *reinterpret_cast<const float2 *>(angles + HD / 2 + 8 * n);
             rope_turn(low[0], high[0], cosine.x, sine.x, -1.0f);
             rope_turn(low[1], high[1], cosine.y, sine.y, -1.0f);
         }
@@ -438,7 +436,7 @@ __device__ __forceinline__ void consume_forward(const AttentionArguments &args,
             queries.times(next, memory.tile(0));
             wgmma_commit();
             AttentionSoftmax::tops(top, s, c);
-            wgmma_wait<1>(); // O is there
+            wgmma_wait<1>(); // the output so far is there
             wgmma_results(o);
             if (done != 0) {
                 release(done);
