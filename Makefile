@@ -51,7 +51,7 @@ CUDA_TESTS := $(wildcard dev/test/*.h dev/test/cuda/*.cuh)
 EMULATOR := $(wildcard dev/emulator/*)
 SAMPLE := build/sample/manifest.json
 
-.PHONY: all found train test test-cuda test-emulated compare bench sample sample-data fuzz clean help
+.PHONY: all found train test test-cuda test-emulated compare bench bench-gpu sample sample-data fuzz clean help
 
 all: found train_remoe data-tools $(if $(and $(NVCC),$(wildcard train_remoe.cu)),train_remoecu)
 
@@ -143,6 +143,15 @@ bench: build/bench_matmul train_remoe $(SAMPLE)
 	build/bench_matmul
 	./train_remoe --bench --lambda-init 1e-3
 
+build/ladder_%: private override CUDA_ARCHS := 90a
+build/ladder_%: dev/ladder/%.cu $(CUDA_HEADERS) Makefile
+	@mkdir -p build
+	$(nvcc_build) -I.
+
+# GPT2_DATA='shards of GPT-2 tokens'; ROWS='small g8' for some rows alone, PEER=script.py for a PyTorch trainer beside them
+bench-gpu:
+	dev/bench_gpu.sh $(ROWS)
+
 # one fuzz target (clang's libFuzzer) for FUZZ_SECONDS; a find goes to dev/fuzz/corpus, which the tests replay
 TARGET ?= fuzz_json
 FUZZ_SECONDS ?= 60
@@ -164,6 +173,7 @@ help:
 	@echo 'make test-emulated  the same sources on the CPU, for machines without a GPU'
 	@echo 'make compare      what both trainers say of one micro-batch, tensor by tensor; GPU=./train_remoecu_fp32, LOAD=DIR'
 	@echo 'make bench        sgemm against OpenBLAS (where installed), and the trainer'
+	@echo "make bench-gpu    speed on this GPU, into README's table; GPT2_DATA=SHARDS, ROWS='small g8', PEER=script.py"
 	@echo 'make sample       remake data/sample.jsonl from the sources'
 	@echo 'make sample-data  its vocabulary and token shards, in build/sample'
 	@echo 'make clean        remove what was built; runs/ stays'

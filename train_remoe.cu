@@ -33,7 +33,7 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/memory.cuh"
 // defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
 #include "llmc/gemm.cuh"
-// defines: embedding_*, rmsnorm_*, rope_*, attention_* (forward, backward); rmsnorm_router_forward
+// defines: embedding_*, rmsnorm_*, attention_* (forward, backward), rope_forward; rmsnorm_router_forward
 #include "llmc/attention.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/rmsnorm.cuh"
@@ -94,7 +94,7 @@ struct Model {
     int k;      // k_tot in force (the near-dense warm-up of topk raises it)
     int k_most; // the largest that will be
     Purpose purpose;
-    Kernels kernels; // of the grouped GEMMs
+    Kernels kernels; // of the grouped GEMMs and attention
     int recompute;   // normed activations are made again in backward
     cudaStream_t stream;
     DeviceMemory memory;
@@ -509,7 +509,8 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     profile_mark(&m->profile, "rope", m->stream);
     rope_forward(qkv, m->rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width, m->stream);
     profile_mark(&m->profile, "attention forward", m->stream);
-    attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size, m->stream);
+    attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size, m->kernels,
+                      m->stream);
     profile_mark(&m->profile, "attention projections", m->stream);
     gemm(&m->gemm, 0, 1, N, d, d, a->att, d, working(m, w->o), d, a->mid, d, a->x,
          m->stream); // x + att W_o^T
@@ -670,11 +671,9 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
     }
     profile_mark(&m->profile, "attention projections", m->stream);
     matmul_backward(m->datt, g->o, m->dx, a->att, working(m, w->o), N, d, d, &m->gemm, m->stream);
-    profile_mark(&m->profile, "attention backward", m->stream);
-    attention_backward(m->dqkv, m->datt, a->att, a->qkv, a->lse, (float *)m->scratch, B, T, c->heads,
-                       c->kv_heads, c->head_size, m->stream);
-    profile_mark(&m->profile, "rope", m->stream);
-    rope_backward(m->dqkv, m->rope, B, T, 0, c->heads + c->kv_heads, c->head_size, width, m->stream);
+    profile_mark(&m->profile, "attention backward", m->stream); // and RoPE's
+    attention_rope_backward(m->dqkv, m->datt, a->att, a->qkv, a->lse, (float *)m->scratch, m->rope, B, T,
+                            c->heads, c->kv_heads, c->head_size, m->kernels, m->stream);
     profile_mark(&m->profile, "attention projections", m->stream);
     matmul_backward(m->dnormed, g->qkv, m->dqkv, a->attn_normed, working(m, w->qkv), N, d, width, &m->gemm,
                     m->stream);

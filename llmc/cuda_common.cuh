@@ -24,6 +24,9 @@ typedef float floatX;
 typedef __nv_bfloat16 floatX;
 #endif
 
+// of the experts' products and of attention there are two kinds: mma.sync's, and Hopper's own (hopper.cuh)
+typedef enum { KERNELS_PORTABLE, KERNELS_HOPPER } Kernels;
+
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 
 static inline void cuda_check(cudaError_t error, const char *call, const char *file, int line) {

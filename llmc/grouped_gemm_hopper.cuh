@@ -18,11 +18,20 @@ SwiGLU backward, with silu(g) = g s, s = sigmoid(g):
 How the kernel works. As many blocks as multiprocessors walk through the tiles of D, 128 x BN (BN = 256, 192
 or 128: whichever wastes least). A block is three warpgroups. One is the producer: it fills a ring of stages
 in shared memory, each a step of 64 in k. B comes by TMA; A by TMA where its rows lie together, else each
-thread copies 16-byte pieces (cp.async) from the rows' tokens: no gathered copy ever exists. What an epilogue
-will read, H or the gradient so far, it has fetched to L2 meanwhile. The other two are consumers, 64 rows of
-the tile each: wgmma from the ring into registers, then the epilogue from registers. The second consumer
-starts each tile a little after the first (LEAD stages), so that one's epilogue runs while the other
-multiplies: with d = 768 a tile is only 12 stages long.
+thread copies 16-byte pieces (cp.async) from the rows' tokens: no gathered copy ever exists. The other two are
+consumers, 64 rows of the tile each: wgmma from the ring into registers.
+
+The epilogue is hidden. With d = 768 a tile is only 12 steps long, and what follows, SwiGLU and the stores,
+would take as long again. So a consumer keeps a tile's results (Held: rounded pairs in half the registers;
+down_backward's sums as they are) and starts the next tile; while the products of its first steps run, which
+need nobody, it lets a part of 32 columns of the last tile leave:
+
+    tensor cores   | tile 1: step 0 | 1 | 2 | ... | 11 | tile 2: step 0 | 1      | 2      | ...
+    the consumer   |                                   | part 0 of 1    | part 1 | part 2 | ...
+
+Results leave by way of shared memory (stmatrix), from where TMA takes them; weight gradients, whose tiles
+are long, leave at once, and TMA adds them to what is in memory: one addition an element and launch, so there
+is no order to depend on.
 
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
@@ -33,16 +42,16 @@ way: two tiles side by side, each block loads its own B. A stage is free when bo
 
 down_backward moves 10 bytes an element of dA', more than its products take time for. Its H goes through
 shared memory, 64 rows x 64 columns of G and of U at a time, a slot: TMA brings it, the consumer computes in
-place, TMA takes dG and dU away. Each consumer has two slots and starts the copies itself: the tile's first
-two pieces during its first products, the others (in L2 by then) when the slot's results have left.
+place, TMA takes dG and dU away. Each consumer has two slots and asks for the next piece, of this tile or the
+next, as soon as a slot's results have left.
 
     landed[consumer][slot]   TMA's bytes: the slot may be read
 
 Operands that are stored across k (W in the backward products; both in the weight gradients, whose k are rows)
 are read as they are: wgmma transposes them (hopper.cuh). up_forward's tile holds BN/2 gate columns and the up
-columns of the same f, so that a thread has both. Accumulators leave by 16-byte stores after lanes of a quad
-have exchanged pieces. Rows: segments of the experts are multiples of 64 rows; half tiles that belong to
-nobody are not stored. Edges of d and F, multiples of 8, are zeros in shared memory and are not stored.
+columns of the same f, so that a thread has both. Rows: segments of the experts are multiples of 64 rows; half
+tiles that belong to nobody are not stored. Edges of d and F, multiples of 8, are zeros in shared memory and
+are not stored.
 
 Deterministic: each element of an output has one owner, who adds in a fixed order; tiles are dealt out in a
 fixed order. Shapes: grouped_gemm.cuh. place of ChunkH: a multiple of 2F. Errors: more than 2048 experts are
@@ -57,16 +66,8 @@ capture the launches.
 #if !defined(PRECISION_FP32) && !defined(EMULATED)
 #include "hopper.cuh"
 
-#define HOPPER_KERNELS
-
 #ifndef GROUPED_CLUSTER
 #define GROUPED_CLUSTER 2
-#endif
-#ifndef GROUPED_LEAD
-#define GROUPED_LEAD 2
-#endif
-#ifndef GROUPED_PREFETCH
-#define GROUPED_PREFETCH true
 #endif
 
 namespace hopper {
@@ -77,13 +78,10 @@ enum {
     TILE_M = 128,
     STEP_K = 64,
     GROUP_ROWS = 64, // rows of a consumer
-    GROUP_THREADS = 128,
     BLOCK_THREADS = 3 * GROUP_THREADS,
     CONSUMER_WARPS = 8,
     CLUSTER = GROUPED_CLUSTER, // blocks: 1 or 2
     MOST_EXPERTS = 2048,
-    PRODUCER_REGISTERS = 56, // of 3 x 168 that a thread of each warpgroup has at the start
-    CONSUMER_REGISTERS = 224,
 };
 
 template <int PRODUCT> struct Traits {
@@ -92,8 +90,10 @@ template <int PRODUCT> struct Traits {
         GATHERS = WGRAD || PRODUCT == UP_FORWARD || PRODUCT == DOWN_BACKWARD, // A, by token
         A_ACROSS = WGRAD,                                                     // stored across k
         B_ACROSS = PRODUCT != UP_FORWARD && PRODUCT != DOWN_FORWARD,
-        B_WEIGHTS = !WGRAD, // B has a third dimension, the expert
+        B_WEIGHTS = !WGRAD,                    // B has a third dimension, the expert
         H_IN_SLOTS = PRODUCT == DOWN_BACKWARD, // the epilogue's H
+        PRODUCER_REGISTERS = WGRAD ? 56 : 40,  // of 3 x 168 that the threads have at the start
+        CONSUMER_REGISTERS = WGRAD ? 224 : 232,
     };
 };
 
@@ -105,21 +105,18 @@ template <int PRODUCT, int BN> struct Columns {
 struct Arguments {
     CUtensorMap a[2]; // where rows lie together; of two, the second is H in scratch
     CUtensorMap b[2];
-    CUtensorMap soon[2]; // what the epilogue reads, 64 rows a box: H [rows][2][F], or dW (as bf16) [rows][.]
+    CUtensorMap h_out[2]; // what the epilogue reads and writes, or writes: H [rows][2][F]
+    CUtensorMap out;      // what it writes: A, Y, dX'; or adds to: dW [E][.][.], fp32
     RowChunk chunk;
     ChunkH h;
     const floatX *rows; // gathered: X or dY [N, d]
     floatX *a_out;      // up_forward: A or NULL; down_backward: gate A
-    floatX *out;        // Y or dX'
-    float *dw;
     float *dgate_partial;
     int d, F;
     int N;                // columns as Columns counts them
     int steps;            // of 64 in k; weight gradients: an expert's own
     int m_tiles, n_tiles; // tiles of D; m_tiles of weight gradients only
     int stages;           // of the ring
-    int lead;
-    bool prefetch;
 };
 
 // ----------------------------------------------------------------------------
@@ -133,7 +130,7 @@ template <int BN> struct Stages {
         MOST = BN == 256   ? 4
                : BN == 192 ? 5
                            : 6, // about 200 KB
-        BARRIERS = 256,         // bytes: full, empty, the leader's count; from LANDED on, the slots'
+        BARRIERS = 256,         // bytes: full, empty; from LANDED on, the slots'
         LANDED = 192,
     };
 };
@@ -142,17 +139,27 @@ enum {
     SLOTS = 2,   // of each consumer
     SLOT_F = 64, // columns of G and U in a slot
     SLOT_BYTES = 2 * GROUP_ROWS * SLOT_F * 2,
+    PART_COLUMNS = 32, // of results that leave at a time
+    PART_BYTES = GROUP_ROWS * PART_COLUMNS * 2,
+    PART_PLACES = 3, // of each consumer: H and A, or the last three of Y or dX'
+    ADD_BYTES = GROUP_ROWS * PART_COLUMNS * 4,
+    ADD_PLACES = 2,           // the last two of dW
     MOST_SHARED = 227 * 1024, // of a block
 };
 
-template <int PRODUCT> struct AllSlots {
-    enum { BYTES = Traits<PRODUCT>::H_IN_SLOTS ? 2 * SLOTS * SLOT_BYTES : 0 };
+// what a consumer's epilogue has of it
+template <int PRODUCT> struct Epilogue {
+    enum {
+        BYTES = Traits<PRODUCT>::WGRAD        ? ADD_PLACES * ADD_BYTES
+                : Traits<PRODUCT>::H_IN_SLOTS ? SLOTS * SLOT_BYTES
+                                              : PART_PLACES * PART_BYTES
+    };
 };
 
 // all but the ring
 template <int PRODUCT, int BN> static inline int other_bytes(int experts) {
     int align = 1024; // shared memory may begin anywhere
-    return align + AllSlots<PRODUCT>::BYTES + Stages<BN>::BARRIERS + 2 * (experts + 1) * (int)sizeof(int);
+    return align + 2 * Epilogue<PRODUCT>::BYTES + Stages<BN>::BARRIERS + 2 * (experts + 1) * (int)sizeof(int);
 }
 
 template <int PRODUCT, int BN> static inline int ring_stages(int experts) {
@@ -306,11 +313,6 @@ __device__ __forceinline__ int64_t h_row(const Arguments &args, int *which) {
     return place < 0 ? 0 : place / (2 * args.F);
 }
 
-__device__ __forceinline__ floatX *h_address(const Arguments &args) {
-    int64_t place = *args.h.place;
-    return place < 0 ? args.h.scratch : args.h.store + place;
-}
-
 // a box of B, to this block or to both
 template <int PRODUCT>
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, uint32_t full, bool both,
@@ -457,39 +459,12 @@ __device__ __forceinline__ void gather_step(const ColumnGather &gather, uint32_t
     }
 }
 
-enum { PREFETCH_STEPS = 8 }; // this long before a tile's end
-
-// What the epilogue will read is fetched to L2 during the tile's last steps: H, or the gradient so far. One
-// thread; a tile has BN / 16 boxes of 64 rows of 128 bytes
-template <int PRODUCT, int BN>
-__device__ __forceinline__ void prefetch_epilogue(const Arguments &args, const CUtensorMap *map, int h_first,
-                                                  const Tile &tile, int step) {
-    const int BOXES = BN / 16;
-    bool spread = tile.steps >= PREFETCH_STEPS;
-    int a_step = spread ? (BOXES + PREFETCH_STEPS - 1) / PREFETCH_STEPS : BOXES;
-    int first = (spread ? step - (tile.steps - PREFETCH_STEPS) : step) * a_step;
-    for (int box = max(first, 0); box < min(first + a_step, BOXES); box++) {
-        int x = box / 2, y = box % 2;
-        if (PRODUCT == DOWN_BACKWARD && y * GROUP_ROWS < tile.rows) { // G, then U
-            int piece = x % (BN / 64);
-            if (!Traits<PRODUCT>::H_IN_SLOTS || piece >= SLOTS) {
-                tma_prefetch(map, tile.n + piece * 64, x / (BN / 64), h_first + tile.m + y * 64);
-            }
-        } else if (PRODUCT == DOWN_WGRAD) {
-            tma_prefetch(map, 2 * tile.n + x * 64, tile.expert * args.d + tile.m + y * 64);
-        } else if (PRODUCT == UP_WGRAD) {
-            tma_prefetch(map, 2 * tile.m + box % 4 * 64, tile.expert * args.N + tile.n + box / 4 * 64);
-        }
-    }
-}
-
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan plan, Ring<BN> ring) {
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
     int which = 0;
-    int h_first = PRODUCT == UP_WGRAD || PRODUCT == DOWN_BACKWARD ? (int)h_row(args, &which) : 0;
+    int h_first = PRODUCT == UP_WGRAD ? (int)h_row(args, &which) : 0;
     const CUtensorMap *map = &args.b[PRODUCT == UP_WGRAD ? which : 0];
-    const CUtensorMap *soon = &args.soon[PRODUCT == DOWN_BACKWARD ? which : 0];
     Tile tile;
     tile.expert = 0;
     for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
@@ -507,9 +482,6 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
             if (threadIdx.x == 0) {
                 barrier_expect(ring.full(), Stages<BN>::B_BYTES);
                 load_b<PRODUCT>(map, ring, tile, first_k + step * STEP_K);
-                if (PRODUCT != UP_FORWARD && args.prefetch) {
-                    prefetch_epilogue<PRODUCT, BN>(args, soon, h_first, tile, step);
-                }
             }
             if (WGRAD) {
                 gather_step(by_column, ring.a());
@@ -535,35 +507,17 @@ __device__ __forceinline__ void release_stage(uint32_t empty) {
     }
 }
 
-// the leading consumer tells how many tiles it is well into; the other starts no tile before that
-__device__ __forceinline__ void lead_tell(volatile int *lead, int tiles) {
-    if (threadIdx.x % GROUP_THREADS == 0) {
-        *lead = tiles;
-    }
-}
+// a consumer at its products
+template <int PRODUCT, int BN> struct Multiplier {
+    Ring<BN> ring;
+    int group;
+    uint32_t last; // the stage whose products may still run
 
-__device__ __forceinline__ void lead_wait(volatile int *lead, int tiles) {
-    Patience patience;
-    while (*lead < tiles) {
-        patience.check();
-    }
-}
-
-// Starts all products of a tile; the last of them still run. Returns the stage they read, to be released.
-// Meanwhile: what to do when the first run
-template <int PRODUCT, int BN, class Meanwhile>
-__device__ __forceinline__ uint32_t multiply(float (&acc)[BN / 2], Ring<BN> &ring, int group, int steps,
-                                             int tiles, int lead, volatile int *leading,
-                                             const Meanwhile &meanwhile) {
-    const int A_ACROSS = Traits<PRODUCT>::A_ACROSS, B_ACROSS = Traits<PRODUCT>::B_ACROSS;
-    const int A_STEP = A_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16; // descriptors count 16 bytes
-    const int B_STEP = B_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16;
-    uint32_t last = 0;
-    int told = min(lead, steps) - 1;
-    if (group == 1 && lead > 0) {
-        lead_wait(leading, tiles);
-    }
-    for (int step = 0; step < steps; step++) {
+    // starts the products of a step and waits for those of the step before
+    __device__ __forceinline__ void step(float (&acc)[BN / 2], int step) {
+        const int A_ACROSS = Traits<PRODUCT>::A_ACROSS, B_ACROSS = Traits<PRODUCT>::B_ACROSS;
+        const int A_STEP = A_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16; // descriptors count 16 bytes
+        const int B_STEP = B_ACROSS ? 16 * 128 / 16 : 16 * 2 / 16;
         barrier_wait(ring.full(), ring.parity);
         if (Traits<PRODUCT>::GATHERS) {
             fence_async_proxy();
@@ -576,42 +530,43 @@ __device__ __forceinline__ uint32_t multiply(float (&acc)[BN / 2], Ring<BN> &rin
             wgmma<A_ACROSS, B_ACROSS>(acc, a + k * A_STEP, b + k * B_STEP, step + k > 0);
         }
         wgmma_commit();
-        if (step == 0) {
-            meanwhile();
-        } else {
+        if (step > 0) {
             wgmma_wait<1>();
             release_stage(last);
-        }
-        if (group == 0 && step == told) {
-            lead_tell(leading, tiles);
         }
         last = ring.empty();
         ring.advance();
     }
-    return last;
-}
 
-template <int COUNT> __device__ __forceinline__ void multiply_done(float (&acc)[COUNT], uint32_t last) {
-    wgmma_wait<0>();
-    wgmma_results(acc);
-    release_stage(last);
-}
+    // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do
+    // while they run. Unrolled: its parts find their registers at compile time. After two steps with a part
+    // comes one without, so that nobody has long to wait: 8 parts go with 12 steps
+    template <int PARTS, class Meanwhile>
+    __device__ __forceinline__ void tile(float (&acc)[BN / 2], int steps, const Meanwhile &meanwhile) {
+        const int UNROLLED = PARTS * 3 / 2;
+#pragma unroll
+        for (int i = 0; i < UNROLLED; i++) {
+            if (i < steps) {
+                step(acc, i);
+            }
+            if (i % 3 < 2) {
+                meanwhile(i / 3 * 2 + i % 3);
+            }
+        }
+        for (int i = UNROLLED; i < steps; i++) {
+            step(acc, i);
+        }
+    }
+
+    __device__ __forceinline__ void done(float (&acc)[BN / 2]) const {
+        wgmma_wait<0>();
+        wgmma_results(acc);
+        release_stage(last);
+    }
+};
 
 // ----------------------------------------------------------------------------
 // consumers: epilogues
-
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&pair);
-}
-
-__device__ __forceinline__ float low_half(uint32_t pair) {
-    return __uint_as_float(pair << 16);
-}
-
-__device__ __forceinline__ float high_half(uint32_t pair) {
-    return __uint_as_float(pair & 0xffff0000u);
-}
 
 // 1 / (1 + 2^(-x log2 e)), two instructions of the special function unit: error 1e-6 or so
 __device__ __forceinline__ float sigmoid(float x) {
@@ -619,28 +574,6 @@ __device__ __forceinline__ float sigmoid(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
     return result;
-}
-
-// The quad's 4 x 4 matrix is transposed: v[j] of lane i goes to v[i] of lane j. What a lane has of four
-// groups of 8 columns becomes all 8 columns of one group.
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
-    bool odd = threadIdx.x % 2 == 1, high = threadIdx.x / 2 % 2 == 1;
-    uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
-    uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);
-    v[0] = odd ? x : v[0];
-    v[1] = odd ? v[1] : x;
-    v[2] = odd ? y : v[2];
-    v[3] = odd ? v[3] : y;
-    x = __shfl_xor_sync(0xffffffffu, high ? v[0] : v[2], 2);
-    y = __shfl_xor_sync(0xffffffffu, high ? v[1] : v[3], 2);
-    v[0] = high ? x : v[0];
-    v[1] = high ? y : v[1];
-    v[2] = high ? v[2] : x;
-    v[3] = high ? v[3] : y;
-}
-
-__device__ __forceinline__ void store16(floatX *to, const uint32_t (&v)[4]) {
-    *reinterpret_cast<uint4 *>(to) = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 // Where this thread's accumulators are: rows row and row + 8 of the tile; after the exchange, of each 32
@@ -655,64 +588,135 @@ __device__ __forceinline__ Place thread_place(int group) {
     return place;
 }
 
-// columns 32 i .. 32 i + 31 of row + 8 half, rounded
-template <int COUNT>
-__device__ __forceinline__ void rounded_pairs(uint32_t (&v)[4], const float (&acc)[COUNT], int i, int half) {
+// A tile's results until they leave, during the next tile's products, in BN / 32 parts: rounded pairs, or
+// down_backward's sums
+template <int PRODUCT, int BN> struct Held {
+    enum { PARTS = BN / 32 };
+    uint32_t pairs[BN / 4];
+    Tile tile;
+    bool any; // this consumer has a share in the tile
+
+    __device__ __forceinline__ void take(const float (&acc)[BN / 2]) {
+#pragma unroll
+        for (int i = 0; i < BN / 4; i++) {
+            pairs[i] = pack2(acc[2 * i], acc[2 * i + 1]);
+        }
+    }
+    // columns 32 i .. 32 i + 31 of row + 8 half
+    __device__ __forceinline__ void get(uint32_t (&v)[4], int i, int half) const {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[j] = pairs[(4 * i + j) * 2 + half];
+        }
+    }
+};
+
+template <int BN> struct Held<DOWN_BACKWARD, BN> {
+    enum { PARTS = BN / 32 };
+    float sums[BN / 2];
+    float gate[2], dot[2]; // of rows row and row + 8
+    Tile tile;
+    int pieces; // of H
+    bool any;
+
+    __device__ __forceinline__ void take(const float (&acc)[BN / 2]) {
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++) {
+            sums[i] = acc[i];
+        }
+    }
+};
+
+// A consumer's places in shared memory for results that leave by TMA, 64 rows x 32 columns at a time
+struct Exit {
+    uint32_t memory;
+    int barrier; // the consumer's own
+    int row;     // the consumer's first row in a tile
+    int left;    // copies so far
+    bool starts; // this thread starts them
+
+    __device__ __forceinline__ Exit(uint32_t memory_, int group) {
+        memory = memory_;
+        barrier = 1 + group;
+        row = group * GROUP_ROWS;
+        left = 0;
+        starts = threadIdx.x % GROUP_THREADS == 0;
+    }
+    // until all but PENDING copies have left
+    template <int PENDING> __device__ __forceinline__ void wait_free() const {
+        if (starts) {
+            tma_wait_read<PENDING>();
+        }
+        named_barrier(barrier, GROUP_THREADS);
+    }
+    // rows row + 8 half, rounded pairs, as 64-byte rows: lane 8 j + r has row r's j-th 16 bytes
+    __device__ __forceinline__ void put(uint32_t place, int half, const uint32_t (&v)[4]) const {
+        uint32_t thread = threadIdx.x % GROUP_THREADS, r = thread / 32 * 16 + thread % 8;
+        store_matrices(place + (r + 8 * half) * 64 + ((r / 2 ^ thread % 32 / 8) % 4 << 4), v);
+    }
+    // all have put theirs; the starting thread may copy
+    __device__ __forceinline__ void full() {
+        fence_async_proxy();
+        named_barrier(barrier, GROUP_THREADS);
+        left++;
+    }
+};
+
+// A part of up_forward's results: H, and A = silu(G) U of the rounded H; 32 columns take two parts
+template <int BN>
+__device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int part, const Arguments &args,
+                                           Exit &exit, const CUtensorMap *h_map, int h_first) {
+    int i = part / 2, half = part % 2, f = held.tile.n + 32 * i, row = held.tile.m + exit.row;
+    uint32_t gate[4], up[4], a[4];
+    if (f >= args.F) {
+        return;
+    }
+    held.get(gate, i, half);
+    held.get(up, i + BN / 64, half);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const int at = (4 * i + j) * 4 + 2 * half;
-        v[j] = pack2(acc[at], acc[at + 1]);
+        float low = low_half(gate[j]), high = high_half(gate[j]);
+        a[j] = pack2(low * sigmoid(low) * low_half(up[j]), high * sigmoid(high) * high_half(up[j]));
     }
-}
-
-// H, and A = silu(G) U of the rounded H
-template <int BN>
-__device__ __forceinline__ void store_swiglu(const float (&acc)[BN / 2], const Arguments &args,
-                                             const Tile &tile, Place place, floatX *h) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int64_t row = tile.m + place.row + 8 * half;
-#pragma unroll
-        for (int i = 0; i < BN / 64; i++) {
-            uint32_t gate[4], up[4], a[4];
-            rounded_pairs(gate, acc, i, half);
-            rounded_pairs(up, acc, i + BN / 64, half);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float low = low_half(gate[j]), high = high_half(gate[j]);
-                a[j] = pack2(low * sigmoid(low) * low_half(up[j]), high * sigmoid(high) * high_half(up[j]));
+    if (half == 0) {
+        exit.wait_free<0>();
+    }
+    exit.put(exit.memory, half, gate);
+    exit.put(exit.memory + PART_BYTES, half, up);
+    exit.put(exit.memory + 2 * PART_BYTES, half, a);
+    if (half == 1) {
+        exit.full();
+        if (exit.starts) {
+            tma_store(h_map, exit.memory, f, 0, h_first + row);
+            tma_store(h_map, exit.memory + PART_BYTES, f, 1, h_first + row);
+            if (args.a_out != NULL) {
+                tma_store(&args.out, exit.memory + 2 * PART_BYTES, f, row);
             }
-            quad_transpose(gate);
-            quad_transpose(up);
-            quad_transpose(a);
-            int f = tile.n + 32 * i + place.column;
-            if (f < args.F) {
-                store16(h + row * 2 * args.F + f, gate);
-                store16(h + row * 2 * args.F + args.F + f, up);
-                if (args.a_out != NULL) {
-                    store16(args.a_out + row * args.F + f, a);
-                }
-            }
+            tma_commit();
         }
     }
 }
 
-template <int BN>
-__device__ __forceinline__ void store_rounded(const float (&acc)[BN / 2], const Arguments &args,
-                                              const Tile &tile, Place place) {
+// a part of the rounded results, 32 columns
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void leave_part(const Held<PRODUCT, BN> &held, int part, const Arguments &args,
+                                           Exit &exit) {
+    int n = held.tile.n + 32 * part;
+    uint32_t place = exit.memory + exit.left % PART_PLACES * PART_BYTES;
+    if (n >= args.N) {
+        return;
+    }
+    exit.wait_free<PART_PLACES - 1>();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int64_t row = tile.m + place.row + 8 * half;
-#pragma unroll
-        for (int i = 0; i < BN / 32; i++) {
-            uint32_t v[4];
-            rounded_pairs(v, acc, i, half);
-            quad_transpose(v);
-            int n = tile.n + 32 * i + place.column;
-            if (n < args.N) {
-                store16(args.out + row * args.N + n, v);
-            }
-        }
+        uint32_t v[4];
+        held.get(v, part, half);
+        exit.put(place, half, v);
+    }
+    exit.full();
+    if (exit.starts) {
+        tma_store(&args.out, place, n, held.tile.m + exit.row);
+        tma_commit();
     }
 }
 
@@ -743,29 +747,30 @@ __device__ __forceinline__ void store_dgate(const float (&dot)[2], const Argumen
     for (int half = 0; half < 2; half++) {
         float sum = dot[half] + __shfl_xor_sync(0xffffffffu, dot[half], 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (place.column == 0 && tile.n < args.N) {
+        if (place.column == 0) {
             args.dgate_partial[(int64_t)(tile.m + place.row + 8 * half) * args.n_tiles + tile.n / BN] = sum;
         }
     }
 }
 
-// A consumer's slots of H. Piece p of a tile, columns 64 p .., is in slot p % SLOTS.
+// A consumer's slots of H. Its pieces, 64 columns each of one tile after the other, go through them in turn.
 struct Slots {
-    uint32_t memory;   // address of slot 0
-    uint32_t landed;   // its barrier
-    uint32_t parities; // bit s: of slot s' phase that is to come
-    uint32_t pair;     // offset of the thread's first pair of columns, were it not for the swizzle
+    uint32_t memory; // address of slot 0
+    uint32_t landed; // its barrier
+    uint32_t lane;   // offset of the row and 16 bytes that this lane gives load_matrices, unswizzled
     const CUtensorMap *map;
     int row;     // in the map, of the consumer's first row in the chunk's first tile
     int barrier; // the consumer's own
     bool starts; // this thread starts the copies
+    int asked;   // pieces so far whose copies have been started
+    int done;    // pieces so far that have been computed
+    int of_tile; // number of the first piece of the tile whose results are held
 
-    __device__ __forceinline__ uint32_t slot(int p) const {
-        return memory + p % SLOTS * SLOT_BYTES;
+    __device__ __forceinline__ uint32_t slot(int piece) const {
+        return memory + piece % SLOTS * SLOT_BYTES;
     }
-    __device__ __forceinline__ void wait(int p) {
-        barrier_wait(landed + p % SLOTS * 8, parities >> (p % SLOTS) & 1);
-        parities ^= 1u << (p % SLOTS);
+    __device__ __forceinline__ void wait() const {
+        barrier_wait(landed + done % SLOTS * 8, done / SLOTS % 2);
     }
 };
 
@@ -773,226 +778,281 @@ __device__ __forceinline__ Slots slots_new(const Arguments &args, uint32_t memor
                                            int group) {
     Slots slots;
     int which, first = (int)h_row(args, &which);
-    uint32_t thread = threadIdx.x % GROUP_THREADS;
-    uint32_t row = thread / 32 * 16 + thread % 32 / 4;
-    slots.memory = memory + group * SLOTS * SLOT_BYTES;
+    uint32_t thread = threadIdx.x % GROUP_THREADS, row = thread / 32 * 16 + thread % 8;
+    slots.memory = memory;
     slots.landed = landed + group * SLOTS * 8;
-    slots.parities = 0;
-    slots.pair = row * 128 + (row % 8 << 4) + thread % 4 * 4;
-    slots.map = &args.soon[which];
+    slots.lane = row * 128 + ((row ^ thread % 32 / 8) % 8 << 4);
+    slots.map = &args.h_out[which];
     slots.row = first + group * GROUP_ROWS;
     slots.barrier = 1 + group;
     slots.starts = thread == 0;
+    slots.asked = slots.done = slots.of_tile = 0;
     return slots;
 }
 
-// The starting thread: G and U of piece p, if there is one, as soon as the slot's results have left
-__device__ __forceinline__ void slots_load(const Slots &slots, const Arguments &args, const Tile &tile,
-                                           int p) {
-    int f = tile.n + p * SLOT_F;
-    uint32_t landed = slots.landed + p % SLOTS * 8;
-    if (f < args.F) {
-        tma_wait_read();
-        barrier_expect(landed, SLOT_BYTES);
-        tma_load(slots.slot(p), slots.map, landed, f, 0, slots.row + tile.m);
-        tma_load(slots.slot(p) + BLOCK_BYTES, slots.map, landed, f, 1, slots.row + tile.m);
+// pieces of H that a tile of this consumer has
+template <int BN> __device__ __forceinline__ int slot_pieces(const Arguments &args, const Tile &tile) {
+    int columns = min(args.F - tile.n, BN);
+    return columns <= 0 ? 0 : (columns + SLOT_F - 1) / SLOT_F;
+}
+
+// G and U of the next pieces, as far as slots are free: of the held tile, then of the one that is multiplied
+__device__ __forceinline__ void slots_ask(Slots &slots, const Tile &held, int held_pieces, const Tile &tile,
+                                          int pieces) {
+    while (slots.asked - slots.done < SLOTS) {
+        int p = slots.asked - slots.of_tile;
+        bool later = p >= held_pieces;
+        p -= later ? held_pieces : 0;
+        if (later && p >= pieces) {
+            return;
+        }
+        if (slots.starts) {
+            uint32_t landed = slots.landed + slots.asked % SLOTS * 8, to = slots.slot(slots.asked);
+            int f = (later ? tile.n : held.n) + p * SLOT_F, row = slots.row + (later ? tile.m : held.m);
+            tma_wait_read<0>(); // the slot's last results have left
+            barrier_expect(landed, SLOT_BYTES);
+            tma_load(to, slots.map, landed, f, 0, row);
+            tma_load(to + BLOCK_BYTES, slots.map, landed, f, 1, row);
+        }
+        slots.asked++;
     }
 }
 
-// dG and dU of piece p, that all of the consumer's threads have written
-__device__ __forceinline__ void slots_store(const Slots &slots, const Tile &tile, int p) {
+// dG and dU of the slot, columns f on, that all of the consumer's threads have written
+__device__ __forceinline__ void slots_store(const Slots &slots, const Tile &held, int f) {
     fence_async_proxy();
     named_barrier(slots.barrier, GROUP_THREADS);
     if (slots.starts) {
-        int f = tile.n + p * SLOT_F;
-        tma_store(slots.map, slots.slot(p), f, 0, slots.row + tile.m);
-        tma_store(slots.map, slots.slot(p) + BLOCK_BYTES, f, 1, slots.row + tile.m);
+        tma_store(slots.map, slots.slot(slots.done), f, 0, slots.row + held.m);
+        tma_store(slots.map, slots.slot(slots.done) + BLOCK_BYTES, f, 1, slots.row + held.m);
         tma_commit();
     }
 }
 
-// address of the thread's pair in group c of 8 columns, row + 8 half
-__device__ __forceinline__ uint32_t pair_address(const Slots &slots, int p, int c, int half) {
-    return ((slots.slot(p) + slots.pair) ^ (uint32_t)c << 4) + half * 8 * 128;
-}
-
-// The thread's pairs of G and U in columns 32 i .. 32 i + 31 of row + 8 half become dG and dU, v gate A
+// The thread's pairs of G and U in columns 32 i .. 32 i + 31 of row + 8 half of the slot become dG and dU, v
+// gate A; da: its sums of these columns begin at da[first], 4 apart
 template <int COUNT>
-__device__ __forceinline__ float swiglu_backward_pairs(uint32_t (&v)[4], const float (&acc)[COUNT],
-                                                       const Slots &slots, int p, int i, int half,
-                                                       float gate) {
+__device__ __forceinline__ float swiglu_backward_pairs(uint32_t (&v)[4], const float (&da)[COUNT], int first,
+                                                       const Slots &slots, int i, int half, float gate) {
+    uint32_t at = ((slots.slot(slots.done) + slots.lane) ^ (uint32_t)i << 6) + half * 8 * 128;
     uint32_t g[4], u[4];
     float dot = 0.0f;
+    load_matrices(g, at);
+    load_matrices(u, at + BLOCK_BYTES);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        uint32_t at = pair_address(slots, p, 4 * i + j, half);
-        g[j] = shared_load(at);
-        u[j] = shared_load(at + BLOCK_BYTES);
+        float pair[2] = {da[first + 4 * j], da[first + 4 * j + 1]};
+        dot += swiglu_backward_pair(v[j], g[j], u[j], pair, gate);
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int first = (8 * p + 4 * i + j) * 4 + 2 * half;
-        float da[2] = {acc[first], acc[first + 1]};
-        dot += swiglu_backward_pair(v[j], g[j], u[j], da, gate);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        uint32_t at = pair_address(slots, p, 4 * i + j, half);
-        shared_store(at, g[j]);
-        shared_store(at + BLOCK_BYTES, u[j]);
-    }
+    store_matrices(at, g);
+    store_matrices(at + BLOCK_BYTES, u);
     return dot;
 }
 
-// gate A of piece p goes to memory after dG and dU, so that the fence before theirs has no stores to wait for
+// A part of down_backward's results: 32 columns, half of a piece of H. gate A goes to memory after dG and dU,
+// so that the fence before theirs has no stores to wait for
 template <int BN>
-__device__ __forceinline__ void store_swiglu_backward(const float (&acc)[BN / 2], const Arguments &args,
-                                                      const Tile &tile, Place place, Slots &slots,
-                                                      const float (&gate)[2]) {
-    const int PIECES_F = BN / SLOT_F;
-    float dot[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int p = 0; p < PIECES_F; p++) {
-        if (tile.n + p * SLOT_F >= args.F) {
-            break;
-        }
-        uint32_t a[4][4]; // 32 columns of row and of row + 8, then the next 32
-        slots.wait(p);
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-            dot[b % 2] += swiglu_backward_pairs(a[b], acc, slots, p, b / 2, b % 2, gate[b % 2]);
-            quad_transpose(a[b]);
-            if (b == 0 && p > 0 && p + 1 < PIECES_F && slots.starts) {
-                slots_load(slots, args, tile, p + 1);
-            }
-        }
-        slots_store(slots, tile, p);
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-            int f = tile.n + p * SLOT_F + b / 2 * 32 + place.column;
-            if (f < args.F) {
-                store16(args.a_out + (int64_t)(tile.m + place.row + b % 2 * 8) * args.F + f, a[b]);
-            }
-        }
+__device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int part, const Arguments &args,
+                                           Place place, Slots &slots) {
+    int piece = part / 2, i = part % 2, f = held.tile.n + piece * SLOT_F;
+    if (piece >= held.pieces) {
+        return;
     }
-    store_dgate<BN>(dot, args, tile, place);
-}
-
-enum { ADD_AT_ONCE = 8 }; // groups of 8 columns whose sums are loaded before the first is stored
-
-// dW[m][n] += D
-template <int BN>
-__device__ __forceinline__ void add_straight(const float (&acc)[BN / 2], const Arguments &args,
-                                             const Tile &tile, Place place) {
-    int n = tile.n + place.column / 4; // the thread's first of 8 columns
-    float *dw = args.dw + (int64_t)tile.expert * args.d * args.N + n;
+    if (i == 0) {
+        slots.wait();
+    }
+    uint32_t a[2][4]; // of row and row + 8
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int m = tile.m + place.row + 8 * half;
-        float *row = dw + (int64_t)m * args.N;
-#pragma unroll
-        for (int begin = 0; begin < BN / 8; begin += ADD_AT_ONCE) {
-            float2 sum[ADD_AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < ADD_AT_ONCE; j++) {
-                if (m < args.d && n + 8 * (begin + j) < args.N) {
-                    sum[j] = *reinterpret_cast<const float2 *>(row + 8 * (begin + j));
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < ADD_AT_ONCE; j++) {
-                if (m < args.d && n + 8 * (begin + j) < args.N) {
-                    sum[j].x += acc[4 * (begin + j) + 2 * half];
-                    sum[j].y += acc[4 * (begin + j) + 2 * half + 1];
-                    *reinterpret_cast<float2 *>(row + 8 * (begin + j)) = sum[j];
-                }
-            }
-        }
+        held.dot[half] +=
+            swiglu_backward_pairs(a[half], held.sums, part * 16 + 2 * half, slots, i, half, held.gate[half]);
+        quad_transpose(a[half]);
+    }
+    if (i == 1) {
+        slots_store(slots, held.tile, f);
+        slots.done++;
+    }
+    f += 32 * i + place.column;
+    if (f < args.F) {
+        floatX *to = args.a_out + (int64_t)(held.tile.m + place.row) * args.F + f;
+        store16(to, a[0]);
+        store16(to + 8 * (int64_t)args.F, a[1]);
+    }
+    if (i == 1 && piece == held.pieces - 1) {
+        store_dgate<BN>(held.dot, args, held.tile, place);
     }
 }
 
-// dW[n][m] += D
-template <int BN>
-__device__ __forceinline__ void add_transposed(const float (&acc)[BN / 2], const Arguments &args,
-                                               const Tile &tile, Place place) {
-    int m = tile.m + place.row, n = tile.n + place.column / 4;
-    float *dw = args.dw + ((int64_t)tile.expert * args.N + n) * args.d + m;
+// A part of a weight gradient's tile, dW[m][n] += D, or transposed, dW[n][m] += D. In shared memory rows are
+// of 32 numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, const Arguments &args,
+                                         const Tile &tile, Exit &exit) {
+    uint32_t thread = threadIdx.x % GROUP_THREADS, t = thread % 4;
+    uint32_t place = exit.memory + exit.left % ADD_PLACES * ADD_BYTES;
+    int m = tile.m + exit.row, n = tile.n + PART_COLUMNS * part;
+    if (n >= args.N || m >= args.d) {
+        return;
+    }
+    exit.wait_free<ADD_PLACES - 1>();
 #pragma unroll
-    for (int begin = 0; begin < BN / 8; begin += ADD_AT_ONCE / 2) {
-        float sum[ADD_AT_ONCE / 2][4];
+    for (int half = 0; half < 2; half++) {
+        uint32_t row = thread / 32 * 16 + thread % 32 / 4 + 8 * half;
 #pragma unroll
-        for (int j = 0; j < ADD_AT_ONCE / 2; j++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                if (m + c / 2 * 8 < args.d && n + 8 * (begin + j) < args.N) {
-                    sum[j][c] = dw[(int64_t)(8 * (begin + j) + c % 2) * args.d + c / 2 * 8];
-                }
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < ADD_AT_ONCE / 2; j++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                if (m + c / 2 * 8 < args.d && n + 8 * (begin + j) < args.N) {
-                    dw[(int64_t)(8 * (begin + j) + c % 2) * args.d + c / 2 * 8] =
-                        sum[j][c] + acc[4 * (begin + j) + c];
-                }
+        for (uint32_t j = 0; j < 4; j++) {
+            const float *pair = &acc[(4 * part + j) * 4 + 2 * half];
+            if (PRODUCT == DOWN_WGRAD) {
+                uint32_t piece = (2 * j + t / 2) ^ row % 8;
+                shared_store(place + row * 128 + (piece << 4) + t % 2 * 8, pair[0], pair[1]);
+            } else {
+                uint32_t column = 8 * j + 2 * t, piece = row % 32 / 4;
+                uint32_t box = place + row / 32 * (ADD_BYTES / 2) + row % 4 * 4;
+                shared_store(box + column * 128 + ((piece ^ 2 * t) << 4), pair[0]);
+                shared_store(box + (column + 1) * 128 + ((piece ^ (2 * t + 1)) << 4), pair[1]);
             }
         }
     }
+    exit.full();
+    if (exit.starts) {
+        if (PRODUCT == DOWN_WGRAD) {
+            tma_add(&args.out, place, n, m, tile.expert);
+        } else {
+            tma_add(&args.out, place, m, n, tile.expert);
+            tma_add(&args.out, place + ADD_BYTES / 2, m + 32, n, tile.expert);
+        }
+        tma_commit();
+    }
+}
+
+// where the next tile is looked for
+struct Walk {
+    Tile next; // while `more`
+    int item;
+    bool more;
+};
+
+template <int PRODUCT, int BN> __device__ __forceinline__ Walk walk_begin(Plan plan, const Arguments &args) {
+    Walk walk;
+    walk.next.expert = 0;
+    walk.item = blockIdx.x / CLUSTER;
+    walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
+    return walk;
 }
 
 template <int PRODUCT, int BN>
-__device__ __forceinline__ void consume(const Arguments &args, Plan plan, Ring<BN> ring, int group,
-                                        uint32_t slots_memory, volatile int *leading) {
-    const bool H_IN_SLOTS = Traits<PRODUCT>::H_IN_SLOTS;
-    floatX *h = PRODUCT == UP_FORWARD ? h_address(args) : NULL;
-    Place place = thread_place(group);
-    Slots slots;
-    if (H_IN_SLOTS) {
-        slots = slots_new(args, slots_memory, ring.landed(), group);
+__device__ __forceinline__ void walk_on(Walk &walk, Plan plan, const Arguments &args) {
+    walk.item += gridDim.x / CLUSTER;
+    walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
+}
+
+// weight gradients: a tile's sums are added when its products are done
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void consume_at_once(const Arguments &args, Plan plan, Ring<BN> ring, int group,
+                                                uint32_t exit_memory) {
+    Exit exit(exit_memory, group);
+    Multiplier<PRODUCT, BN> multiplier = {ring, group, 0};
+    Walk walk = walk_begin<PRODUCT, BN>(plan, args);
+    while (walk.more) {
+        float acc[BN / 2];
+        Tile tile = walk.next;
+        multiplier.template tile<0>(acc, tile.steps, [](int) {});
+        walk_on<PRODUCT, BN>(walk, plan, args);
+        multiplier.done(acc);
+#pragma unroll
+        for (int part = 0; part < BN / PART_COLUMNS; part++) {
+            add_part<PRODUCT, BN>(acc, part, args, tile, exit);
+        }
     }
-    Tile tile, next;
-    next.expert = 0;
-    int item = blockIdx.x / CLUSTER, tiles = 0;
-    bool more = find_tile<PRODUCT, BN>(next, item, plan, args);
-    while (more) {
+    if (exit.starts) {
+        tma_wait_written(); // shared memory must outlive the copies
+    }
+}
+
+// up_forward, down_forward, up_backward: the last tile's results leave while the products of the next run
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan, Ring<BN> ring, int group,
+                                                uint32_t exit_memory) {
+    typedef Held<PRODUCT, BN> Results;
+    int which = 0, h_first = PRODUCT == UP_FORWARD ? (int)h_row(args, &which) : 0;
+    const CUtensorMap *h_map = &args.h_out[which];
+    Exit exit(exit_memory, group);
+    Multiplier<PRODUCT, BN> multiplier = {ring, group, 0};
+    Walk walk = walk_begin<PRODUCT, BN>(plan, args);
+    Results held;
+    held.any = false;
+    while (walk.more || held.any) {
+        float acc[BN / 2];
+        Tile tile = walk.next;
+        int steps = walk.more ? tile.steps : 0;
+        bool mine = walk.more && group * GROUP_ROWS < tile.rows;
+        auto leave = [&](int part) {
+            if (!held.any) {
+                return;
+            }
+            if constexpr (PRODUCT == UP_FORWARD) {
+                leave_part(held, part, args, exit, h_map, h_first);
+            } else {
+                leave_part(held, part, args, exit);
+            }
+        };
+        multiplier.template tile<Results::PARTS>(acc, steps, leave);
+        held.any = mine;
+        held.tile = tile;
+        if (walk.more) {
+            walk_on<PRODUCT, BN>(walk, plan, args);
+            multiplier.done(acc);
+            held.take(acc);
+        }
+    }
+    if (exit.starts) {
+        tma_wait_written(); // shared memory must outlive the copies
+    }
+}
+
+// the same of down_backward
+template <int BN>
+__device__ __forceinline__ void consume_down_backward(const Arguments &args, Plan plan, Ring<BN> ring,
+                                                      int group, uint32_t slots_memory) {
+    typedef Held<DOWN_BACKWARD, BN> Results;
+    Place place = thread_place(group);
+    Slots slots = slots_new(args, slots_memory, ring.landed(), group);
+    Multiplier<DOWN_BACKWARD, BN> multiplier = {ring, group, 0};
+    Walk walk = walk_begin<DOWN_BACKWARD, BN>(plan, args);
+    Results held;
+    held.any = false;
+    held.pieces = 0;
+    while (walk.more || held.any) {
         float acc[BN / 2], gate[2];
-        tile = next;
-        bool mine = group * GROUP_ROWS < tile.rows;
-        if (PRODUCT == DOWN_BACKWARD && mine) {
+        Tile tile = walk.next;
+        int steps = walk.more ? tile.steps : 0;
+        bool mine = walk.more && group * GROUP_ROWS < tile.rows;
+        int pieces = mine ? slot_pieces<BN>(args, tile) : 0;
+        if (mine) {
             const float *gates = args.chunk.gate_of_row + args.chunk.first + tile.m + place.row;
             gate[0] = gates[0];
             gate[1] = gates[8];
         }
-        auto load_first = [&] {
-            if (H_IN_SLOTS && mine && slots.starts) {
-                for (int p = 0; p < SLOTS; p++) {
-                    slots_load(slots, args, tile, p);
-                }
+        auto leave = [&](int part) {
+            slots_ask(slots, held.tile, held.pieces, tile, pieces);
+            if (part < Results::PARTS && held.any) {
+                leave_part(held, part, args, place, slots);
             }
         };
-        uint32_t last =
-            multiply<PRODUCT>(acc, ring, group, tile.steps, ++tiles, args.lead, leading, load_first);
-        item += gridDim.x / CLUSTER;
-        more = find_tile<PRODUCT, BN>(next, item, plan, args);
-        multiply_done(acc, last);
-        if (!mine) {
-            continue;
-        }
-        if (PRODUCT == UP_FORWARD) {
-            store_swiglu<BN>(acc, args, tile, place, h);
-        } else if (PRODUCT == DOWN_BACKWARD) {
-            store_swiglu_backward<BN>(acc, args, tile, place, slots, gate);
-        } else if (PRODUCT == DOWN_WGRAD) {
-            add_straight<BN>(acc, args, tile, place);
-        } else if (PRODUCT == UP_WGRAD) {
-            add_transposed<BN>(acc, args, tile, place);
-        } else {
-            store_rounded<BN>(acc, args, tile, place);
+        multiplier.template tile<Results::PARTS + 1>(acc, steps, leave);
+        slots.of_tile += held.pieces;
+        held.any = mine;
+        held.tile = tile;
+        held.pieces = pieces;
+        held.gate[0] = gate[0];
+        held.gate[1] = gate[1];
+        held.dot[0] = held.dot[1] = 0.0f;
+        if (walk.more) {
+            walk_on<DOWN_BACKWARD, BN>(walk, plan, args);
+            multiplier.done(acc);
+            held.take(acc);
         }
     }
-    if (H_IN_SLOTS && slots.starts) {
+    if (slots.starts) {
         tma_wait_written(); // shared memory must outlive the copies
     }
 }
@@ -1018,15 +1078,12 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     uint32_t address = shared_address(shared_memory());
     uint32_t base = (address + 1023) & ~1023u;
     unsigned char *memory = shared_memory() + (base - address);
-    const int stages = Traits<PRODUCT>::H_IN_SLOTS ? args.stages : (int)Stages<BN>::MOST;
-    Ring<BN> ring(base + AllSlots<PRODUCT>::BYTES, stages);
-    unsigned char *after = memory + AllSlots<PRODUCT>::BYTES + stages * Stages<BN>::BYTES;
-    volatile int *leading = reinterpret_cast<volatile int *>(after + stages * 16);
+    Ring<BN> ring(base + 2 * Epilogue<PRODUCT>::BYTES, args.stages);
+    unsigned char *after = memory + 2 * Epilogue<PRODUCT>::BYTES + args.stages * Stages<BN>::BYTES;
     int *starts = reinterpret_cast<int *>(after + Stages<BN>::BARRIERS);
     Plan plan = {starts, starts + args.chunk.experts + 1};
     if (threadIdx.x == 0) {
         init_barriers<PRODUCT>(ring);
-        *leading = 0;
     }
     make_plan<Traits<PRODUCT>::WGRAD>(plan, args);
     __syncthreads();
@@ -1034,7 +1091,7 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     // every warp's role must look the same to all its lanes
     int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP_THREADS, 0);
     if (group == 0) {
-        give_registers<PRODUCER_REGISTERS>();
+        give_registers<Traits<PRODUCT>::PRODUCER_REGISTERS>();
         if (Traits<PRODUCT>::GATHERS) {
             produce_by_token<PRODUCT>(args, plan, ring);
         } else if (threadIdx.x == 0) {
@@ -1042,8 +1099,15 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
         }
         __syncwarp();
     } else {
-        take_registers<CONSUMER_REGISTERS>();
-        consume<PRODUCT>(args, plan, ring, group - 1, base, leading);
+        take_registers<Traits<PRODUCT>::CONSUMER_REGISTERS>();
+        uint32_t mine = base + (group - 1) * Epilogue<PRODUCT>::BYTES;
+        if constexpr (Traits<PRODUCT>::WGRAD) {
+            consume_at_once<PRODUCT>(args, plan, ring, group - 1, mine);
+        } else if constexpr (PRODUCT == DOWN_BACKWARD) {
+            consume_down_backward(args, plan, ring, group - 1, mine);
+        } else {
+            consume_rounded<PRODUCT>(args, plan, ring, group - 1, mine);
+        }
     }
     cluster_sync(); // the other block may still send here
 #else
@@ -1072,10 +1136,10 @@ static inline int tile_cost(int BN) {
     return BN * (BN == 256 ? 100 : BN == 192 ? 104 : 116);
 }
 
-// BN for a product over rows, with `columns` of N in a tile of 256
-static inline int row_tile(int N, int columns) {
-    int best = 256;
-    for (int BN = 192; BN >= 128; BN -= 64) {
+// BN for a product over rows, with `columns` of N in a tile of 256; `most`: the largest there is
+static inline int row_tile(int N, int columns, int most = 256) {
+    int best = most;
+    for (int BN = most - 64; BN >= 128; BN -= 64) {
         if (ceil_div(N, columns * BN / 256) * tile_cost(BN) <
             ceil_div(N, columns * best / 256) * tile_cost(best)) {
             best = BN;
@@ -1114,15 +1178,12 @@ static inline Arguments arguments(RowChunk chunk, int d, int F, int N, int k) {
     args.N = N;
     args.steps = ceil_div<int>(k, STEP_K);
     args.m_tiles = ceil_div<int>(d, TILE_M);
-    args.lead = GROUPED_LEAD;
-    args.prefetch = GROUPED_PREFETCH;
     return args;
 }
 
 template <int PRODUCT, int BN> static void start_tiles(Arguments args, cudaStream_t stream) {
     args.n_tiles = ceil_div<int>(args.N, Columns<PRODUCT, BN>::N);
     args.stages = ring_stages<PRODUCT, BN>(args.chunk.experts);
-    args.lead = min(args.lead, args.stages - 2); // a stage at least is being filled
     int blocks = num_sms() / CLUSTER * CLUSTER;
     size_t shared = other_bytes<PRODUCT, BN>(args.chunk.experts) + args.stages * Stages<BN>::BYTES;
     void (*kernel)(Arguments) = grouped_kernel<PRODUCT, BN>;
@@ -1131,7 +1192,9 @@ template <int PRODUCT, int BN> static void start_tiles(Arguments args, cudaStrea
 
 template <int PRODUCT> static void start(Arguments args, int BN, cudaStream_t stream) {
     if (BN == 256) {
-        start_tiles<PRODUCT, 256>(args, stream);
+        if constexpr (PRODUCT != DOWN_BACKWARD) {
+            start_tiles<PRODUCT, 256>(args, stream);
+        }
     } else if (BN == 192) {
         start_tiles<PRODUCT, 192>(args, stream);
     } else {
@@ -1147,15 +1210,22 @@ static inline void h_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int bo
 }
 
 // H as an epilogue operand, [rows][2][F]: a box ends where G ends
-static inline void h_epilogue_maps(CUtensorMap maps[2], ChunkH h, int F, int rows) {
+static inline void h_epilogue_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int columns) {
     const int64_t any_length = 0x7fffffff;
-    maps[0] = tensor_map(h.store != NULL ? h.store : h.scratch, F, 2, any_length, 1, GROUP_ROWS);
-    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, F, 2, rows, 1, GROUP_ROWS) : maps[0];
+    const floatX *first = h.store != NULL ? h.store : h.scratch;
+    maps[0] = tensor_map(first, false, F, 2, any_length, 1, GROUP_ROWS, columns);
+    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, false, F, 2, rows, 1, GROUP_ROWS, columns) : maps[0];
 }
 
-// to be prefetched only: two bf16 stand for an fp32 number
-static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t rows) {
-    return tensor_map(dw, 2 * columns, rows, 0, 64);
+// results of the chunk's rows
+static inline CUtensorMap out_map(const floatX *out, int columns, int rows) {
+    return tensor_map(out, false, columns, rows, 0, GROUP_ROWS, 1, PART_COLUMNS);
+}
+
+// a weight gradient, [E][rows][columns]
+static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t rows, int experts,
+                                       int box_rows) {
+    return tensor_map(dw, true, columns, rows, experts, box_rows, 1, PART_COLUMNS);
 }
 
 enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
@@ -1167,6 +1237,10 @@ static inline void grouped_up_forward(floatX *a, ChunkH h, const floatX *x, cons
     args.h = h;
     args.rows = x;
     args.a_out = a;
+    h_epilogue_maps(args.h_out, h, F, chunk.rows, PART_COLUMNS);
+    if (a != NULL) {
+        args.out = out_map(a, F, chunk.rows);
+    }
     args.b[0] = tensor_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
     start<UP_FORWARD>(args, BN, stream);
 }
@@ -1175,14 +1249,20 @@ static inline void grouped_down_forward(floatX *y, const floatX *a, const floatX
                                         int d, int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, d, F);
     int BN = row_tile(d, 256);
-    args.out = y;
+    args.out = out_map(y, d, chunk.rows);
     args.a[0] = tensor_map(a, F, chunk.rows, 0, GROUP_ROWS);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BN / 2);
     start<DOWN_FORWARD>(args, BN, stream);
 }
 
+// BN of down_backward: of 256 columns the sums and those held would be 256 registers; narrow experts take
+// less time in tiles of 128 (measured)
+static inline int down_backward_tile(int F) {
+    return row_tile(F, 256, F < 1024 ? 128 : 192);
+}
+
 static inline int grouped_dgate_tiles(int F) {
-    return ceil_div(F, row_tile(F, 256));
+    return ceil_div(F, down_backward_tile(F));
 }
 
 static inline void grouped_down_backward(floatX *a, ChunkH h, float *dgate_partial, const floatX *dy,
@@ -1193,16 +1273,16 @@ static inline void grouped_down_backward(floatX *a, ChunkH h, float *dgate_parti
     args.rows = dy;
     args.a_out = a;
     args.dgate_partial = dgate_partial;
-    h_epilogue_maps(args.soon, h, F, chunk.rows);
+    h_epilogue_maps(args.h_out, h, F, chunk.rows, SLOT_F);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BOX_ACROSS);
-    start<DOWN_BACKWARD>(args, row_tile(F, 256), stream);
+    start<DOWN_BACKWARD>(args, down_backward_tile(F), stream);
 }
 
 static inline void grouped_up_backward(floatX *dx, ChunkH h, const floatX *w_gate_up, RowChunk chunk, int d,
                                        int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, d, 2 * F);
     args.h = h;
-    args.out = dx;
+    args.out = out_map(dx, d, chunk.rows);
     h_maps(args.a, h, F, chunk.rows, GROUP_ROWS);
     args.b[0] = tensor_map(w_gate_up, d, 2 * F, chunk.experts, BOX_ACROSS);
     start<UP_BACKWARD>(args, row_tile(d, 256), stream);
@@ -1212,8 +1292,7 @@ static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, const fl
                                       int d, int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, F, 0);
     args.rows = dy;
-    args.dw = dw_down;
-    args.soon[0] = gradient_map(dw_down, F, (int64_t)chunk.experts * d);
+    args.out = gradient_map(dw_down, F, d, chunk.experts, GROUP_ROWS);
     args.b[0] = tensor_map(a, F, chunk.rows, 0, BOX_ACROSS);
     start<DOWN_WGRAD>(args, wgrad_tile(chunk.experts, d, F), stream);
 }
@@ -1223,8 +1302,7 @@ static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x
     Arguments args = arguments(chunk, d, F, 2 * F, 0);
     args.h = h;
     args.rows = x;
-    args.dw = dw_gate_up;
-    args.soon[0] = gradient_map(dw_gate_up, d, (int64_t)chunk.experts * 2 * F);
+    args.out = gradient_map(dw_gate_up, d, 2 * F, chunk.experts, PART_COLUMNS);
     h_maps(args.b, h, F, chunk.rows, BOX_ACROSS);
     start<UP_WGRAD>(args, wgrad_tile(chunk.experts, d, 2 * F), stream);
 }

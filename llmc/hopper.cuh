@@ -31,7 +31,15 @@ driver refuses ends the program.
 #include <cuda.h>
 // defines: CUtensorMap, cuTensorMapEncodeTiled's types (the function itself is looked up when needed)
 
+#define HOPPER_KERNELS
+
 namespace hopper {
+
+enum {
+    GROUP_THREADS = 128, // a warpgroup
+    ATOM_BYTES = 1024,
+    BLOCK_BYTES = 64 * 128 // of a tile: 8 rows of 128 bytes; 64 of them
+};
 
 // ----------------------------------------------------------------------------
 // tensor maps, on the host
@@ -57,24 +65,33 @@ static inline EncodeTiled tensor_map_encoder(void) {
     return (EncodeTiled)function;
 }
 
-// Tensor [sheets][rows][columns] of bf16, contiguous; sheets 0: [rows][columns]. The box is
-// [box_sheets][box_rows][64].
-static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
-                                     int box_rows, int box_sheets = 1) {
+// Tensor [sheets][rows][columns] of bf16 or fp32, contiguous; sheets 0: [rows][columns]. The box is
+// [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32 fp32 numbers) or of 64,
+// swizzled.
+static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t columns, int64_t rows,
+                                     int64_t sheets, int box_rows, int box_sheets, int box_columns) {
     CUtensorMap map;
+    cuuint64_t size = fp32 ? 4 : 2;
     cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)sheets};
-    cuuint64_t strides[2] = {(cuuint64_t)columns * 2, (cuuint64_t)(rows * columns * 2)}; // bytes
-    cuuint32_t box[3] = {64, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
+    cuuint64_t strides[2] = {(cuuint64_t)columns * size, (cuuint64_t)(rows * columns) * size}; // bytes
+    cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
     cuuint32_t steps[3] = {1, 1, 1};
-    CUresult result =
-        tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2, (void *)base, sizes,
-                             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult result = tensor_map_encoder()(
+        &map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2,
+        (void *)base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        box_columns * size == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
-        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d rows", (int)result,
-            (long long)sheets, (long long)rows, (long long)columns, base, box_sheets, box_rows);
+        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d x %d", (int)result,
+            (long long)sheets, (long long)rows, (long long)columns, base, box_sheets, box_rows, box_columns);
     }
     return map;
+}
+
+// of bf16, boxes of 64 columns
+static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
+                                     int box_rows) {
+    return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -111,6 +128,11 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) 
                  "}" ::"r"(barrier),
                  "r"(rank)
                  : "memory");
+}
+
+// one arrival at a barrier of this block
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // one arrival as soon as this thread's cp.asyncs so far have landed
@@ -202,6 +224,14 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, ui
                  : "memory");
 }
 
+// so many bytes, a multiple of 16, as addresses are
+__device__ __forceinline__ void bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // to every block of the cluster whose bit is set in `blocks`
 __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier,
                                               uint16_t blocks, int column, int row) {
@@ -219,19 +249,6 @@ __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap *ma
                  : "memory");
 }
 
-// the box will soon be wanted: to L2. (The bulk prefetch without a map is slow: some 250 cycles each.)
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
-                 "r"(row)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap *map, int column, int row, int sheet) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
-                 "r"(column), "r"(row), "r"(sheet)
-                 : "memory");
-}
-
 // The box from shared memory to the tensor; what lies outside the tensor is not written. Before it, the
 // writing threads' fence_async_proxy and a barrier.
 __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int column, int row,
@@ -242,14 +259,31 @@ __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from,
         : "memory");
 }
 
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+        "r"(from), "r"(column), "r"(row)
+        : "memory");
+}
+
+// The box of fp32 numbers is added to the tensor, in L2. Where nobody else adds meanwhile, that is one sum as
+// any other: always the same bits
+__device__ __forceinline__ void tma_add(const CUtensorMap *map, uint32_t from, int column, int row,
+                                        int sheet) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], "
+                 "[%1];" ::"l"(map),
+                 "r"(from), "r"(column), "r"(row), "r"(sheet)
+                 : "memory");
+}
+
 // this thread's stores since the last commit are a group
 __device__ __forceinline__ void tma_commit(void) {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// until all of this thread's groups have read shared memory, which may then be written again
-__device__ __forceinline__ void tma_wait_read(void) {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+// until all but PENDING of this thread's groups have read shared memory, which may then be written again
+template <int PENDING> __device__ __forceinline__ void tma_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
 // until they have been written
@@ -260,14 +294,27 @@ __device__ __forceinline__ void tma_wait_written(void) {
 // ----------------------------------------------------------------------------
 // shared memory by address; barriers between some of the block's warps
 
-__device__ __forceinline__ uint32_t shared_load(uint32_t from) {
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-    return value;
+// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th,
+// as in wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
+__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
 }
 
-__device__ __forceinline__ void shared_store(uint32_t to, uint32_t value) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void shared_store(uint32_t to, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void shared_store(uint32_t to, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
 
 // `id` is 1 .. 15: __syncthreads has 0
@@ -288,8 +335,6 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers(void) {
 
 // ----------------------------------------------------------------------------
 // wgmma
-
-enum { ATOM_BYTES = 1024, BLOCK_BYTES = 64 * 128 }; // 8 rows of 128 bytes; 64 of them
 
 // Describes a swizzled tile to wgmma: address, stride between blocks of 64 in m across k (along k: unused),
 // stride between groups of 8 rows; addresses in 16 bytes
@@ -321,10 +366,14 @@ template <int COUNT> __device__ __forceinline__ void wgmma_results(float (&acc)[
     }
 }
 
-#define WGMMA_REGISTERS_64                                                                                   \
+#define WGMMA_REGISTERS_32                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                   \
-    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                       \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"                       \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_48                                                                                   \
+    WGMMA_REGISTERS_32                                                                                       \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_REGISTERS_64                                                                                   \
+    WGMMA_REGISTERS_48                                                                                       \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_96                                                                                   \
     WGMMA_REGISTERS_64                                                                                       \
@@ -350,6 +399,18 @@ template <int COUNT> __device__ __forceinline__ void wgmma_results(float (&acc)[
                  : __VA_ARGS__                                                                               \
                  : "l"(descriptor_a), "l"(descriptor_b), "r"(add_to), "n"(ACROSS_A), "n"(ACROSS_B))
 
+// the same with A in four registers: `names` are their numbers
+#define WGMMA_A(n, registers, names, b, add, tb, ...)                                                        \
+    asm volatile("{\n"                                                                                       \
+                 ".reg .pred add;\n"                                                                         \
+                 "setp.ne.b32 add, " add ", 0;\n"                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" registers "}, {" names "}, " b  \
+                 ", add, 1, 1, " tb ";\n"                                                                    \
+                 "}"                                                                                         \
+                 : __VA_ARGS__                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_b), "r"(add_to),               \
+                   "n"(ACROSS_B))
+
 // acc = (add_to ? acc : 0) + A[64, 16] B[16, N]; N is twice the number of accumulators
 template <int ACROSS_A, int ACROSS_B>
 __device__ __forceinline__ void wgmma(float (&acc)[128], uint64_t descriptor_a, uint64_t descriptor_b,
@@ -371,13 +432,91 @@ __device__ __forceinline__ void wgmma(float (&acc)[64], uint64_t descriptor_a, u
     WGMMA("128", WGMMA_REGISTERS_64, "%64", "%65", "%66", "%67", "%68", WGMMA_ACC32(0), WGMMA_ACC32(32));
 }
 
+template <int ACROSS_A, int ACROSS_B>
+__device__ __forceinline__ void wgmma(float (&acc)[32], uint64_t descriptor_a, uint64_t descriptor_b,
+                                      int add_to) {
+    WGMMA("64", WGMMA_REGISTERS_32, "%32", "%33", "%34", "%35", "%36", WGMMA_ACC32(0));
+}
+
+// A in registers: for lane 4 g + t (A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]), as in mma.cuh
+template <int ACROSS_B>
+__device__ __forceinline__ void wgmma(float (&acc)[64], const uint32_t (&a)[4], uint64_t descriptor_b,
+                                      int add_to) {
+    WGMMA_A("128", WGMMA_REGISTERS_64, "%64, %65, %66, %67", "%68", "%69", "%70", WGMMA_ACC32(0),
+            WGMMA_ACC32(32));
+}
+
+template <int ACROSS_B>
+__device__ __forceinline__ void wgmma(float (&acc)[48], const uint32_t (&a)[4], uint64_t descriptor_b,
+                                      int add_to) {
+    WGMMA_A("96", WGMMA_REGISTERS_48, "%48, %49, %50, %51", "%52", "%53", "%54", WGMMA_ACC32(0),
+            WGMMA_ACC16(32));
+}
+
+template <int ACROSS_B>
+__device__ __forceinline__ void wgmma(float (&acc)[32], const uint32_t (&a)[4], uint64_t descriptor_b,
+                                      int add_to) {
+    WGMMA_A("64", WGMMA_REGISTERS_32, "%32, %33, %34, %35", "%36", "%37", "%38", WGMMA_ACC32(0));
+}
+
 #undef WGMMA
+#undef WGMMA_A
 #undef WGMMA_ACC4
 #undef WGMMA_ACC16
 #undef WGMMA_ACC32
+#undef WGMMA_REGISTERS_32
+#undef WGMMA_REGISTERS_48
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_REGISTERS_96
 #undef WGMMA_REGISTERS_128
+
+// ----------------------------------------------------------------------------
+// accumulators become rows of bf16
+
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+__device__ __forceinline__ float low_half(uint32_t pair) {
+    return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float high_half(uint32_t pair) {
+    return __uint_as_float(pair & 0xffff0000u);
+}
+
+// The quad's 4 x 4 matrix is transposed: v[j] of lane i goes to v[i] of lane j. What a lane has of four
+// groups of 8 columns becomes all 8 columns of one group.
+__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
+    bool odd = threadIdx.x % 2 == 1, high = threadIdx.x / 2 % 2 == 1;
+    uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
+    uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);
+    v[0] = odd ? x : v[0];
+    v[1] = odd ? v[1] : x;
+    v[2] = odd ? y : v[2];
+    v[3] = odd ? v[3] : y;
+    x = __shfl_xor_sync(0xffffffffu, high ? v[0] : v[2], 2);
+    y = __shfl_xor_sync(0xffffffffu, high ? v[1] : v[3], 2);
+    v[0] = high ? x : v[0];
+    v[1] = high ? y : v[1];
+    v[2] = high ? v[2] : x;
+    v[3] = high ? v[3] : y;
+}
+
+__device__ __forceinline__ void store16(floatX *to, const uint32_t (&v)[4]) {
+    *reinterpret_cast<uint4 *>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+// columns 32 i .. 32 i + 31 of row g + 8 half of accumulators, rounded
+template <int COUNT>
+__device__ __forceinline__ void rounded_pairs(uint32_t (&v)[4], const float (&acc)[COUNT], int i, int half) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int at = (4 * i + j) * 4 + 2 * half;
+        v[j] = pack2(acc[at], acc[at + 1]);
+    }
+}
 
 #endif
 

@@ -84,7 +84,7 @@ enum { OPTION_TEXT_SIZE = 1024 };
     OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                      \
     OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                               \
     OPTION(TEXT, kernels, "auto", 0, 0,                                                                      \
-           "CUDA: kernels of the experts' products: portable, hopper, or auto (the fastest there is)")       \
+           "CUDA: kernels of experts and attention: portable, hopper, or auto (the fastest there is)")       \
     OPTION(REAL, pair_budget, "0", 0, 1e6,                                                                   \
            "CUDA: GB of pair storage kept for the backward pass (0: what memory is left over)")              \
     OPTION(FLAG, recompute, "0", 0, 1,                                                                       \

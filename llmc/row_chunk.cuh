@@ -10,8 +10,6 @@ where their up-projections H are kept (arena.cuh), and which kernels to use.
 
 #include "cuda_common.cuh"
 
-typedef enum { KERNELS_PORTABLE, KERNELS_HOPPER } Kernels;
-
 typedef struct {
     const int *offsets;      // [E + 1] first row of each expert's segment: multiples of 64
     const int *token_of_row; // by the row's number in the layer; -1 in pads

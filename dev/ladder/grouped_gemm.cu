@@ -1,25 +1,23 @@
 /*
-The Hopper grouped GEMM against a naive kernel, and timed beside cuBLASLt's dense product of the same size.
+The grouped GEMM, from the simplest version to the fastest, each checked and timed:
 
-    grouped_gemm check [lead [p]]   every product (or the p-th alone, on random operands) on small and odd
-                                    shapes, every element
-    grouped_gemm time [lead [...]]  the shapes of the paper's models: sampled elements checked, then times,
-                                    with each `lead` (hopper::Arguments); 2n: lead 2 and no prefetch.
-                                    p2: product 2 alone; c3: the first 3 shapes
+    naive      one thread an element of the result: the reference of the checks (below)
+    mma.sync   llmc/grouped_gemm_portable.cuh: tiles by cp.async, epilogues in registers
+    wgmma      llmc/grouped_gemm_hopper.cuh: TMA, producer and consumers, the epilogue behind the next tile
+    dense      cuBLASLt's dense product of the same size: the best of its first 8 heuristics
 
-Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data; cuBLASLt's is the best of
-its first 8 heuristics. A dense product has as many rows as there are pairs; weight gradients are compared
-with the better of one product over all rows and a batch of E. FLOPs are those of the pairs: pads are our
-loss.
+    grouped_gemm check [p2]       every product on small and odd shapes, every element
+    grouped_gemm time [p2] [c3]   the shapes of the paper's models: sampled elements checked, then times
+                                  p2: product 2 alone (on random operands); c3: the first 3 shapes
 
-    nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. dev/ladder/grouped_gemm.cu -lcublasLt
+Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data (naive: once, the first
+shape alone). A dense product has as many rows as there are pairs; weight gradients are compared with the
+better of one product over all rows and a batch of E. FLOPs are those of the pairs: pads are our loss.
+
+    make build/ladder_grouped_gemm
 */
-static int bench_lead = 2;
-static bool bench_prefetch = true;
-#define GROUPED_LEAD bench_lead
-#define GROUPED_PREFETCH bench_prefetch
 
-#include "llmc/grouped_gemm_hopper.cuh"
+#include "llmc/grouped_gemm.cuh"
 #include <algorithm>
 #include <cublasLt.h>
 #include <math.h>
@@ -30,6 +28,9 @@ enum { PRODUCTS = 6 };
 
 static const char *const product_names[PRODUCTS] = {"up_forward",  "down_forward", "down_backward",
                                                     "up_backward", "down_wgrad",   "up_wgrad"};
+
+static const Kernels rungs[] = {KERNELS_PORTABLE, KERNELS_HOPPER};
+static const char *const rung_names[] = {"mma.sync", "wgmma"};
 
 // ----------------------------------------------------------------------------
 // random data
@@ -139,6 +140,10 @@ template <class T> static T *keep(Layer &layer, T *p) {
     return p;
 }
 
+static int dgate_tiles(int F) {
+    return std::max(grouped_dgate_tiles(F, KERNELS_HOPPER), grouped_dgate_tiles(F, KERNELS_PORTABLE));
+}
+
 static Layer layer_new(Case c) {
     Layer l;
     l.c = c;
@@ -169,7 +174,7 @@ static Layer layer_new(Case c) {
     l.dw_down = keep(l, random_new<float>((int64_t)c.E * c.F * c.d, 6, 1.0f));
     l.a = keep(l, poisoned_new<floatX>((int64_t)R * c.F));
     l.y = keep(l, poisoned_new<floatX>((int64_t)R * c.d));
-    l.dgate_partial = keep(l, poisoned_new<float>((int64_t)R * hopper::grouped_dgate_tiles(c.F)));
+    l.dgate_partial = keep(l, poisoned_new<float>((int64_t)R * dgate_tiles(c.F)));
     return l;
 }
 
@@ -182,14 +187,12 @@ static void layer_free(Layer &l) {
 static void run(const Layer &l, int product) {
     const Case &c = l.c;
     switch (product) {
-    case 0: hopper::grouped_up_forward(l.a, l.h, l.x, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
-    case 1: hopper::grouped_down_forward(l.y, l.a, l.w_down, l.chunk, c.d, c.F, 0); break;
-    case 2:
-        hopper::grouped_down_backward(l.a, l.h, l.dgate_partial, l.dy, l.w_down, l.chunk, c.d, c.F, 0);
-        break;
-    case 3: hopper::grouped_up_backward(l.y, l.h, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
-    case 4: hopper::grouped_down_wgrad(l.dw_down, l.dy, l.a, l.chunk, c.d, c.F, 0); break;
-    case 5: hopper::grouped_up_wgrad(l.dw_gate_up, l.h, l.x, l.chunk, c.d, c.F, 0); break;
+    case 0: grouped_up_forward(l.a, l.h, l.x, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
+    case 1: grouped_down_forward(l.y, l.a, l.w_down, l.chunk, c.d, c.F, 0); break;
+    case 2: grouped_down_backward(l.a, l.h, l.dgate_partial, l.dy, l.w_down, l.chunk, c.d, c.F, 0); break;
+    case 3: grouped_up_backward(l.y, l.h, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
+    case 4: grouped_down_wgrad(l.dw_down, l.dy, l.a, l.chunk, c.d, c.F, 0); break;
+    case 5: grouped_up_wgrad(l.dw_gate_up, l.h, l.x, l.chunk, c.d, c.F, 0); break;
     }
 }
 
@@ -451,7 +454,7 @@ static void check_again(const Layer &l) {
     Repeat h = repeat_begin(l.H, (int64_t)l.chunk.rows * 2 * l.c.F * 2);
     repeat_done(h);
     CUDA_CHECK(cudaMemset(l.H, 0xff, l.c.stored ? 0 : h.bytes));
-    hopper::grouped_up_forward(NULL, l.h, l.x, l.w_gate_up, l.chunk, l.c.d, l.c.F, 0);
+    grouped_up_forward(NULL, l.h, l.x, l.w_gate_up, l.chunk, l.c.d, l.c.F, 0);
     int64_t differ = repeat_differs(h);
     CUDA_CHECK(cudaFree(h.before));
     CUDA_CHECK(cudaFree(h.after));
@@ -471,8 +474,8 @@ static void check_layer(const Layer &l, int row_step, int times) {
         temporaries.push_back(p);
         return p;
     };
-    printf("d %d F %d E %d rows %d of %d from %d%s:", d, F, c.E, l.existing, l.all_rows, c.first,
-           c.stored ? "" : ", scratch");
+    printf("%s, d %d F %d E %d rows %d of %d from %d%s:", rung_names[l.chunk.kernels], d, F, c.E, l.existing,
+           l.all_rows, c.first, c.stored ? "" : ", scratch");
     fflush(stdout);
     if (rows == 0) {
         for (int product = 0; product < PRODUCTS; product++) {
@@ -510,7 +513,7 @@ static void check_layer(const Layer &l, int row_step, int times) {
         judge_untouched("Y", l.y + (int64_t)l.existing * d, (R - l.existing) * d);
     }
     if (wanted(2)) {
-        int tiles = hopper::grouped_dgate_tiles(F);
+        int tiles = grouped_dgate_tiles(F, l.chunk.kernels);
         float *got_h = temporary(sample(l.H, rows, 2 * F, row_step));
         run_repeated(l, 2,
                      {repeat_begin(l.H, R * 2 * F * 2), repeat_begin(l.a, R * F * 2),
@@ -572,12 +575,16 @@ static void check_all(void) {
         {768, 96, 128, 2000, 4, 0, 20000, true, 1},
         {320, 3072, 8, 3000, 1, 128, 2560, true, 0},
         {8, 8, 3, 17, 1, 0, 0, true, 0},
+        {768, 64, 16, 16000, 4, 0, 0, true, 0}, // many tiles a block, each of one step
         {64, 64, 3, 100, 1, 4096, 1024, true, 0},
     };
     for (const Case &c : cases) {
-        Layer l = layer_new(c);
-        check_layer(l, 1, 3);
-        layer_free(l);
+        for (Kernels kernels : rungs) {
+            Layer l = layer_new(c);
+            l.chunk.kernels = kernels;
+            check_layer(l, 1, 3);
+            layer_free(l);
+        }
     }
 }
 
@@ -717,9 +724,12 @@ static Dense dense_of(const Layer &l, int product) {
 enum { ROUNDS = 3, TURNS = 8 }; // in a round one side's products follow each other
 
 struct Row {
-    float ours, dense, bound; // ms; the bound is bytes / 3 TB/s
-    double flops;
+    float ours, dense; // ms
 };
+
+static double product_flops(const Layer &l, int product) {
+    return 2.0 * (double)l.pairs * l.c.d * l.c.F * (product == 0 || product == 3 || product == 5 ? 2 : 1);
+}
 
 // bytes that must move: operands and results once
 static double least_bytes(const Layer &l, int product) {
@@ -756,13 +766,7 @@ static Row time_product(const Layer &l, int product, const Dense &dense, const f
             }
         }
     }
-    double flops = 2.0 * (double)l.pairs * c.d * c.F * (product == 0 || product == 3 || product == 5 ? 2 : 1);
-    return {median(ours), median(theirs), (float)(least_bytes(l, product) / 3e9), flops};
-}
-
-static void use_variant(const char *variant) {
-    bench_lead = atoi(variant);
-    bench_prefetch = strchr(variant, 'n') == NULL;
+    return {median(ours), median(theirs)};
 }
 
 // operands as they are in training
@@ -773,7 +777,7 @@ static void prepare(const Layer &l, int product) {
 }
 
 static void print_to(std::vector<char> &table, const char *format, ...) {
-    char line[256];
+    char line[512];
     va_list args;
     va_start(args, format);
     int length = vsnprintf(line, sizeof(line), format, args);
@@ -781,33 +785,74 @@ static void print_to(std::vector<char> &table, const char *format, ...) {
     table.insert(table.end(), line, line + length);
 }
 
-static void time_layer(std::vector<char> &table, const Layer &l, const std::vector<const char *> &variants) {
+// the reference's product over all rows: the first rung
+static float time_naive(const Layer &l, int product) {
+    const Case &c = l.c;
+    int rows = l.existing, d = c.d, F = c.F;
+    int64_t weights = (int64_t)c.E * d * F * (product == 5 ? 2 : 1);
+    float *out = floats_new(product < 4 ? (int64_t)rows * std::max(2 * F, d) : weights);
+    float *out_a = floats_new((int64_t)rows * F), *gates = floats_new(rows);
+    float ms = milliseconds([&] {
+        switch (product) {
+        case 0:
+            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.x, true, l.w_gate_up, l.chunk, 2 * F, d, d,
+                   1, 1);
+            launch(reference_swiglu_kernel, rows, 256, 0, 0, out, out_a, F);
+            break;
+        case 1:
+            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.a, false, l.w_down, l.chunk, d, F, F, 1, 1);
+            break;
+        case 2:
+            launch(reference_rows_kernel, rows, 256, 0, 0, out_a, l.dy, true, l.w_down, l.chunk, F, d, 1, F,
+                   1);
+            launch(reference_swiglu_backward_kernel, rows, 256, 0, 0, out, out_a, gates, l.chunk, F, 1);
+            break;
+        case 3:
+            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.H, false, l.w_gate_up, l.chunk, d, 2 * F, 1,
+                   d, 1);
+            break;
+        default:
+            launch(reference_wgrad_kernel, (unsigned)ceil_div<int64_t>(weights, 64), 64, 0, 0, out,
+                   product == 4 ? l.dw_down : l.dw_gate_up, product == 4 ? l.dy : l.H,
+                   product == 4 ? d : 2 * F, product == 4 ? l.a : l.x, product == 4 ? F : d, product == 4,
+                   l.chunk, weights, 1, l.existing);
+        }
+    });
+    CUDA_CHECK(cudaFree(out));
+    CUDA_CHECK(cudaFree(out_a));
+    CUDA_CHECK(cudaFree(gates));
+    return ms;
+}
+
+static void time_layer(std::vector<char> &table, Layer &l, bool naive) {
     const Case &c = l.c;
     for (int product = 0; product < PRODUCTS; product++) {
         if (!wanted(product)) {
             continue;
         }
-        use_variant(variants[0]);
+        l.chunk.kernels = KERNELS_HOPPER;
         prepare(l, product);
         floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 2 * c.F);
         Dense dense = dense_of(l, product);
-        for (size_t i = 0; i < variants.size(); i++) {
-            use_variant(variants[i]);
+        double flops = product_flops(l, product), bound = least_bytes(l, product) / 3e9; // ms at 3 TB/s
+        print_to(table, "%4d %4d %3d %-13s bytes %5.3f ms", c.d, c.F, c.E, product_names[product], bound);
+        if (naive) {
+            prepare(l, product);
+            print_to(table, "  naive %.1f", flops / time_naive(l, product) * 1e-9);
+        }
+        for (Kernels kernels : rungs) {
+            l.chunk.kernels = kernels;
             prepare(l, product); // the dense product spoils some operands
             Row r = time_product(l, product, dense, h);
-            if (i == 0) {
-                print_to(table, "%4d %4d %3d %-13s dense %.3f ms %3.0f, bytes %.3f ms;", c.d, c.F, c.E,
-                         product_names[product], r.dense, r.flops / r.dense * 1e-9, r.bound);
-            }
-            print_to(table, "  %s: %.3f ms %3.0f %.3f", variants[i], r.ours, r.flops / r.ours * 1e-9,
-                     fmaxf(r.dense, r.bound) / r.ours);
+            print_to(table, "  %s %.3f ms %3.0f (dense %.3f ms %3.0f) %.3f", rung_names[kernels], r.ours,
+                     flops / r.ours * 1e-9, r.dense, flops / r.dense * 1e-9, fmax(r.dense, bound) / r.ours);
         }
         print_to(table, "\n");
         CUDA_CHECK(cudaFree(h));
     }
 }
 
-static void time_all(const std::vector<const char *> &variants) {
+static void time_all(void) {
     Case cases[] = {
         {768, 3072, 8, 65536, 1, 0, 0, true, 0},  {1024, 4096, 8, 65536, 1, 0, 0, true, 0},
         {768, 384, 64, 65536, 8, 0, 0, true, 0},  {768, 3072, 64, 65536, 1, 0, 0, true, 0},
@@ -820,36 +865,35 @@ static void time_all(const std::vector<const char *> &variants) {
     for (size_t i = 0; i < count; i++) {
         Layer l = layer_new(cases[i]);
         check_layer(l, 509, 1);
-        time_layer(table, l, variants);
+        time_layer(table, l, i == 0);
         layer_free(l);
     }
     table.push_back(0);
-    printf("\nTFLOP/s of the pairs; last: share of the slower of dense and bytes / 3 TB/s\n%s", table.data());
+    printf("\nTFLOP/s of the pairs; last of a rung: share of the slower of dense and bytes / 3 TB/s\n%s",
+           table.data());
 }
 
 int main(int argc, char **argv) {
-    if (argc < 2 || (strcmp(argv[1], "check") != 0 && strcmp(argv[1], "time") != 0)) {
-        die_usage("grouped_gemm check | time [lead ...]");
+    bool time = argc > 1 && strcmp(argv[1], "time") == 0;
+    if (argc < 2 || (!time && strcmp(argv[1], "check") != 0)) {
+        die_usage("grouped_gemm check | time [p2] [c3]");
+    }
+    for (int i = 2; i < argc; i++) {
+        if (argv[i][0] == 'p') {
+            only = atoi(argv[i] + 1);
+        } else if (argv[i][0] == 'c') {
+            timed_cases = (size_t)atoi(argv[i] + 1);
+        } else {
+            die_usage("no such argument: %s", argv[i]);
+        }
     }
     if (!hopper::available()) {
         die("this device is no Hopper GPU (compute capability 9.0)");
     }
-    if (strcmp(argv[1], "check") == 0) {
-        bench_lead = argc > 2 ? atoi(argv[2]) : bench_lead;
-        only = argc > 3 ? atoi(argv[3]) : -1;
-        check_all();
+    if (time) {
+        time_all();
     } else {
-        std::vector<const char *> variants;
-        for (int i = 2; i < argc; i++) {
-            if (argv[i][0] == 'p') {
-                only = atoi(argv[i] + 1);
-            } else if (argv[i][0] == 'c') {
-                timed_cases = (size_t)atoi(argv[i] + 1);
-            } else {
-                variants.push_back(argv[i]);
-            }
-        }
-        time_all(variants.empty() ? std::vector<const char *>(1, "2") : variants);
+        check_all();
     }
     printf(failures ? "%d FAILED\n" : "all checks passed\n", failures);
     return failures != 0;

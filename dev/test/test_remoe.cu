@@ -2,11 +2,12 @@
 test_remoe.cu: runs the CUDA tests, one component a file in dev/test/cuda/test_X.cuh.
 
     ./test_remoecu             all of them
-    ./test_remoecu router ...  only these
+    ./test_remoecu router ...  only these; model:topk is those of the model's cases
+    ./test_remoecu --few ...   fewer and smaller shapes of router and model: for racecheck
     ./test_remoecu --bench attention ...   times these components' kernels instead
     ./test_remoecu --list      their names
 
-On a Hopper GPU in bf16 the components that use the grouped GEMMs are tested (and timed) with both kinds of kernels.
+On a Hopper GPU in bf16 the components that have kernels of two kinds are tested (and timed) with both.
 
 Prints a line a component and last "N passed, N failed"; exit 1 if any failed. The CUDA trainer is included
 whole, and the CPU trainer in a namespace of its own: the reference that everything is compared with.
@@ -46,6 +47,7 @@ namespace cpu {
 #include "cuda/test_mma.cuh"
 #include "cuda/test_model.cuh"
 #include "cuda/test_pairs.cuh"
+#include "cuda/test_repeat.cuh"
 #include "cuda/test_rmsnorm.cuh"
 #include "cuda/test_rmsnorm_router.cuh"
 #include "cuda/test_rope.cuh"
@@ -54,8 +56,8 @@ namespace cpu {
 typedef struct {
     const char *name;
     void (*run)(void);
-    void (*bench)(void);   // or NULL
-    int uses_grouped_gemm; // tested again with the Hopper kernels
+    void (*bench)(void); // or NULL
+    int has_two_kinds;   // tested again with the Hopper kernels
 } TestRow;
 
 // foundations first
@@ -66,7 +68,7 @@ static const TestRow test_rows[] = {
     {"rmsnorm", test_cuda_rmsnorm, NULL, 0},
     {"rmsnorm_router", test_cuda_rmsnorm_router, NULL, 0},
     {"rope", test_cuda_rope, NULL, 0},
-    {"attention", test_cuda_attention, bench_cuda_attention, 0},
+    {"attention", test_cuda_attention, bench_cuda_attention, 1},
     {"pairs", test_cuda_pairs, NULL, 0},
     {"router", test_cuda_router, bench_cuda_router, 0},
     {"dispatch", test_cuda_dispatch, bench_cuda_dispatch, 0},
@@ -76,26 +78,35 @@ static const TestRow test_rows[] = {
     {"crossentropy", test_cuda_crossentropy, NULL, 0},
     {"adamw", test_cuda_adamw, NULL, 0},
     {"model", test_cuda_model, NULL, 1},
+    {"repeat", test_cuda_repeat, NULL, 1},
 };
 
 enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };
 
-static int test_is_wanted(const char *name, int argc, char **argv) {
+// does the argument name this test, or cases of it (model:topk)?
+static int names_test(const char *argument, const char *name) {
+    size_t size = strlen(name);
+    int cases = strcmp(name, "model") == 0;
+    return strncmp(argument, name, size) == 0 && (argument[size] == '\0' || (cases && argument[size] == ':'));
+}
+
+// none is named: all, and where there is no GPU to fill, all but the repeats
+static int test_is_wanted(const TestRow *row, int argc, char **argv) {
     int named = 0;
     for (int i = 1; i < argc; i++) {
         named += argv[i][0] != '-';
-        if (strcmp(argv[i], name) == 0) {
+        if (names_test(argv[i], row->name)) {
             return 1;
         }
     }
-    return named == 0;
+    return named == 0 && !(emulated() && row->run == test_cuda_repeat);
 }
 
 static void refuse_unknown_tests(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        int known = strcmp(argv[i], "--bench") == 0;
+        int known = strcmp(argv[i], "--bench") == 0 || strcmp(argv[i], "--few") == 0;
         for (int row = 0; row < TEST_ROWS; row++) {
-            known += strcmp(argv[i], test_rows[row].name) == 0;
+            known += names_test(argv[i], test_rows[row].name);
         }
         if (!known) {
             die_usage("no test is called %s\n  ---> ./test_remoecu --list", argv[i]);
@@ -110,6 +121,7 @@ typedef struct {
 static void run_test(const TestRow *row, TestTotals *totals) {
     double begin = seconds_now();
     memset(&tally, 0, sizeof(tally));
+    test_component = row->name;
     row->run();
     CUDA_CHECK(cudaDeviceSynchronize());
     int ok = tally.failures == 0 && tally.checks > 0;
@@ -126,12 +138,12 @@ static int run_tests(int argc, char **argv) {
     TestTotals totals = {0, 0, 0};
     Kernels best = grouped_best_kernels();
     for (int row = 0; row < TEST_ROWS; row++) {
-        if (!test_is_wanted(test_rows[row].name, argc, argv)) {
+        if (!test_is_wanted(&test_rows[row], argc, argv)) {
             continue;
         }
         test_kernels = KERNELS_PORTABLE;
         run_test(&test_rows[row], &totals);
-        if (test_rows[row].uses_grouped_gemm && best != KERNELS_PORTABLE) {
+        if (test_rows[row].has_two_kinds && best != KERNELS_PORTABLE) {
             test_kernels = best;
             run_test(&test_rows[row], &totals);
         }
@@ -143,12 +155,12 @@ static int run_tests(int argc, char **argv) {
 
 static void run_benches(int argc, char **argv) {
     for (int row = 0; row < TEST_ROWS; row++) {
-        if (test_rows[row].bench == NULL || !test_is_wanted(test_rows[row].name, argc, argv)) {
+        if (test_rows[row].bench == NULL || !test_is_wanted(&test_rows[row], argc, argv)) {
             continue;
         }
         test_kernels = KERNELS_PORTABLE;
         test_rows[row].bench();
-        if (test_rows[row].uses_grouped_gemm && grouped_best_kernels() != KERNELS_PORTABLE) {
+        if (test_rows[row].has_two_kinds && grouped_best_kernels() != KERNELS_PORTABLE) {
             test_kernels = grouped_best_kernels();
             printf("the same with Hopper kernels\n");
             test_rows[row].bench();
@@ -166,6 +178,10 @@ int main(int argc, char **argv) {
         return 0;
     }
     refuse_unknown_tests(argc, argv);
+    test_names = argv + 1;
+    for (int i = 1; i < argc; i++) {
+        few_cases |= strcmp(argv[i], "--few") == 0;
+    }
     if (!benching) {
         return run_tests(argc, argv);
     }

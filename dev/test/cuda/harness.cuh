@@ -12,8 +12,29 @@ measured. device_new() is filled with NaN patterns: what a kernel forgets to wri
 #include "../../../llmc/cuda_common.cuh"
 #include "../../../llmc/row_chunk.cuh"
 
-// the grouped GEMMs under test: the runner goes through the table with each kind that the device has
+// the kernels of grouped GEMM and attention under test: the runner goes through the table with each kind that the device has
 inline Kernels test_kernels = KERNELS_PORTABLE;
+
+// is a component's case among those that the command line names (`model:relu`)? The runner sets both
+inline const char *test_component = "";
+inline char **test_names = NULL; // ends with NULL
+
+static inline int case_is_wanted(const char *name) {
+    size_t size = strlen(test_component);
+    int filters = 0;
+    for (char **wanted = test_names; wanted != NULL && *wanted != NULL; wanted++) {
+        if (strncmp(*wanted, test_component, size) == 0 && (*wanted)[size] == ':') {
+            filters++;
+            if (strstr(name, *wanted + size + 1) != NULL) {
+                return 1;
+            }
+        }
+    }
+    return filters == 0;
+}
+
+// --few: each kernel in few and tiny shapes, for racecheck, several hundred times slower than the GPU
+inline int few_cases = 0;
 
 // the tolerance of this build
 static inline double tolerance(double fp32, double bf16) {

@@ -1,6 +1,7 @@
 /*
-attention.cuh against attention.h on the same (rounded) inputs: forward with and without a cache, each of dq,
-dk and dv; a repeat gives the same bits, as do the rows of a cached forward; scores far beyond exp's range.
+attention.cuh against attention.h, and rope.h behind it, on the same (rounded) inputs: forward with and
+without a cache, each of dq, dk and dv; a repeat gives the same bits, as do the rows of a cached forward;
+scores far beyond exp's range.
 
 Tolerances in bf16: p and ds are rounded to 8 bits before their products, results once more, each rounding a
 relative 2^-9 / sqrt(3) = 1.1e-3 where it is not averaged out: 4e-3 forward and dv. ds has in D the rounding
@@ -12,6 +13,7 @@ equal numbers, and has fewer digits in either precision.
 
 #include "../../../llmc/attention.cuh"
 #include "../../../llmc/attention.h"
+#include "../../../llmc/rope.h"
 #include "harness.cuh"
 
 typedef struct {
@@ -27,7 +29,7 @@ static const AttentionCase ATTENTION_CASES[] = {
     {2, 17, 4, 2, 96, 0, 1.0f, 0},    {1, 130, 1, 1, 128, 0, 2.0f, 0}, {1, 33, 2, 1, 104, 0, 1.0f, 0},
     {1, 130, 2, 1, 56, 100, 1.0f, 0}, {1, 66, 4, 1, 8, 65, 1.0f, 0},   {1, 130, 2, 1, 32, 3, 1.0f, 0},
     {2, 65, 2, 1, 64, 0, 20.0f, 0},   {1, 130, 2, 1, 64, 0, 5.0f, 1},  {1, 200, 1, 1, 96, 0, 4.0f, 1},
-    {1, 130, 1, 1, 64, 0, 30.0f, 1},
+    {1, 130, 1, 1, 64, 0, 30.0f, 1},  {1, 200, 6, 2, 64, 70, 1.0f, 0}, {1, 300, 3, 1, 96, 290, 1.0f, 0},
 };
 
 static float *attention_inputs(const AttentionCase *s) {
@@ -78,11 +80,14 @@ static void attention_backward_case(const AttentionCase *s, const float *qkv, co
     int64_t n_qkv = (int64_t)s->B * s->T * width, n_out = (int64_t)s->B * s->T * queries;
     int64_t n_scratch = (int64_t)attention_scratch_floats(s->B, s->T, s->H);
     float *dout = host_random(n_out, 12, 1.0f), *want = NEW(float, n_qkv);
+    float *table = NEW(float, (int64_t)s->T * s->hd);
+    rope_table(table, s->T, s->hd, 1e4);
     floatX *dev_dout = device_x(dout, n_out), *dev_dqkv = device_new<floatX>(n_qkv);
-    float *scratch = device_new<float>(n_scratch);
+    float *scratch = device_new<float>(n_scratch), *dev_table = device_f(table, (int64_t)s->T * s->hd);
     attention_backward(want, dout, qkv, lse, s->B, s->T, s->H, s->KV, s->hd);
-    attention_backward(dev_dqkv, dev_dout, dev_out, dev_qkv, dev_lse, scratch, s->B, s->T, s->H, s->KV, s->hd,
-                       0);
+    rope_backward(want, table, s->B, s->T, 0, s->H + s->KV, s->hd, width);
+    attention_rope_backward(dev_dqkv, dev_dout, dev_out, dev_qkv, dev_lse, scratch, dev_table, s->B, s->T,
+                            s->H, s->KV, s->hd, test_kernels, 0);
     float *got = fetch(dev_dqkv, n_qkv);
     int sharp = s->scale > 10.0f;
     double limit = tolerance(sharp ? 1e-3 : 1e-5, sharp ? 5e-2 : s->ramp ? 1.2e-2 : 6e-3);
@@ -92,14 +97,16 @@ static void attention_backward_case(const AttentionCase *s, const float *qkv, co
     check_first_query(s, got);
 
     floatX *dev_again = device_new<floatX>(n_qkv);
-    attention_backward(dev_again, dev_dout, dev_out, dev_qkv, dev_lse, scratch, s->B, s->T, s->H, s->KV,
-                       s->hd, 0);
+    attention_rope_backward(dev_again, dev_dout, dev_out, dev_qkv, dev_lse, scratch, dev_table, s->B, s->T,
+                            s->H, s->KV, s->hd, test_kernels, 0);
     int64_t bytes = n_qkv * (int64_t)sizeof(floatX);
     CHECK(device_hash(dev_dqkv, bytes) == device_hash(dev_again, bytes));
     device_release(dev_dout);
     device_release(dev_dqkv);
     device_release(dev_again);
     device_release(scratch);
+    device_release(dev_table);
+    free(table);
     free(dout);
     free(want);
     free(got);
@@ -114,7 +121,7 @@ static void attention_case(const AttentionCase *s) {
     floatX *dev_qkv = device_x(qkv, n_qkv), *dev_out = device_new<floatX>(n_out);
     float *dev_lse = device_new<float>(n_lse);
     attention_forward(out, lse, qkv, s->B, s->T, s->start, s->H, s->KV, s->hd);
-    attention_forward(dev_out, dev_lse, dev_qkv, s->B, s->T, s->start, s->H, s->KV, s->hd, 0);
+    attention_forward(dev_out, dev_lse, dev_qkv, s->B, s->T, s->start, s->H, s->KV, s->hd, test_kernels, 0);
     int sharp = s->scale > 10.0f;
     snprintf(what, sizeof(what), "attention (B %d, T %d, H %d, KV %d, hd %d, start %d, scale %g)", s->B, s->T,
              s->H, s->KV, s->hd, s->start, s->scale);
@@ -125,7 +132,7 @@ static void attention_case(const AttentionCase *s) {
     } else { // the same rows as those of the whole forward, bit for bit
         floatX *whole = device_new<floatX>((int64_t)s->T * queries);
         float *whole_lse = device_new<float>((int64_t)s->T * s->H);
-        attention_forward(whole, whole_lse, dev_qkv, s->B, s->T, 0, s->H, s->KV, s->hd, 0);
+        attention_forward(whole, whole_lse, dev_qkv, s->B, s->T, 0, s->H, s->KV, s->hd, test_kernels, 0);
         int64_t bytes = n_out * (int64_t)sizeof(floatX);
         CHECK(device_hash(whole + (int64_t)s->start * queries, bytes) == device_hash(dev_out, bytes));
         device_release(whole);
@@ -157,11 +164,16 @@ static void bench_attention_shape(int B, int T, int H, int KV, int hd) {
     float *qkv = host_random(n_qkv, 21, 1.7f), *dout = host_random(n_out, 22, 1.7f);
     floatX *dev_qkv = device_x(qkv, n_qkv), *dev_dout = device_x(dout, n_out);
     floatX *dev_out = device_new<floatX>(n_out), *dev_dqkv = device_new<floatX>(n_qkv);
-    float *lse = device_new<float>((int64_t)B * H * T);
+    float *lse = device_new<float>((int64_t)B * H * T), *table = NEW(float, (int64_t)T *hd);
     float *scratch = device_new<float>((int64_t)attention_scratch_floats(B, T, H));
-    double forward = device_ms([&] { attention_forward(dev_out, lse, dev_qkv, B, T, 0, H, KV, hd, 0); });
-    double backward = device_ms(
-        [&] { attention_backward(dev_dqkv, dev_dout, dev_out, dev_qkv, lse, scratch, B, T, H, KV, hd, 0); });
+    rope_table(table, T, hd, 1e6);
+    float *dev_table = device_f(table, (int64_t)T * hd);
+    double forward =
+        device_ms([&] { attention_forward(dev_out, lse, dev_qkv, B, T, 0, H, KV, hd, test_kernels, 0); });
+    double backward = device_ms([&] {
+        attention_rope_backward(dev_dqkv, dev_dout, dev_out, dev_qkv, lse, scratch, dev_table, B, T, H, KV,
+                                hd, test_kernels, 0);
+    });
     double tera = 4.0 * B * H * T * T * hd / 2.0 * 1e-12; // counted causal
     printf("attention B %d, T %d, H %d, KV %d, hd %d: forward %.3f ms, %.0f TFLOP/s; backward %.3f ms, %.0f "
            "TFLOP/s\n",
@@ -172,6 +184,8 @@ static void bench_attention_shape(int B, int T, int H, int KV, int hd) {
     device_release(dev_dqkv);
     device_release(lse);
     device_release(scratch);
+    device_release(dev_table);
+    free(table);
     free(qkv);
     free(dout);
 }

@@ -510,6 +510,8 @@ static void test_grouped_large(void) {
         many[e] = e % 5 == 0 ? 0 : 1 + e % 67;
     }
     grouped_shape(256, 64, E, 4096, many, chunks, true);
+    const int even[] = {4000, 4000, 4000, 4000, 4000, 4000, 4000, 4000}, whole[] = {32768, 32768, 0};
+    grouped_shape(768, 64, 8, 8192, even, whole, true); // many tiles a block, of one step in k or few
 }
 
 // Elements beyond 2^31: the last 64 rows of a chunk of 160,000, against those rows as a chunk of their own

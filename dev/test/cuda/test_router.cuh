@@ -287,7 +287,24 @@ static void test_router_large(void) {
     router_case(ROUTER_HASH, 8, 2, 1000003, LOGITS_RANDOM);
 }
 
+// every kernel: 4, 8 and 32 lanes a token, one tile of tokens and two, load balance or none, forced or not
+static void test_router_few(void) {
+    for (int method = ROUTER_RELU; method <= ROUTER_HASH; method++) {
+        float *forced = sample_mask(MASK_MIXED, 33, 8, 9);
+        RouterCase c = {{(RouterMethod)method, 8, 2, 1}, 33, LOGITS_RANDOM, 2, forced};
+        router_case_once(c);
+        router_case((RouterMethod)method, 3, 2, 300, LOGITS_RANDOM);
+        router_case((RouterMethod)method, 33, 2, 37, LOGITS_FEW);
+        free(forced);
+    }
+    router_case(ROUTER_DENSE, 1, 1, 300, LOGITS_RANDOM);
+}
+
 static void test_cuda_router(void) {
+    if (few_cases) {
+        test_router_few();
+        return;
+    }
     test_router_shapes();
     test_router_sets();
     test_router_repeats();
