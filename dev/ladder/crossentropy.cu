@@ -19,7 +19,7 @@ On an H100 (8192 rows; the least that must move takes 0.56 ms at 3 TB/s):
 
 A kept variant that spills a few registers loses it all (0.881): a spilled pack has to be there first.
 
-    nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. dev/ladder/crossentropy.cu
+    make build/ladder_crossentropy
 */
 #include "llmc/crossentropy.cuh"
 #include <algorithm>
