@@ -127,11 +127,19 @@ struct Model {
     float *host_logits;                 // [V] of sampling
 };
 
-// rows of logits that are in memory at once: as many as keep the product large while [N, V] would outgrow all else
-static int64_t classifier_rows(int64_t N, int V) {
-    int64_t rows = ((int64_t)1 << 29) / V / 256 * 256;
+// Rows of logits that are in memory at once, at most: as many as keep the product large while [N, V] would outgrow
+// all else
+static int64_t classifier_most_rows(int64_t N, int V) {
+    int64_t rows = ((int64_t)1 << 30) / V / 256 * 256;
     rows = rows < 256 ? 256 : rows;
     return rows < N ? rows : N;
+}
+
+// the same number of chunks, evenly filled
+static int64_t classifier_rows(int64_t N, int V) {
+    int64_t most = classifier_most_rows(N, V), chunks = ceil_div<int64_t>(N, most);
+    int64_t rows = ceil_div<int64_t>(ceil_div<int64_t>(N, chunks), 256) * 256;
+    return rows < most ? rows : most;
 }
 
 // pairs that a token can have at most: only the ReLU router leaves it open (and a dump's forced routes)
@@ -224,7 +232,8 @@ static void allocate_activations(Model *m) {
     m->normed = take<floatX>(memory, SEGMENT_ACTIVATIONS, N * d);
     m->rstd = take<float>(memory, SEGMENT_ACTIVATIONS, N);
     m->logit_rows = classifier_rows(N, c->vocab_size);
-    m->logits = take<floatX>(memory, SEGMENT_WORKSPACE, m->logit_rows * c->vocab_size);
+    m->logits =
+        take<floatX>(memory, SEGMENT_WORKSPACE, classifier_most_rows(N, c->vocab_size) * c->vocab_size);
     m->losses = take<float>(memory, SEGMENT_WORKSPACE, N);
     m->scratch = take<unsigned char>(memory, SEGMENT_WORKSPACE, scratch_bytes(m));
     m->router_scratch = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? 3 * E * d : 0);
@@ -631,7 +640,7 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     int d = c->hidden, E = c->router.experts;
     if (m->recompute) {
         profile_mark(&m->profile, "norms", m->stream);
-        rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
+        rmsnorm_again(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, m->stream);
     }
     profile_mark(&m->profile, "experts backward", m->stream);
     experts_backward(NULL, m->dgate, g->gate_up, g->down, NULL, m->dx, a->ffn_normed, working(m, w->gate_up),
@@ -657,8 +666,8 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
     LayerActs *a = &m->layers[l];
     int N = B * T, d = c->hidden, width = (int)config_qkv_width(c);
     if (m->recompute) {
-        rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, (float)c->norm_eps,
-                        m->stream);
+        profile_mark(&m->profile, "norms", m->stream);
+        rmsnorm_again(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, m->stream);
     }
     profile_mark(&m->profile, "attention projections", m->stream);
     matmul_backward(m->datt, g->o, m->dx, a->att, working(m, w->o), N, d, d, &m->gemm, m->stream);

@@ -3,20 +3,22 @@ Softmax cross entropy on the device, in nats, forward and backward in one launch
 
     loss_n = ln sum_v exp(z_nv) - z_n,target;     dz_nv = scale (softmax(z_n)_v - 1{v = target})
 
-A block owns a row. With up to 57344 columns (bf16) it keeps the row in its registers, all of whose loads are under
-way at once: each byte is read once and written once. That is one row a processor, 1024 threads with 7 packs of 16
-bytes each. (dev/ladder/crossentropy.cu has measured others, on an H100 at V = 51200: 2900 GB/s, against 2050 where
-the row is read again from the L2 cache; kept in shared memory it was slower still.)
+A block owns a row. With up to 57336 columns (bf16) it keeps the row in its registers, all of whose loads
+are under way at once: each byte is read once and written once. That is one row a processor, 1024 threads
+with 7 packs of 16 bytes each. (dev/ladder/crossentropy.cu compares ways to do it, on an H100 at V = 51200:
+this one at 2900 GB/s, and reading the row again from the L2 cache at 2050. In shared memory it was slower
+still.)
 
-A wider row is read twice, and so it takes one pass for both the maximum and the sum: a thread keeps the largest
-logit so far and the sum of the exponentials relative to it, and rescales the sum when the largest changes:
+A wider row is read twice, and so it takes one pass for both the maximum and the sum: a thread keeps the
+largest logit so far and the sum of the exponentials relative to it, and rescales the sum when the largest
+changes:
 
     max' = max(max, z);   sum' = sum exp(max - max') + exp(z - max')
 
 exp(z - max) is computed as 2^(z log2(e) - max log2(e)), one multiply-add before the instruction.
 
-Rows of an odd V begin anywhere (EDGES), so packs are laid on the 16-byte lines of memory rather than on the row: a
-row's first and last packs may hang over its ends, and are then read and written by elements.
+Rows of an odd V begin anywhere (EDGES), so packs are laid on the 16-byte lines of memory rather than on the
+row: a row's first and last packs may hang over its ends, and are then read and written by elements.
 
 logits [N, V] floatX, targets [N], losses [N] fp32. With scale != 0 the logits are overwritten by their
 gradient; with scale = 0 they stay. All V columns take part. Equals crossentropy_forward_backward of
@@ -35,7 +37,7 @@ enum {
     CROSSENTROPY_THREADS = 512        // of one that does not
 };
 
-#define LOG2_E 1.44269504f
+static constexpr float LOG2_E = 1.44269504f;
 
 // A row on memory's 16-byte lines: pack p holds columns p PACK_X - shift ... and the row ends within the last
 typedef struct {
@@ -135,19 +137,6 @@ __device__ __forceinline__ void store_logit_gradient(const LogitRow &row, int p,
     store_logits<EDGES>(row, p, narrow(logit_gradient(widen(z), first, target, max, scale / sum, scale)));
 }
 
-// The compiler must not know that these are the values of before: it would keep all exponentials of the sum for
-// the gradient, which the registers cannot hold
-__device__ __forceinline__ void forget_values(Bits (&z)[CROSSENTROPY_KEPT_PACKS]) {
-#ifdef EMULATED
-    (void)z;
-#else
-#pragma unroll
-    for (int i = 0; i < CROSSENTROPY_KEPT_PACKS; i++) {
-        asm volatile("" : "+r"(z[i].x[0]), "+r"(z[i].x[1]), "+r"(z[i].x[2]), "+r"(z[i].x[3]));
-    }
-#endif
-}
-
 template <bool EDGES>
 static __global__ void __launch_bounds__(CROSSENTROPY_KEPT_THREADS, 1)
     crossentropy_kept_kernel(float *losses, floatX *logits, const int *targets, int V, float scale) {
@@ -166,7 +155,7 @@ static __global__ void __launch_bounds__(CROSSENTROPY_KEPT_THREADS, 1)
         max = max_of_pack(max, widen(z[i]));
     }
     max = block_max(max);
-    forget_values(z);
+    forget_values(z); // or the compiler would keep the exponentials of the sum for the gradient
 #pragma unroll
     for (int i = 0; i < PACKS; i++) {
         sum += sum_of_powers(widen(z[i]), max);
@@ -216,8 +205,6 @@ static inline void crossentropy_forward_backward(float *losses, floatX *logits, 
     launch(kernel, (unsigned)N, keeps ? CROSSENTROPY_KEPT_THREADS : CROSSENTROPY_THREADS, 0, stream, losses,
            logits, targets, V, scale);
 }
-
-#undef LOG2_E
 
 // ----------------------------------------------------------------------------
 

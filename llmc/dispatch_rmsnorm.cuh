@@ -2,15 +2,16 @@
 The experts' combine joined with the RMSNorm that stands next to it, so that what lies between them stays in
 registers. Each equals calls of dispatch.cuh, gemm.cuh and rmsnorm.cuh (and the C functions of those names):
 
-    dispatch_combine_rmsnorm_forward       y = residual + combine;  normed, rstd = rmsnorm_forward(y)
+    dispatch_combine_rmsnorm_forward    y = residual + combine;  normed, rstd = rmsnorm_forward(y)
         the norm is the next layer's, or the last one; y is rounded before it is normed, as it is stored
-    dispatch_combine_rmsnorm_backward      dnormed = combine + dz W_router;  dx, dw += rmsnorm_backward(dnormed)
+    dispatch_combine_rmsnorm_backward   dnormed = combine + dz W_router;  dx, dw += rmsnorm_backward of it
         dnormed, the gradient of what the experts and the router read, is not stored, nor rounded
 
-A warp owns a token: its lanes fetch the numbers of the token's rows and then add up row after row, in the order
-of dispatch_combine. The rest of backward is rmsnorm.cuh's, which is told to get its rows here: the router's
-weights are in shared memory, and of dz W only the terms with dz != 0 are computed (with the ReLU router,
-those of the active experts). With more than 16 experts the product comes from a GEMM, and its result is read.
+A warp owns a token: its lanes fetch the numbers of the token's rows and then add up row after row, in the
+order of dispatch_combine. The rest of backward is rmsnorm.cuh's, which is told to get its rows here: the
+router's weights are in shared memory, and of dz W only the terms with dz != 0 are computed (with the ReLU
+router, those of the active experts). With more than 16 experts the product comes from a GEMM, and its
+result is read.
 
 Rows that a warp cannot hold (d > 1536 in bf16) take the separate calls.
 
@@ -24,7 +25,7 @@ Errors: none.
 #include "dispatch.cuh"
 #include "gemm.cuh"
 #include "rmsnorm.cuh"
-// defines: DevicePairs, DeviceDispatch, dispatch_combine, add_row; GemmPlans, gemm; rmsnorm_*, with_warp_packs
+// defines: DevicePairs, DeviceDispatch, dispatch_combine, add_row; gemm; rmsnorm_*, with_warp_packs
 
 enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 };
 
@@ -90,7 +91,7 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 3 : 2)
         int c = first + i * 32 * PACK_X;
         if (c < d) {
             store_bits(y + t * d + c, kept[i]);
-            store_bits(normed + t * d + c, rmsnorm_scaled(kept[i], w + c, r));
+            store_bits(normed + t * d + c, rmsnorm_scaled(kept[i], load_constant_floats(w + c), r));
         }
     }
     if (first == 0) {
@@ -119,8 +120,8 @@ static inline void dispatch_combine_rmsnorm_forward(floatX *y, floatX *normed, f
 // ----------------------------------------------------------------------------
 // backward
 
-// The gradient of a norm's output, which the experts and the router have read: the combine's sum and dz W, whose
-// product a GEMM has left in memory, or whose factors are here
+// The gradient of a norm's output, which the experts and the router have read: the combine's sum and dz W,
+// whose product a GEMM has left in memory, or whose factors are here
 struct CombinedRows {
     CombineChunk chunk;
     const floatX *product; // [N, d]; NULL: none
@@ -181,9 +182,8 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
         rmsnorm_backward(dx, dw, dnormed, x, w, rstd, N, d, scratch, stream);
         return;
     }
-    CombinedRows rows = {chunk, few ? NULL : dnormed,          few ? dz : NULL, router,
-                         E,     sizeof(floatX) * (size_t)E * d};
-    rows.product = dz != NULL ? rows.product : NULL;
+    const floatX *product = dz != NULL && !few ? dnormed : NULL;
+    CombinedRows rows = {chunk, product, few ? dz : NULL, router, E, sizeof(floatX) * (size_t)E * d};
     rmsnorm_backward_of(dx, dw, rows, x, w, rstd, N, d, scratch, stream);
 }
 

@@ -9,10 +9,10 @@ backward reads dout, x and dx and writes dx. Forward reads a row into registers,
 and uses it from there. A warp owns a row if it can hold it (d <= 1536 in bf16): no barrier, and many rows are
 in flight. A wider row takes a block; what exceeds its registers (d > 2048) is read again, from the cache.
 
-dw sums over rows. A lane meets the same columns in every row, and adds them up in shared memory, which leaves the
-registers to more warps (a block that owns a row: in global memory); the warps of a block are then added in
-order, and a second kernel adds the blocks in a fixed tree. The number of blocks is a constant, not the device's
-number of processors, so that the order of the sums is the same everywhere.
+dw sums over rows. A lane meets the same columns in every row, and adds them up in shared memory, where w is
+too: that leaves the registers to more warps (a block that owns a row: in global memory). The warps of a
+block are then added in order, and a second kernel adds the blocks in a fixed tree. The number of blocks is
+a constant, not the device's number of processors, so that the order of the sums is the same everywhere.
 
 x, out, dout [N, d], dx [N, d] floatX, added to in fp32 and rounded once; w [d] the fp32 master, dw [d] fp32;
 rstd [N]; scratch [rmsnorm_scratch_floats(d)]. d a multiple of 8. Equals rmsnorm_forward, rmsnorm_backward of
@@ -35,7 +35,7 @@ enum {
 
 // blocks that a processor holds in backward: what the registers allow
 constexpr int rmsnorm_backward_occupancy(int packs) {
-    return packs <= 4 ? 5 : 4;
+    return packs <= 4 ? 4 : 3;
 }
 
 static inline bool rmsnorm_fits_warp(int d) {
@@ -80,10 +80,10 @@ __device__ __forceinline__ float rmsnorm_rstd(float squares, int d, float eps) {
 }
 
 // x r w, rounded
-__device__ __forceinline__ Bits rmsnorm_scaled(const Bits &x, const float *w, float r) {
-    Floats scaled = widen(x), weight = load_floats(w);
+__device__ __forceinline__ Bits rmsnorm_scaled(const Bits &x, const Floats &w, float r) {
+    Floats scaled = widen(x);
     for (int i = 0; i < PACK_X; i++) {
-        scaled.x[i] = scaled.x[i] * r * weight.x[i];
+        scaled.x[i] = scaled.x[i] * r * w.x[i];
     }
     return to_bits(narrow(scaled));
 }
@@ -92,6 +92,7 @@ __device__ __forceinline__ Bits rmsnorm_scaled(const Bits &x, const float *w, fl
 template <int PACKS>
 __device__ __forceinline__ void load_packs(Bits (&kept)[PACKS], const floatX *row, int first, int step,
                                            int d) {
+#pragma unroll
     for (int i = 0; i < PACKS; i++) {
         kept[i] = first + i * step < d ? load_bits(row + first + i * step) : Bits{};
     }
@@ -99,6 +100,7 @@ __device__ __forceinline__ void load_packs(Bits (&kept)[PACKS], const floatX *ro
 
 template <int PACKS> __device__ __forceinline__ float sum_of_squares_held(const Bits (&kept)[PACKS]) {
     float sum = 0.0f;
+#pragma unroll
     for (int i = 0; i < PACKS; i++) {
         sum += sum_of_products(widen(kept[i]), widen(kept[i]));
     }
@@ -128,11 +130,11 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 4 ? 4 : 3)
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * STEP;
         if (c < d) {
-            store_bits(out + n * d + c, rmsnorm_scaled(kept[i], w + c, r));
+            store_bits(out + n * d + c, rmsnorm_scaled(kept[i], load_constant_floats(w + c), r));
         }
     }
     for (int c = first + PACKS * STEP; c < d; c += STEP) {
-        store_bits(out + n * d + c, rmsnorm_scaled(load_bits(row + c), w + c, r));
+        store_bits(out + n * d + c, rmsnorm_scaled(load_bits(row + c), load_constant_floats(w + c), r));
     }
     if (first == 0) {
         rstd[n] = r;
@@ -153,24 +155,42 @@ static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, co
     }
 }
 
+// a thread has a pack
+static __global__ void __launch_bounds__(RMSNORM_THREADS)
+    rmsnorm_again_kernel(floatX *out, const float *rstd, const floatX *x, const float *w, int64_t packs,
+                         int d) {
+    int64_t i = (int64_t)blockIdx.x * RMSNORM_THREADS + threadIdx.x;
+    if (i < packs) {
+        int64_t at = i * PACK_X, n = at / d;
+        store_bits(out + at,
+                   rmsnorm_scaled(load_bits(x + at), load_constant_floats(w + (at - n * d)), rstd[n]));
+    }
+}
+
+// out once more, the same bits, from the rstd of whichever kernel made it first
+static inline void rmsnorm_again(floatX *out, const float *rstd, const floatX *x, const float *w, int64_t N,
+                                 int d, cudaStream_t stream) {
+    int64_t packs = N * d / PACK_X;
+    launch(rmsnorm_again_kernel, (unsigned)ceil_div<int64_t>(packs, RMSNORM_THREADS), RMSNORM_THREADS, 0,
+           stream, out, rstd, x, w, packs, d);
+}
+
 // ----------------------------------------------------------------------------
 // backward
 
 // dout w x, summed
-__device__ __forceinline__ float rmsnorm_dot(Floats dout, const Floats &x, const float *w) {
-    Floats weight = load_floats(w);
+__device__ __forceinline__ float rmsnorm_dot(Floats dout, const Floats &x, const Floats &w) {
     for (int i = 0; i < PACK_X; i++) {
-        dout.x[i] *= weight.x[i];
+        dout.x[i] *= w.x[i];
     }
     return sum_of_products(dout, x);
 }
 
 // dx += r (w dout - x scale)
 __device__ __forceinline__ void rmsnorm_add_dx(floatX *dx, Floats before, const Floats &dout, const Floats &x,
-                                               const float *w, float r, float scale) {
-    Floats weight = load_floats(w);
+                                               const Floats &w, float r, float scale) {
     for (int i = 0; i < PACK_X; i++) {
-        before.x[i] += r * (weight.x[i] * dout.x[i] - x.x[i] * scale);
+        before.x[i] += r * (w.x[i] * dout.x[i] - x.x[i] * scale);
     }
     store_pack(dx, narrow(before));
 }
@@ -182,24 +202,38 @@ __device__ __forceinline__ void rmsnorm_add_dw(Floats &dw, const Floats &dout, c
     }
 }
 
-// A lane's sums of dw for a pack, in shared memory [PACK_X / 4][32][4]: 16 bytes of each lane after the other's,
-// which is how a warp's accesses are fastest
-__device__ __forceinline__ void rmsnorm_add_dw_shared(float *sums, const Floats &dout, const Floats &x,
-                                                      float r) {
+// In shared memory w, and each warp's sums of dw, stand as [PACKS][PACK_X / 4][32 lanes][4]: 16 bytes of
+// each lane after the other's, which is how a warp's accesses are fastest. The place of columns c .. c + 3:
+__device__ __forceinline__ int lane_place(int c) {
+    int pack = c / PACK_X, part = c % PACK_X / 4;
+    return ((pack / 32 * (PACK_X / 4) + part) * 32 + pack % 32) * 4;
+}
+
+// the lane's of one of the PACKS
+__device__ __forceinline__ Floats load_lane_floats(const float *pack) {
+    Floats floats;
     for (int i = 0; i < PACK_X; i += 4) {
-        float *at = sums + (i / 4 * 32 + threadIdx.x % 32) * 4;
-        Pack<float> dw = load_pack(at);
+        Pack<float> part = load_pack(pack + (i / 4 * 32 + threadIdx.x % 32) * 4);
         for (int j = 0; j < 4; j++) {
-            dw.x[j] += dout.x[i + j] * x.x[i + j] * r;
+            floats.x[i + j] = part.x[j];
         }
-        store_pack(at, dw);
+    }
+    return floats;
+}
+
+__device__ __forceinline__ void store_lane_floats(float *pack, const Floats &floats) {
+    for (int i = 0; i < PACK_X; i += 4) {
+        Pack<float> part;
+        for (int j = 0; j < 4; j++) {
+            part.x[j] = floats.x[i + j];
+        }
+        store_pack(pack + (i / 4 * 32 + threadIdx.x % 32) * 4, part);
     }
 }
 
-// columns c .. c + 3 of the warps' sums [warps][PACKS][PACK_X / 4][32][4], added in order
+// columns c .. c + 3 of the warps' sums, added in order
 template <int PACKS> __device__ __forceinline__ Pack<float> rmsnorm_join_warps(const float *sums, int c) {
-    int pack = c / PACK_X, part = c % PACK_X / 4;
-    const float *at = sums + ((pack / 32 * (PACK_X / 4) + part) * 32 + pack % 32) * 4;
+    const float *at = sums + lane_place(c);
     Pack<float> total = load_pack(at);
     for (int warp = 1; warp < RMSNORM_BACKWARD_THREADS / 32; warp++) {
         Pack<float> more = load_pack(at + warp * PACKS * 32 * PACK_X);
@@ -210,7 +244,7 @@ template <int PACKS> __device__ __forceinline__ Pack<float> rmsnorm_join_warps(c
     return total;
 }
 
-// One row; sums: of dw, the warp's
+// One row; sums: of dw, the warp's. Beyond d everything is 0
 template <int PACKS, class Rows>
 __device__ __forceinline__ void rmsnorm_backward_row(floatX *dx, float *sums, const Rows &rows,
                                                      const floatX *x, const float *w, float r, int64_t n,
@@ -224,16 +258,17 @@ __device__ __forceinline__ void rmsnorm_backward_row(floatX *dx, float *sums, co
     rows.load(dout, n, d);
     float sum = 0.0f;
     for (int i = 0; i < PACKS; i++) {
-        int c = first + i * STEP;
-        sum += c < d ? rmsnorm_dot(dout[i], widen(kept[i]), w + c) : 0.0f;
+        sum += rmsnorm_dot(dout[i], widen(kept[i]), load_lane_floats(w + i * STEP));
     }
     float scale = warp_sum(sum) / (float)d * r * r;
     for (int i = 0; i < PACKS; i++) {
         int c = first + i * STEP;
+        Floats x_c = widen(kept[i]), dw = load_lane_floats(sums + i * STEP);
+        rmsnorm_add_dw(dw, dout[i], x_c, r);
+        store_lane_floats(sums + i * STEP, dw);
         if (c < d) {
-            Floats x_c = widen(kept[i]);
-            rmsnorm_add_dx(dx + n * d + c, widen(before[i]), dout[i], x_c, w + c, r, scale);
-            rmsnorm_add_dw_shared(sums + i * STEP, dout[i], x_c, r);
+            rmsnorm_add_dx(dx + n * d + c, widen(before[i]), dout[i], x_c, load_lane_floats(w + i * STEP), r,
+                           scale);
         }
     }
 }
@@ -262,14 +297,17 @@ static __global__ void __launch_bounds__(RMSNORM_BACKWARD_THREADS, rmsnorm_backw
                             const float *rstd, int64_t N, int d) {
     const int WARPS = RMSNORM_BACKWARD_THREADS / 32, COLUMNS = PACKS * 32 * PACK_X;
     int warp = (int)threadIdx.x / 32;
-    float *sums = (float *)shared_memory(); // [WARPS][COLUMNS]
-    for (int i = (int)threadIdx.x; i < WARPS * COLUMNS; i += RMSNORM_BACKWARD_THREADS) {
-        sums[i] = 0.0f;
+    float *sums = (float *)shared_memory(), *w_shared = sums + WARPS * COLUMNS; // [WARPS][COLUMNS], [COLUMNS]
+    for (int c = (int)threadIdx.x * 4; c < COLUMNS; c += RMSNORM_BACKWARD_THREADS * 4) {
+        store_pack(w_shared + lane_place(c), c < d ? load_pack(w + c) : Pack<float>{});
+        for (int i = 0; i < WARPS; i++) {
+            store_pack(sums + i * COLUMNS + c, Pack<float>{});
+        }
     }
-    rows.prepare(sums + WARPS * COLUMNS, d);
+    rows.prepare(w_shared + COLUMNS, d);
     __syncthreads();
     for (int64_t n = (int64_t)blockIdx.x * WARPS + warp; n < N; n += (int64_t)gridDim.x * WARPS) {
-        rmsnorm_backward_row<PACKS>(dx, sums + warp * COLUMNS, rows, x, w, rstd[n], n, d);
+        rmsnorm_backward_row<PACKS>(dx, sums + warp * COLUMNS, rows, x, w_shared, rstd[n], n, d);
     }
     __syncthreads();
     for (int c = (int)threadIdx.x * 4; c < d; c += RMSNORM_BACKWARD_THREADS * 4) {
@@ -290,23 +328,24 @@ static __global__ void __launch_bounds__(RMSNORM_BACKWARD_THREADS)
     for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
         float sum = 0.0f, r = rstd[n];
         for (int c = first; c < d; c += STEP) {
-            sum += rmsnorm_dot(widen(load_pack(dout + n * d + c)), widen(load_pack(x + n * d + c)), w + c);
+            sum += rmsnorm_dot(widen(load_pack(dout + n * d + c)), widen(load_pack(x + n * d + c)),
+                               load_floats(w + c));
         }
         float scale = block_sum(sum) / (float)d * r * r;
         for (int c = first; c < d; c += STEP) { // dout and x once more, from the cache
             int64_t at = n * d + c;
             Floats dout_c = widen(load_pack(dout + at)), x_c = widen(load_pack(x + at)),
                    dw = load_floats(partial + c);
-            rmsnorm_add_dx(dx + at, widen(load_pack(dx + at)), dout_c, x_c, w + c, r, scale);
+            rmsnorm_add_dx(dx + at, widen(load_pack(dx + at)), dout_c, x_c, load_floats(w + c), r, scale);
             rmsnorm_add_dw(dw, dout_c, x_c, r);
             store_floats(partial + c, dw);
         }
     }
 }
 
-enum { JOIN_COLUMNS = 32, JOIN_SLICES = 8 };
+enum { JOIN_COLUMNS = 32, JOIN_SLICES = 32 };
 
-// dw[c] += the sum over blocks of partial[block][c]: 8 slices of blocks, then the slices in order
+// dw[c] += the sum over blocks of partial[block][c]: 32 slices of blocks, then the slices in order
 static __global__ void __launch_bounds__(JOIN_COLUMNS *JOIN_SLICES)
     rmsnorm_join_blocks_kernel(float *dw, const float *partial, int blocks, int d) {
     __shared__ float sums[JOIN_SLICES][JOIN_COLUMNS];
@@ -341,9 +380,9 @@ static inline void rmsnorm_backward_of(floatX *dx, float *dw, Rows rows, const f
         const int PACKS = decltype(packs)::value, WARPS = RMSNORM_BACKWARD_THREADS / 32;
         int blocks = RMSNORM_BACKWARD_BLOCKS * rmsnorm_backward_occupancy(PACKS);
         blocks = (int)std::min<int64_t>(blocks, ceil_div<int64_t>(N, WARPS));
-        size_t sums = (size_t)(WARPS * PACKS * 32 * PACK_X) * sizeof(float);
+        size_t own = (size_t)((WARPS + 1) * PACKS * 32 * PACK_X) * sizeof(float); // sums of dw, and w
         launch(rmsnorm_backward_kernel<PACKS, Rows>, blocks, RMSNORM_BACKWARD_THREADS,
-               sums + rows.shared_bytes(), stream, dx, scratch, rows, x, w, rstd, N, d);
+               own + rows.shared_bytes(), stream, dx, scratch, rows, x, w, rstd, N, d);
         rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
     });
 }

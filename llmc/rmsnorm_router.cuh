@@ -1,15 +1,20 @@
 /*
-RMSNorm and the router's logits of what it puts out, in one pass over the rows: equals rmsnorm_forward, and then
-router_logits of gemm.cuh (in C matmul_forward), up to the order of the sums.
+RMSNorm and the router's logits of what it puts out, in one pass over the rows: equals rmsnorm_forward, and
+then router_logits of gemm.cuh (in C matmul_forward), up to the order of the sums.
 
     out_nc = round(x_nc r_n w_c),  r_n as in rmsnorm.cuh;   logits_ne = sum_c out_nc router_ec
 
-in fp32: the router's weights are their masters, and nothing but out is rounded. For at most 16 experts and rows
-that a warp can hold; other shapes take the two calls.
+The router's weights are their fp32 masters, split into three parts of bf16 as gemm.cuh explains, and the
+least is added first. This is for bf16, few experts and rows that a warp can hold; other shapes, and the
+fp32 build, take the two calls.
 
-A warp owns a few rows at a time, a lane the same columns of each, so that a weight that it reads from shared
-memory serves all the rows. With ROWS rows and 32 / ROWS experts at a time a lane has 32 sums, and the warp
-exchanges them so that lane i ends with the i-th: 31 shuffles, where one sum after another would take 160.
+A warp owns 8 rows, from memory to the tensor cores in the same registers: they are 8 of the 16 rows of A
+(mma.cuh; the others are 0, the tensor cores are idle anyway), and which column is which k of a tile does
+not matter as long as A and B agree. So a lane may hold 8 neighbouring columns, 16 bytes, as the A of two
+tiles:
+
+    lane 4 g + t   x[n + g][32 j + 8 t + 0 .. 7], j = 0, 1, ..   tile 2 j: columns 0 .. 3, 2 j + 1: 4 .. 7
+                   parts[32 j + 8 t + 0 .. 7][e + g]             in shared memory, in the order of the lanes
 
 x, out [N, d] floatX, w [d], router [E, d], rstd [N], logits [N, E] fp32; scratch [3 E d]. d a multiple of 8.
 Errors: none.
@@ -18,150 +23,145 @@ Errors: none.
 #define RMSNORM_ROUTER_CUH
 
 #include "gemm.cuh"
+#include "mma.cuh"
 #include "rmsnorm.cuh"
-// defines: GemmPlans, router_logits; rmsnorm_forward, load_packs, with_warp_packs
+// defines: GemmPlans, router_logits; mma, FragA, FragB; rmsnorm_forward, rmsnorm_scaled, with_warp_packs
 
 enum {
-    RMSNORM_ROUTER_MOST_EXPERTS = 16,
+    RMSNORM_ROUTER_ROWS = 8, // a warp
     RMSNORM_ROUTER_THREADS = 128,
-    RMSNORM_ROUTER_BLOCKS_PER_SM = 3 // leaves a thread 168 registers
+    RMSNORM_ROUTER_SHARED_BYTES = 96 * 1024 // what a block of any GPU may have
 };
 
-// The sums of x[i] over the warp: lane i gets the i-th. Half of the lanes keep the upper half of x, the others the
-// lower one, and so on: a template, so that x stays in registers
-template <int HALF = 16> __device__ __forceinline__ float warp_sums(float *x) {
-    bool upper = (threadIdx.x & HALF) != 0;
-    for (int i = 0; i < HALF; i++) {
-        float mine = upper ? x[i + HALF] : x[i], theirs = upper ? x[i] : x[i + HALF];
-        x[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, HALF);
-    }
-    if constexpr (HALF > 1) {
-        return warp_sums<HALF / 2>(x);
-    }
-    return x[0];
+#ifndef PRECISION_FP32
+
+// blocks that a processor holds: what the registers allow
+constexpr int rmsnorm_router_occupancy(int chunks) {
+    return chunks <= 24 ? 3 : 2;
 }
 
-// An expert's weights in shared memory: first the first 16 bytes that belong to each pack of floatX, then the
-// second ones, so that neighbouring lanes read neighbouring addresses
-__device__ __forceinline__ int router_weight_place(int c, int d) {
-    return (c % PACK_X / 4 * (d / PACK_X) + c / PACK_X) * 4; // of 4 columns from c on
-}
-
-__device__ __forceinline__ void keep_router_weights(float *kept, const float *router, int E, int d) {
-#pragma unroll 4 // loads that are under way together
-    for (int i = (int)threadIdx.x * 4; i < E * d; i += RMSNORM_ROUTER_THREADS * 4) {
-        store_pack(kept + i / d * d + router_weight_place(i % d, d), load_pack(router + i));
+// router -> parts [tiles of 8 experts][CHUNKS][3][32 lanes][8]; 0 beyond E and d
+template <int CHUNKS>
+__device__ __forceinline__ void split_router_weights(floatX *parts, const float *router, int E, int d) {
+    for (int i = (int)threadIdx.x; i < ceil_div(E, 8) * CHUNKS * 32; i += RMSNORM_ROUTER_THREADS) {
+        int lane = i % 32, chunk = i / 32 % CHUNKS, e = i / 32 / CHUNKS * 8 + lane / 4;
+        int c = chunk * 32 + lane % 4 * 8;
+        Floats rest = e < E && c < d ? load_floats(router + (int64_t)e * d + c) : Floats{};
+        for (int part = 0; part < 3; part++) {
+            Pack<floatX> rounded = narrow(rest);
+            store_pack(parts + (i / 32 * 96 + part * 32 + lane) * 8, rounded);
+            for (int j = 0; j < 8; j++) {
+                rest.x[j] -= to_float(rounded.x[j]);
+            }
+        }
     }
     __syncthreads();
 }
 
-// those of the columns c .. c + PACK_X - 1
-__device__ __forceinline__ Floats load_router_weights(const float *expert, int c, int d) {
-    Floats weights;
-    for (int i = 0; i < PACK_X; i += 4) {
-        Pack<float> part = load_pack(expert + router_weight_place(c + i, d));
-        for (int j = 0; j < 4; j++) {
-            weights.x[i + j] = part.x[j];
+// a lane's columns of its row -> the same, normed, which are stored too
+template <int CHUNKS>
+__device__ __forceinline__ void rmsnorm_quad_row(floatX *out, float *rstd, Bits (&x)[CHUNKS], const float *w,
+                                                 int width, int d, float eps) {
+    float sum = sum_of_squares_held(x);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    float r = rmsnorm_rstd(sum, d, eps);
+    forget_values(x);
+    int first = lane_id() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) {
+        int c = first + j * 32;
+        x[j] = rmsnorm_scaled(x[j], load_floats(w + c), r); // beyond d 0 stays 0
+        if (c < width) {
+            store_bits(out + c, x[j]);
         }
     }
-    return weights;
-}
-
-// x becomes the normed row, which is stored too
-template <int PACKS>
-__device__ __forceinline__ void rmsnorm_held_row(floatX *out, float *rstd, Bits (&x)[PACKS], const float *w,
-                                                 int d, float eps) {
-    int first = (int)(threadIdx.x % 32) * PACK_X;
-    float r = rmsnorm_rstd(warp_sum(sum_of_squares_held(x)), d, eps);
-    for (int i = 0; i < PACKS; i++) {
-        int c = first + i * 32 * PACK_X;
-        if (c < d) {
-            x[i] = rmsnorm_scaled(x[i], w + c, r);
-            store_bits(out + c, x[i]);
-        }
-    }
-    if (first == 0) {
+    if (width > 0 && first == 0) {
         *rstd = r;
     }
 }
 
-// of the experts first .. first + 32 / ROWS - 1: lane i has row i / (32 / ROWS), expert first + i % (32 / ROWS)
-template <int ROWS, int PACKS>
-__device__ __forceinline__ float logits_of_rows(const Bits (&normed)[ROWS][PACKS], const float *weights,
-                                                int first, int E, int d) {
-    const int EXPERTS = 32 / ROWS;
-    float sums[32] = {};
+// logits of the lane's row and two of 8 experts: 2 t and 2 t + 1
+template <int CHUNKS>
+__device__ __forceinline__ void logits_of_tile(float *logits, const Bits (&x)[CHUNKS], const floatX *parts) {
+    float sums[3][4] = {};
 #pragma unroll
-    for (int i = 0; i < PACKS; i++) {
-        int c = (int)(threadIdx.x % 32 + i * 32) * PACK_X;
-        if (c >= d) {
-            continue;
+    for (int j = 0; j < CHUNKS; j++) {
+        for (int part = 0; part < 3; part++) {
+            Bits weights = load_bits(parts + (j * 96 + part * 32 + lane_id()) * 8);
+            for (int half = 0; half < 4; half += 2) {
+                FragA a = {{x[j].x[half], 0, x[j].x[half + 1], 0}};
+                FragB b = {{weights.x[half], weights.x[half + 1]}};
+                mma(sums[part], a, b);
+            }
         }
-        Floats x[ROWS];
-        for (int row = 0; row < ROWS; row++) {
-            x[row] = widen(normed[row][i]);
-        }
-#pragma unroll
-        for (int e = 0; e < EXPERTS; e++) {
-            if (first + e < E) {
-                Floats weight = load_router_weights(weights + (first + e) * d, c, d);
-                for (int row = 0; row < ROWS; row++) {
-                    sums[row * EXPERTS + e] += sum_of_products(x[row], weight);
+    }
+    for (int i = 0; i < 2; i++) {
+        logits[i] = sums[2][i] + sums[1][i] + sums[0][i];
+    }
+}
+
+template <int CHUNKS>
+static __global__ void __launch_bounds__(RMSNORM_ROUTER_THREADS, rmsnorm_router_occupancy(CHUNKS))
+    rmsnorm_router_forward_kernel(floatX *out, float *rstd, float *logits, const floatX *x, const float *w,
+                                  const float *router, int64_t N, int d, int E, float eps) {
+    const int ROWS = RMSNORM_ROUTER_ROWS, WARPS = RMSNORM_ROUTER_THREADS / 32;
+    int warp = (int)threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4;
+    float *w_shared = (float *)shared_memory();         // [CHUNKS 32], 0 beyond d
+    floatX *parts = (floatX *)(w_shared + CHUNKS * 32); // of router
+    for (int c = (int)threadIdx.x; c < CHUNKS * 32; c += RMSNORM_ROUTER_THREADS) {
+        w_shared[c] = c < d ? w[c] : 0.0f;
+    }
+    split_router_weights<CHUNKS>(parts, router, E, d); // its barrier covers w too
+    for (int64_t first = ((int64_t)blockIdx.x * WARPS + warp) * ROWS; first < N;
+         first += (int64_t)gridDim.x * WARPS * ROWS) {
+        int64_t n = first + g;
+        int width = n < N ? d : 0; // beyond the last row nothing is read or written
+        Bits kept[CHUNKS];
+        load_packs(kept, x + n * d, t * 8, 32, width);
+        rmsnorm_quad_row(out + n * d, rstd + n, kept, w_shared, width, d, eps);
+        for (int e = 0; e < E; e += 8) {
+            float two[2];
+            logits_of_tile(two, kept, parts + e / 8 * CHUNKS * 96 * 8);
+            for (int i = 0; i < 2; i++) {
+                if (n < N && e + 2 * t + i < E) {
+                    logits[n * E + e + 2 * t + i] = two[i];
                 }
             }
         }
     }
-    return warp_sums(sums);
 }
 
-template <int ROWS, int PACKS>
-static __global__ void __launch_bounds__(RMSNORM_ROUTER_THREADS, RMSNORM_ROUTER_BLOCKS_PER_SM)
-    rmsnorm_router_forward_kernel(floatX *out, float *rstd, float *logits, const floatX *x, const float *w,
-                                  const float *router, int64_t N, int d, int E, float eps) {
-    const int EXPERTS = 32 / ROWS, WARPS = RMSNORM_ROUTER_THREADS / 32;
-    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-    float *weights = (float *)shared_memory(); // [E, d]
-    keep_router_weights(weights, router, E, d);
-    for (int64_t n = ((int64_t)blockIdx.x * WARPS + warp) * ROWS; n < N; n += gridDim.x * WARPS * ROWS) {
-        Bits kept[ROWS][PACKS] = {};
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            if (n + row < N) {
-                load_packs(kept[row], x + (n + row) * d, lane * PACK_X, 32 * PACK_X, d);
-            }
-        }
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            if (n + row < N) {
-                rmsnorm_held_row(out + (n + row) * d, rstd + n + row, kept[row], w, d, eps);
-            }
-        }
-        for (int first = 0; first < E; first += EXPERTS) {
-            float logit = logits_of_rows<ROWS, PACKS>(kept, weights, first, E, d);
-            int64_t row = n + lane / EXPERTS;
-            int e = first + lane % EXPERTS;
-            if (row < N && e < E) {
-                logits[row * E + e] = logit;
-            }
-        }
-    }
+static inline size_t rmsnorm_router_shared_bytes(int d, int E) {
+    size_t bytes = 0;
+    with_warp_packs(d, [&](auto packs) {
+        const int CHUNKS = decltype(packs)::value * 8;
+        bytes = CHUNKS * (32 * sizeof(float) + (size_t)ceil_div(E, 8) * 96 * 8 * sizeof(floatX));
+    });
+    return bytes;
 }
+
+#endif
 
 static inline void rmsnorm_router_forward(floatX *out, float *rstd, float *logits, const floatX *x,
                                           const float *w, const float *router, int64_t N, int d, int E,
                                           float eps, floatX *scratch, GemmPlans *plans, cudaStream_t stream) {
-    if (E > RMSNORM_ROUTER_MOST_EXPERTS || !rmsnorm_fits_warp(d)) {
-        rmsnorm_forward(out, rstd, x, w, N, d, eps, stream);
-        router_logits(logits, out, router, N, d, E, scratch, plans, stream);
+#ifndef PRECISION_FP32
+    size_t shared = rmsnorm_router_shared_bytes(d, E);
+    if (rmsnorm_fits_warp(d) && shared <= RMSNORM_ROUTER_SHARED_BYTES) {
+        with_warp_packs(d, [&](auto packs) {
+            const int CHUNKS = decltype(packs)::value * 8;
+            int rows = RMSNORM_ROUTER_ROWS * RMSNORM_ROUTER_THREADS / 32;
+            int64_t blocks =
+                std::min<int64_t>(num_sms() * rmsnorm_router_occupancy(CHUNKS), ceil_div<int64_t>(N, rows));
+            launch(rmsnorm_router_forward_kernel<CHUNKS>, (unsigned)blocks, RMSNORM_ROUTER_THREADS, shared,
+                   stream, out, rstd, logits, x, w, router, N, d, E, eps);
+        });
         return;
     }
-    with_warp_packs(d, [&](auto packs) {
-        const int PACKS = decltype(packs)::value, ROWS = PACKS <= 3 ? 4 : 2; // what registers hold
-        int64_t most = num_sms() * RMSNORM_ROUTER_BLOCKS_PER_SM;
-        int64_t blocks = std::min(most, ceil_div<int64_t>(N, ROWS * RMSNORM_ROUTER_THREADS / 32));
-        launch(rmsnorm_router_forward_kernel<ROWS, PACKS>, (unsigned)blocks, RMSNORM_ROUTER_THREADS,
-               (size_t)E * d * sizeof(float), stream, out, rstd, logits, x, w, router, N, d, E, eps);
-    });
+#endif
+    rmsnorm_forward(out, rstd, x, w, N, d, eps, stream);
+    router_logits(logits, out, router, N, d, E, scratch, plans, stream);
 }
 
 #endif

@@ -72,7 +72,7 @@ static const TestRow test_rows[] = {
     {"pairs", test_cuda_pairs, NULL, 0},
     {"router", test_cuda_router, bench_cuda_router, 0},
     {"dispatch", test_cuda_dispatch, bench_cuda_dispatch, 0},
-    {"dispatch_rmsnorm", test_cuda_dispatch_rmsnorm, NULL, 0},
+    {"dispatch_rmsnorm", test_cuda_dispatch_rmsnorm, bench_cuda_dispatch_rmsnorm, 0},
     {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm, 1},
     {"experts", test_cuda_experts, NULL, 1},
     {"crossentropy", test_cuda_crossentropy, NULL, 0},

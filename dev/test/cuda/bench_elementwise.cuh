@@ -14,6 +14,7 @@ zeros would cost the multipliers less power and run faster. Medians of 10.
 #include "../../../llmc/embedding.cuh"
 #include "../../../llmc/gemm.cuh"
 #include "../../../llmc/rmsnorm.cuh"
+#include "../../../llmc/rmsnorm_router.cuh"
 #include "../../../llmc/rope.cuh"
 #include "harness.cuh"
 
@@ -186,19 +187,26 @@ static void bench_layer(GemmPlans *plans, int64_t N, int C, int OC) {
     device_release(dw);
 }
 
-static void bench_router_logits(GemmPlans *plans, int E) {
-    floatX *x = bench_new<floatX>((int64_t)BENCH_N * BENCH_D),
-           *scratch = device_new<floatX>(3ll * E * BENCH_D);
-    float *w = bench_new<float>((int64_t)E * BENCH_D), *logits = device_new<float>((int64_t)BENCH_N * E);
+// the norm before the experts with the router's logits
+static void bench_router_logits(GemmPlans *plans, int64_t N, int d, int E) {
+    floatX *x = bench_new<floatX>(N * d), *normed = device_new<floatX>(N * d),
+           *scratch = device_new<floatX>(3ll * E * d);
+    float *router = bench_new<float>((int64_t)E * d), *w = bench_new<float>(d), *rstd = device_new<float>(N),
+          *logits = device_new<float>(N * E);
+    const double logit_bytes = 4.0 * (double)N * E, x_bytes = (double)N * d * sizeof(floatX);
     char name[64];
-    snprintf(name, sizeof(name), "router logits, E = %d", E);
-    bench_gb(name,
-             (double)BENCH_N * (BENCH_D * sizeof(floatX) + E * 4.0), // x once: what one product would move
-             device_ms([&] { router_logits(logits, x, w, BENCH_N, BENCH_D, E, scratch, plans, 0); }));
-    device_release(x);
-    device_release(scratch);
-    device_release(w);
-    device_release(logits);
+    snprintf(name, sizeof(name), "router logits, d %d, E %d", d, E);
+    bench_gb(name, x_bytes + logit_bytes, // x once: what one product would move
+             device_ms([&] { router_logits(logits, x, router, N, d, E, scratch, plans, 0); }));
+    snprintf(name, sizeof(name), "rmsnorm_router, d %d, E %d", d, E);
+    bench_gb(name, 2 * x_bytes + logit_bytes, device_ms([&] {
+                 rmsnorm_router_forward(normed, rstd, logits, x, w, router, N, d, E, 1e-5f, scratch, plans,
+                                        0);
+             }));
+    const void *taken[] = {x, normed, scratch, router, w, rstd, logits};
+    for (const void *p : taken) {
+        device_release(p);
+    }
 }
 
 static void bench_cuda_elementwise(void) {
@@ -210,8 +218,11 @@ static void bench_cuda_elementwise(void) {
     bench_crossentropy();
     bench_adamw();
     gemm_open(plans, device_new<char>(workspace), workspace);
-    bench_router_logits(plans, 8);
-    bench_router_logits(plans, 64);
+    bench_router_logits(plans, BENCH_N, BENCH_D, 8);
+    bench_router_logits(plans, BENCH_N, BENCH_D, 16);
+    bench_router_logits(plans, BENCH_N, BENCH_D, 64);
+    bench_router_logits(plans, BENCH_N, 1024, 8);
+    bench_router_logits(plans, BENCH_N / 2, 1536, 8);
     bench_layer(plans, BENCH_N, BENCH_D, 1280);
     bench_layer(plans, BENCH_N, BENCH_D, BENCH_D);
     bench_layer(plans, BENCH_ROWS, BENCH_D, BENCH_V);

@@ -1,10 +1,11 @@
 /*
-dispatch_rmsnorm.cuh against the C functions one after another: dispatch_combine and rmsnorm_forward; dispatch_combine,
-sgemm and rmsnorm_backward. Few experts (dz W within the kernel) and many (a GEMM), no router, rows that a
-warp can hold and wider ones, tokens without an expert, one chunk of rows and several.
+dispatch_rmsnorm.cuh against the C functions one after another: dispatch_combine and rmsnorm_forward;
+dispatch_combine, sgemm and rmsnorm_backward. Few experts (dz W within the kernel) and many (a GEMM), no
+router, rows that a warp can hold and wider ones, tokens without an expert, one chunk of rows and several.
 
-Tolerances: y, normed and dx are rounded to bf16 once each, at most 2^-9 of an element, and normed is of a rounded y
-on both sides; rstd and dw are fp32 sums in another order. dx of wide rows comes of a dnormed that is rounded too.
+Tolerances: y, normed and dx are rounded to bf16 once each, at most 2^-9 of an element, and normed is of a
+rounded y on both sides; rstd and dw are fp32 sums in another order. dx of wide rows comes of a dnormed that
+is rounded too.
 */
 #ifndef TEST_CUDA_DISPATCH_RMSNORM_CUH
 #define TEST_CUDA_DISPATCH_RMSNORM_CUH
@@ -79,7 +80,7 @@ static void combine_rmsnorm_forward_case(const CombineCase *c) {
     check_device("combine_rmsnorm normed", d_normed, normed, size, tolerance(1e-5, 2e-3));
     check_device("combine_rmsnorm rstd", d_rstd, rstd, N, 1e-5);
     uint64_t once = device_hash(d_normed, size * sizeof(floatX));
-    rmsnorm_forward(d_normed, d_rstd, d_residual, d_w, N, d, eps, NULL); // what --recompute makes again
+    rmsnorm_again(d_normed, d_rstd, d_residual, d_w, N, d, NULL); // as with --recompute
     CHECK(device_hash(d_normed, size * sizeof(floatX)) == once);
     const void *taken[] = {d_residual, d_normed, d_w, d_rstd};
     for (const void *p : taken) {
@@ -165,6 +166,29 @@ static void combine_rmsnorm_case(PairLoad load, int N, int E, int d, int chunks,
     combine_case_free(&c);
 }
 
+// more rows than were planned for (the arena's overflow): those beyond the last chunk are left out
+static void combine_rmsnorm_overflow_case(void) {
+    enum { N = 70, E = 8, D = 24 };
+    CombineCase c = combine_case(LOAD_ALL, N, E, D, 3);
+    CombineChunk chunk = {c.rows, NULL, NULL, 0, c.R, c.pairs.pairs, c.pairs.dispatch};
+    float *residual = host_random(N * D, 2, 1.0f), *w = host_random(D, 3, 1.0f);
+    floatX *d_residual = device_x(residual, N * D), *y[2], *normed = device_new<floatX>(N * D);
+    float *d_w = device_f(w, D), *rstd = device_new<float>(N);
+    y[0] = device_new<floatX>(N * D);
+    y[1] = device_new<floatX>(N * D);
+    dispatch_combine(y[0], NULL, d_residual, c.rows, NULL, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1,
+                     NULL);
+    dispatch_combine_rmsnorm_forward(y[1], normed, rstd, d_residual, chunk, d_w, N, D, 1e-5f, NULL);
+    CHECK(device_hash(y[0], N * D * sizeof(floatX)) == device_hash(y[1], N * D * sizeof(floatX)));
+    const void *taken[] = {d_residual, y[0], y[1], normed, d_w, rstd};
+    for (const void *p : taken) {
+        device_release(p);
+    }
+    free(residual);
+    free(w);
+    combine_case_free(&c);
+}
+
 static void test_cuda_dispatch_rmsnorm(void) {
     const int widths[] = {8, 24, 200, 768, 1024, 1536, 2056}, experts[] = {1, 3, 8, 16, 17, 128};
     GemmPlans *plans = gemm_test_open();
@@ -186,6 +210,56 @@ static void test_cuda_dispatch_rmsnorm(void) {
         combine_rmsnorm_case(LOAD_SPARSE, 20011, 8, 768, 2, plans);
         combine_rmsnorm_case(LOAD_MIXED, 5003, 16, 1536, 3, plans);
     }
+    combine_rmsnorm_overflow_case();
+    gemm_test_close(plans);
+}
+
+// ----------------------------------------------------------------------------
+// speed, against the bytes that must move
+
+static void bench_combine_rmsnorm_of(PairLoad load, int N, int E, int d, GemmPlans *plans) {
+    PairsCase c = pairs_case(load, N, E);
+    int64_t size = (int64_t)N * d;
+    int *offsets = fetch(c.dispatch.offsets, E + 1), rows = offsets[E];
+    double P = (double)c.host.num_pairs, vector = (double)d * sizeof(floatX);
+    floatX *Y = device_new<floatX>((int64_t)rows * d), *x = device_new<floatX>(size),
+           *y = device_new<floatX>(size), *normed = device_new<floatX>(size);
+    float *dz_host = NEW(float, (int64_t)N *E), *w = device_new<float>(d), *rstd = device_new<float>(N),
+          *dw = device_new<float>(d), *scratch = device_new<float>(rmsnorm_scratch_floats(d));
+    for (int t = 0; t < N; t++) {
+        for (int64_t p = c.host.row_start[t]; p < c.host.row_start[t + 1]; p++) {
+            dz_host[(int64_t)t * E + c.host.expert[p]] = 1.0f;
+        }
+    }
+    floatX *dz = device_x(dz_host, (int64_t)N * E), *router = device_new<floatX>((int64_t)E * d);
+    CombineChunk chunk = {Y, c.pairs.gate, NULL, 0, rows, c.pairs, c.dispatch};
+    printf("  N %d, E %d, d %d: %.0f pairs\n", N, E, d, P);
+    double ms =
+        device_ms([&] { dispatch_combine_rmsnorm_forward(y, normed, rstd, x, chunk, w, N, d, 1e-5f, 0); });
+    bench_cuda_dispatch_line("combine_rmsnorm forward", ms, 4.0 * N + 8.0 * P + (P + 3.0 * N) * vector);
+    chunk.gates = NULL;
+    ms = device_ms([&] {
+        dispatch_combine_rmsnorm_backward(y, dw, normed, chunk, dz, router, x, w, rstd, N, d, E, scratch,
+                                          plans, 0);
+    });
+    bench_cuda_dispatch_line("combine_rmsnorm backward", ms,
+                             8.0 * N + 4.0 * P + 2.0 * N * E + (P + 3.0 * N) * vector);
+    const void *taken[] = {Y, x, y, normed, w, rstd, dw, scratch, dz, router};
+    for (const void *p : taken) {
+        device_release(p);
+    }
+    free(dz_host);
+    free(offsets);
+    pairs_case_free(&c);
+}
+
+static void bench_cuda_dispatch_rmsnorm(void) {
+    GemmPlans *plans = gemm_test_open();
+    bench_combine_rmsnorm_of(LOAD_SPARSE, 65536, 8, 768, plans);
+    bench_combine_rmsnorm_of(LOAD_MIXED, 65536, 8, 768, plans);
+    bench_combine_rmsnorm_of(LOAD_SPARSE, 65536, 8, 1024, plans);
+    bench_combine_rmsnorm_of(LOAD_SPARSE, 32768, 8, 1536, plans);
+    bench_combine_rmsnorm_of(LOAD_EIGHTH, 32768, 512, 768, plans);
     gemm_test_close(plans);
 }
 

@@ -47,19 +47,20 @@ static void rmsnorm_cuda_case(int64_t N, int d) {
 }
 
 static void test_cuda_rmsnorm(void) {
-    const int widths[] = {8, 24, 192, 768, 1000, 1024};
+    const int widths[] = {8, 24, 192, 768, 776, 1000, 1024, 1032, 1536};
     for (int d : widths) {
         rmsnorm_cuda_case(1, d);
         rmsnorm_cuda_case(17, d);
     }
     rmsnorm_cuda_case(300, 24);
     rmsnorm_cuda_case(300, 768);
-    rmsnorm_cuda_case(17, 1032); // beyond a warp
+    rmsnorm_cuda_case(17, 1544); // beyond a warp
     rmsnorm_cuda_case(17, 2048);
     rmsnorm_cuda_case(5, 4104);   // beyond a block's registers
     rmsnorm_cuda_case(600, 2056); // more rows than blocks
     if (!emulated()) {
-        rmsnorm_cuda_case(4099, 768);
+        rmsnorm_cuda_case(4099, 768); // a warp goes over several rows
+        rmsnorm_cuda_case(4099, 1536);
         rmsnorm_cuda_case(3, 65536);
     }
 }
