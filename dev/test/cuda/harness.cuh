@@ -87,6 +87,7 @@ static inline int *device_i(const int *host, int64_t n) {
 
 static inline floatX *device_x(const float *host, int64_t n) {
     floatX *rounded = NEW(floatX, n);
+#pragma omp parallel for
     for (int64_t i = 0; i < n; i++) {
         rounded[i] = to_x(host[i]);
     }
@@ -115,6 +116,7 @@ static inline int *fetch(const int *device, int64_t n) {
 static inline float *fetch(const __nv_bfloat16 *device, int64_t n) {
     __nv_bfloat16 *raw = fetch_raw(device, n);
     float *host = NEW(float, n);
+#pragma omp parallel for
     for (int64_t i = 0; i < n; i++) {
         host[i] = to_float(raw[i]);
     }
@@ -138,9 +140,12 @@ static int check_device(const char *what, const T *device, const float *want, in
 // a buffer's bytes, to see that a repeat gives the same
 static inline uint64_t device_hash(const void *device, int64_t bytes) {
     unsigned char *host = fetch_raw((const unsigned char *)device, bytes);
-    uint64_t hash = 1469598103934665603ull; // FNV-1a
-    for (int64_t i = 0; i < bytes; i++) {
-        hash = (hash ^ host[i]) * 1099511628211ull;
+    uint64_t hash = 1469598103934665603ull; // FNV-1a's constants, 8 bytes at a time
+    for (int64_t i = 0; i < bytes; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, host + i, (size_t)(bytes - i < 8 ? bytes - i : 8));
+        hash = (hash ^ word) * 1099511628211ull;
+        hash ^= hash >> 32;
     }
     free(host);
     return hash;

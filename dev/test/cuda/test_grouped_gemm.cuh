@@ -99,6 +99,7 @@ static float *grouped_gathered(const GroupedCase *c, const float *from) {
 }
 
 static void grouped_round(float *x, int64_t n) {
+#pragma omp parallel for
     for (int64_t i = 0; i < n; i++) {
         x[i] = to_float(to_x(x[i]));
     }
