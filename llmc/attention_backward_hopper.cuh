@@ -134,7 +134,7 @@ __device__ __forceinline__ void soften_rows(uint32_t (&ds)[4][4], float (&s)[32]
     }
 #pragma unroll
     for (int i = 0; i < 32; i++) {
-        s[i] = portable::attention_exp2(s[i] * c - lse2[i / 2 % 2]);
+        s[i] = power_of_2(s[i] * c - lse2[i / 2 % 2]);
     }
     wgmma_results(s); // here, while dP is being made
     wait_next(memory, !diagonal);
@@ -231,7 +231,7 @@ struct AttentionColumns {
             float2 l = *reinterpret_cast<const float2 *>(lse + 8 * n);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                s[4 * n + i] = portable::attention_exp2(s[4 * n + i] * c - (i % 2 ? l.y : l.x));
+                s[4 * n + i] = power_of_2(s[4 * n + i] * c - (i % 2 ? l.y : l.x));
             }
         }
     }

@@ -30,7 +30,7 @@ are rows before start. Deterministic; nothing is allocated; tensor maps are kern
 #define ATTENTION_HOPPER_CUH
 
 #include "attention_portable.cuh"
-// defines: portable::attention_exp2, quad_sum, rope_turn
+// defines: portable::quad_sum, rope_turn
 
 #if !defined(PRECISION_FP32) && !defined(EMULATED)
 #include "hopper.cuh"
@@ -364,7 +364,7 @@ struct AttentionSoftmax {
         if (__any_sync(0xffffffffu, grows)) {
             for (int half = 0; half < 2; half++) {
                 float raised = top[half] > max[half] + 8.0f ? top[half] : max[half];
-                float keep = portable::attention_exp2(max[half] - raised);
+                float keep = power_of_2(max[half] - raised);
                 max[half] = raised;
                 sum[half] *= keep;
 #pragma unroll
@@ -376,7 +376,7 @@ struct AttentionSoftmax {
         }
 #pragma unroll
         for (int i = 0; i < 32; i++) {
-            s[i] = portable::attention_exp2(s[i] * c - max[i / 2 % 2]);
+            s[i] = power_of_2(s[i] * c - max[i / 2 % 2]);
             sum[i / 2 % 2] += s[i];
         }
     }

@@ -68,17 +68,6 @@ template <int HD> struct AttentionTile {
     };
 };
 
-// 2^x to a relative 2^-22; -infinity gives 0. The library's exp2f spends three more instructions on denormals
-__device__ __forceinline__ float attention_exp2(float x) {
-#ifdef EMULATED
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -271,7 +260,7 @@ __device__ __forceinline__ void online_softmax(float s[M][N / 8][4], float o[M][
     if (__any_sync(0xffffffffu, grows)) { // always at the first tile: max was -infinity, keep is 0
         for (int i = 0; i < 2 * M; i++) {
             float old = max[i / 2][i % 2], raised = top[i / 2][i % 2] > old + 8.0f ? top[i / 2][i % 2] : old;
-            float keep = attention_exp2(old - raised);
+            float keep = power_of_2(old - raised);
             max[i / 2][i % 2] = raised;
             sum[i / 2][i % 2] *= keep;
             for (int n = 0; n < HD / 8; n++) {
@@ -283,7 +272,7 @@ __device__ __forceinline__ void online_softmax(float s[M][N / 8][4], float o[M][
     for (int m = 0; m < M; m++) {
         for (int i = 0; i < N / 2; i++) {
             float *p = &s[m][i / 4][i % 4];
-            *p = attention_exp2(*p * c - max[m][i % 4 / 2]);
+            *p = power_of_2(*p * c - max[m][i % 4 / 2]);
             sum[m][i % 4 / 2] += *p;
         }
     }
@@ -459,7 +448,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             }
             for (int m = 0; m < M; m++) {
                 for (int i = 0; i < STEP / 2; i++) {
-                    s[m][i / 4][i % 4] = attention_exp2(s[m][i / 4][i % 4] * c - lse2[m][i % 4 / 2]);
+                    s[m][i / 4][i % 4] = power_of_2(s[m][i / 4][i % 4] * c - lse2[m][i % 4 / 2]);
                 }
             }
             product_nt<M, STEP, HD>(dp, douts, stage + (KEYS + j) * LD);
@@ -549,7 +538,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             const float *column = rows_lse + j + 2 * t; // a lane's columns, that is queries
             for (int m = 0; m < M; m++) {
                 for (int k = 0; k < STEP / 2; k++) {
-                    s[m][k / 4][k % 4] = attention_exp2(s[m][k / 4][k % 4] * c - column[k / 4 * 8 + k % 2]);
+                    s[m][k / 4][k % 4] = power_of_2(s[m][k / 4][k % 4] * c - column[k / 4 * 8 + k % 2]);
                 }
             }
             product_nt<M, STEP, HD>(dp, values, stage + (QUERIES + j) * LD);

@@ -570,9 +570,8 @@ template <int PRODUCT, int BN> struct Multiplier {
 
 // 1 / (1 + 2^(-x log2 e)), two instructions of the special function unit: error 1e-6 or so
 __device__ __forceinline__ float sigmoid(float x) {
-    float power, result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power_of_2(-1.44269504f * x)));
     return result;
 }
 
