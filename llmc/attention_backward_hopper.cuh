@@ -4,9 +4,9 @@ attention_rope_backward of attention.cuh in namespace hopper. The same two kerne
 attention_portable.cuh, the same sums in registers, no atomics; producer, consumers, ring and walk are
 attention_hopper.cuh's:
 
-    attention_dq_kernel   64 queries a consumer:  S = Q K^T, dP = dO V^T;     dS = P (dP - D);  dQ += dS K
-    attention_dkv_kernel  64 keys a consumer, and all queries of the group's heads that see them, transposed:
-                          S^T = K Q^T, dP^T = V dO^T;                         dV += P^T dO, dK += dS^T Q
+    dq   64 queries a consumer:  S = Q K^T, dP = dO V^T;     dS = P (dP - D);  dQ += dS K
+    dkv  64 keys a consumer, and all queries of the group's heads that see them, transposed:
+                                 S^T = K Q^T, dP^T = V dO^T;  dV += P^T dO, dK += dS^T Q
 
 P and dS go from accumulators to left operand in registers. The ring's tiles are read along k in the first two
 products, across it in the others. exp of one tile runs beside the last products of the tile before and beside
@@ -33,18 +33,18 @@ namespace hopper {
 // ----------------------------------------------------------------------------
 // dk, dv: producer
 
-// lse in base 2 of a head's first row; D follows after so many floats
 __device__ __forceinline__ int64_t padded_rows(const AttentionArguments &args) {
     return ceil_div<int>(args.T, portable::ATTENTION_PAD) * portable::ATTENTION_PAD;
 }
 
+// lse in base 2 of a head's first row; D follows after padded_rows floats
 __device__ __forceinline__ float *scratch_rows(const AttentionArguments &args, int b, int head) {
     return args.scratch + ((int64_t)b * args.H + head) * 2 * padded_rows(args);
 }
 
 template <int HD>
-__device__ __forceinline__ void produce_for_keys(const AttentionArguments &args,
-                                                 AttentionMemory<HD, ATTENTION_DKV> memory) {
+__device__ __forceinline__ void produce(const AttentionArguments &args,
+                                        AttentionMemory<HD, ATTENTION_DKV> memory) {
     typedef AttentionMemory<HD, ATTENTION_DKV> Memory;
     AttentionWalk walk = {0};
     AttentionTile128 at;
@@ -148,8 +148,8 @@ __device__ __forceinline__ void soften_rows(uint32_t (&ds)[4][4], float (&s)[32]
 }
 
 template <int HD>
-__device__ __forceinline__ void consume_queries(const AttentionArguments &args,
-                                                AttentionMemory<HD, ATTENTION_DQ> memory, int consumer) {
+__device__ __forceinline__ void consume(const AttentionArguments &args,
+                                        AttentionMemory<HD, ATTENTION_DQ> memory, int consumer) {
     int width = (args.H + 2 * args.KV) * HD;
     int local = consumer * ATTENTION_ROWS + own_row();
     float c = args.c;
@@ -269,8 +269,8 @@ struct AttentionQueries {
 };
 
 template <int HD>
-__device__ __forceinline__ void consume_keys(const AttentionArguments &args,
-                                             AttentionMemory<HD, ATTENTION_DKV> memory, int consumer) {
+__device__ __forceinline__ void consume(const AttentionArguments &args,
+                                        AttentionMemory<HD, ATTENTION_DKV> memory, int consumer) {
     const bool KEEP = HD <= 64; // K's and V's fragments in registers
     int width = (args.H + 2 * args.KV) * HD;
     float c = args.c;
@@ -367,51 +367,9 @@ __device__ __forceinline__ void consume_keys(const AttentionArguments &args,
 // ----------------------------------------------------------------------------
 // launches
 
-template <int HD>
-static __global__ void __launch_bounds__(ATTENTION_BLOCK_THREADS, 1)
-    attention_dq_kernel(const __grid_constant__ AttentionArguments args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    AttentionMemory<HD, ATTENTION_DQ> memory;
-    int group = begin_block(memory);
-    if (group == 0) {
-        give_registers<ATTENTION_PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            produce_for_queries<HD>(args, memory);
-        }
-    } else {
-        take_registers<ATTENTION_CONSUMER_REGISTERS>();
-        consume_queries<HD>(args, memory, group - 1);
-    }
-#else
-    (void)args;
-    __trap();
-#endif
-}
-
-template <int HD>
-static __global__ void __launch_bounds__(ATTENTION_BLOCK_THREADS, 1)
-    attention_dkv_kernel(const __grid_constant__ AttentionArguments args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    AttentionMemory<HD, ATTENTION_DKV> memory;
-    int group = begin_block(memory);
-    if (group == 0) {
-        give_registers<ATTENTION_PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            produce_for_keys<HD>(args, memory);
-        }
-    } else {
-        take_registers<ATTENTION_CONSUMER_REGISTERS>();
-        consume_keys<HD>(args, memory, group - 1);
-    }
-#else
-    (void)args;
-    __trap();
-#endif
-}
-
 template <int HD> static void start_backward(AttentionArguments args, cudaStream_t stream) {
-    start_attention<HD, ATTENTION_DQ>(attention_dq_kernel<HD>, args, stream);
-    start_attention<HD, ATTENTION_DKV>(attention_dkv_kernel<HD>, args, stream);
+    start_attention<HD, ATTENTION_DQ>(args, stream);
+    start_attention<HD, ATTENTION_DKV>(args, stream);
 }
 
 static inline void attention_rope_backward(floatX *dqkv, const floatX *dout, const floatX *out,

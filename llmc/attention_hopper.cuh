@@ -184,8 +184,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap *map, u
 
 // for queries, the keys up to the diagonal; OWN: forward or dq
 template <int HD, int OWN>
-__device__ __forceinline__ void produce_for_queries(const AttentionArguments &args,
-                                                    AttentionMemory<HD, OWN> memory) {
+__device__ __forceinline__ void produce(const AttentionArguments &args, AttentionMemory<HD, OWN> memory) {
     typedef AttentionMemory<HD, OWN> Memory;
     const CUtensorMap *maps[3] = {&args.qkv, &args.dout, &args.out};
     AttentionWalk walk = {0};
@@ -211,11 +210,6 @@ __device__ __forceinline__ void produce_for_queries(const AttentionArguments &ar
 
 // ----------------------------------------------------------------------------
 // consumers: operands and products
-
-// the first of the two rows of the consumer's 64 that a lane holds accumulators of; the other is 8 further
-__device__ __forceinline__ int own_row() {
-    return (int)(threadIdx.x % GROUP_THREADS / 32 * 16 + threadIdx.x % 32 / 4);
-}
 
 // lane 0 of each warp
 __device__ __forceinline__ void release(uint32_t empty) {
@@ -244,10 +238,7 @@ __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t tile, i
     uint32_t lane = threadIdx.x % 32, row = threadIdx.x % GROUP_THREADS / 32 * 16 + lane % 16;
     uint32_t piece = 2 * (step % 4) + lane / 16;
     uint32_t from = tile + step / 4 * BLOCK_BYTES + row * 128 + ((piece ^ (row % 8)) << 4);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(from)
-                 : "memory");
+    load_matrices(a, from);
 }
 
 // a consumer's own 64 rows as left operand; not KEEP: read from shared memory each time
@@ -405,8 +396,8 @@ __device__ __forceinline__ void store_output(float (&o)[HD / 2], const Attention
 }
 
 template <int HD>
-__device__ __forceinline__ void consume_forward(const AttentionArguments &args,
-                                                AttentionMemory<HD, ATTENTION_FORWARD> memory, int consumer) {
+__device__ __forceinline__ void consume(const AttentionArguments &args,
+                                        AttentionMemory<HD, ATTENTION_FORWARD> memory, int consumer) {
     float c = args.c;
     AttentionWalk walk = {0};
     AttentionTile128 at;
@@ -502,20 +493,21 @@ __device__ __forceinline__ void consume_forward(const AttentionArguments &args,
 // ----------------------------------------------------------------------------
 // launches
 
-template <int HD>
+// OWN says which of the kernels; produce and consume have one version a kind of memory
+template <int HD, int OWN>
 static __global__ void __launch_bounds__(ATTENTION_BLOCK_THREADS, 1)
-    attention_forward_kernel(const __grid_constant__ AttentionArguments args) {
+    attention_kernel(const __grid_constant__ AttentionArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    AttentionMemory<HD, ATTENTION_FORWARD> memory;
+    AttentionMemory<HD, OWN> memory;
     int group = begin_block(memory);
     if (group == 0) {
         give_registers<ATTENTION_PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            produce_for_queries<HD>(args, memory);
+            produce(args, memory);
         }
     } else {
         take_registers<ATTENTION_CONSUMER_REGISTERS>();
-        consume_forward<HD>(args, memory, group - 1);
+        consume(args, memory, group - 1);
     }
 #else
     (void)args;
@@ -544,9 +536,8 @@ static inline AttentionArguments attention_arguments(floatX *to, const floatX *q
     return args;
 }
 
-template <int HD, int OWN>
-static void start_attention(void (*kernel)(AttentionArguments), AttentionArguments args,
-                            cudaStream_t stream) {
+template <int HD, int OWN> static void start_attention(AttentionArguments args, cudaStream_t stream) {
+    void (*kernel)(AttentionArguments) = attention_kernel<HD, OWN>;
     int tiles = ceil_div<int>(args.T, ATTENTION_BLOCK_ROWS) - args.start / ATTENTION_BLOCK_ROWS;
     int items = args.B * (OWN == ATTENTION_DKV ? args.KV : args.H) * ((tiles + 1) / 2);
     launch(kernel, min(num_sms(), items), ATTENTION_BLOCK_THREADS, AttentionMemory<HD, OWN>::BYTES, stream,
@@ -558,9 +549,9 @@ static inline void attention_forward(floatX *out, float *lse, const floatX *qkv,
     AttentionArguments args = attention_arguments(out, qkv, B, T, start, H, KV, hd);
     args.lse_to = lse;
     if (hd == 64) {
-        start_attention<64, ATTENTION_FORWARD>(attention_forward_kernel<64>, args, stream);
+        start_attention<64, ATTENTION_FORWARD>(args, stream);
     } else {
-        start_attention<96, ATTENTION_FORWARD>(attention_forward_kernel<96>, args, stream);
+        start_attention<96, ATTENTION_FORWARD>(args, stream);
     }
 }
 

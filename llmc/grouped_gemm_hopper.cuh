@@ -590,7 +590,7 @@ __device__ __forceinline__ Place thread_place(int group) {
 // A tile's results until they leave, during the next tile's products, in BN / 32 parts: rounded pairs, or
 // down_backward's sums
 template <int PRODUCT, int BN> struct Held {
-    enum { PARTS = BN / 32 };
+    enum { PARTS = BN / PART_COLUMNS };
     uint32_t pairs[BN / 4];
     Tile tile;
     bool any; // this consumer has a share in the tile
@@ -611,7 +611,7 @@ template <int PRODUCT, int BN> struct Held {
 };
 
 template <int BN> struct Held<DOWN_BACKWARD, BN> {
-    enum { PARTS = BN / 32 };
+    enum { PARTS = BN / PART_COLUMNS };
     float sums[BN / 2];
     float gate[2], dot[2]; // of rows row and row + 8
     Tile tile;
@@ -665,7 +665,7 @@ struct Exit {
 template <int BN>
 __device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int part, const Arguments &args,
                                            Exit &exit, const CUtensorMap *h_map, int h_first) {
-    int i = part / 2, half = part % 2, f = held.tile.n + 32 * i, row = held.tile.m + exit.row;
+    int i = part / 2, half = part % 2, f = held.tile.n + PART_COLUMNS * i, row = held.tile.m + exit.row;
     uint32_t gate[4], up[4], a[4];
     if (f >= args.F) {
         return;
@@ -700,7 +700,7 @@ __device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void leave_part(const Held<PRODUCT, BN> &held, int part, const Arguments &args,
                                            Exit &exit) {
-    int n = held.tile.n + 32 * part;
+    int n = held.tile.n + PART_COLUMNS * part;
     uint32_t place = exit.memory + exit.left % PART_PLACES * PART_BYTES;
     if (n >= args.N) {
         return;
@@ -887,7 +887,7 @@ __device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int pa
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, const Arguments &args,
                                          const Tile &tile, Exit &exit) {
-    uint32_t thread = threadIdx.x % GROUP_THREADS, t = thread % 4;
+    uint32_t t = threadIdx.x % 4;
     uint32_t place = exit.memory + exit.left % ADD_PLACES * ADD_BYTES;
     int m = tile.m + exit.row, n = tile.n + PART_COLUMNS * part;
     if (n >= args.N || m >= args.d) {
@@ -896,7 +896,7 @@ __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, c
     exit.wait_free<ADD_PLACES - 1>();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        uint32_t row = thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+        uint32_t row = own_row() + 8 * half;
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
             const float *pair = &acc[(4 * part + j) * 4 + 2 * half];

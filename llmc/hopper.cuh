@@ -508,6 +508,11 @@ __device__ __forceinline__ void store16(floatX *to, const uint32_t (&v)[4]) {
     *reinterpret_cast<uint4 *>(to) = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
+// the first of the two rows of its warpgroup's 64 that a lane holds accumulators of; the other is 8 further
+__device__ __forceinline__ int own_row(void) {
+    return (int)(threadIdx.x % GROUP_THREADS / 32 * 16 + threadIdx.x % 32 / 4);
+}
+
 // columns 32 i .. 32 i + 31 of row g + 8 half of accumulators, rounded
 template <int COUNT>
 __device__ __forceinline__ void rounded_pairs(uint32_t (&v)[4], const float (&acc)[COUNT], int i, int half) {
