@@ -144,7 +144,7 @@ bench: build/bench_matmul train_remoe $(SAMPLE)
 	./train_remoe --bench --lambda-init 1e-3
 
 build/ladder_%: private override CUDA_ARCHS := 90a
-build/ladder_%: dev/ladder/%.cu $(CUDA_HEADERS) Makefile
+build/ladder_%: dev/ladder/%.cu dev/ladder/ladder.cuh $(CUDA_HEADERS) Makefile
 	@mkdir -p build
 	$(nvcc_build) -I.
 

@@ -10,52 +10,16 @@ forward 4 B H (T T / 2) hd, backward 2.5 times that. The backward has RoPE's in 
 
     make build/ladder_attention
 */
+#include "ladder.cuh"
 #include "llmc/attention.cuh"
 #include "llmc/attention.h"
 #include "llmc/rope.h"
-#include <algorithm>
 #include <functional>
-#include <math.h>
-#include <vector>
-// defines: std::sort, std::function, sqrt, std::vector
+// defines: random_new, poisoned_new, milliseconds, median, failures; attention_*; std::function
 
 struct Case {
     int B, T, H, KV, hd;
 };
-
-static int failures;
-
-// ----------------------------------------------------------------------------
-// random data
-
-__device__ static inline uint32_t mix(uint64_t x) {
-    x += 0x9E3779B97F4A7C15ull;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    return (uint32_t)(x >> 32);
-}
-
-static __global__ void normal_kernel(floatX *p, int64_t n, uint64_t seed) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (int64_t)gridDim.x * blockDim.x) {
-        float u = ((float)(mix(2 * i + (seed << 40)) >> 8) + 0.5f) * 0x1p-24f;
-        float v = ((float)(mix(2 * i + 1 + (seed << 40)) >> 8) + 0.5f) * 0x1p-24f;
-        p[i] = to_x(sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v));
-    }
-}
-
-template <class T> static T *device_new(int64_t n) {
-    T *p;
-    CUDA_CHECK(cudaMalloc(&p, n * sizeof(T)));
-    CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T))); // NaN
-    return p;
-}
-
-static floatX *normal_new(int64_t n, uint64_t seed) {
-    floatX *p = device_new<floatX>(n);
-    launch(normal_kernel, 1024, 256, 0, 0, p, n, seed);
-    return p;
-}
 
 // ----------------------------------------------------------------------------
 // attention with all its buffers
@@ -80,16 +44,16 @@ static Attention attention_new(Case c) {
     a.n_qkv = (int64_t)c.B * c.T * a.width;
     a.n_out = (int64_t)c.B * c.T * c.H * c.hd;
     a.n_lse = (int64_t)c.B * c.H * c.T;
-    a.qkv = normal_new(a.n_qkv, 1);
-    a.dout = normal_new(a.n_out, 2);
-    a.scratch = device_new<float>((int64_t)attention_scratch_floats(c.B, c.T, c.H));
+    a.qkv = random_new<floatX>(a.n_qkv, 1, 1.0f);
+    a.dout = random_new<floatX>(a.n_out, 2, 1.0f);
+    a.scratch = poisoned_new<float>((int64_t)attention_scratch_floats(c.B, c.T, c.H));
     a.host_table.resize((size_t)c.T * c.hd);
     rope_table(a.host_table.data(), c.T, c.hd, 1e6);
-    a.table = device_new<float>((int64_t)a.host_table.size());
+    a.table = poisoned_new<float>((int64_t)a.host_table.size());
     CUDA_CHECK(cudaMemcpy(a.table, a.host_table.data(), a.host_table.size() * sizeof(float),
                           cudaMemcpyHostToDevice));
     for (Attention::Results &r : a.results) {
-        r = {device_new<floatX>(a.n_out), device_new<floatX>(a.n_qkv), device_new<float>(a.n_lse)};
+        r = {poisoned_new<floatX>(a.n_out), poisoned_new<floatX>(a.n_qkv), poisoned_new<float>(a.n_lse)};
     }
     return a;
 }
@@ -229,26 +193,6 @@ static void check_all(void) {
 // ----------------------------------------------------------------------------
 // times
 
-static float milliseconds(const std::function<void()> &f) {
-    static cudaEvent_t begin, end;
-    float ms;
-    if (begin == NULL) {
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-    }
-    CUDA_CHECK(cudaEventRecord(begin, 0));
-    f();
-    CUDA_CHECK(cudaEventRecord(end, 0));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    return ms;
-}
-
-static float median(std::vector<float> times) {
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
-}
-
 enum { ROUNDS = 3, TURNS = 8 }; // in a round a kind's calls follow each other
 
 static void time_both(const char *name, const std::function<void(Kernels)> &f, double flops) {
@@ -295,6 +239,5 @@ int main(int argc, char **argv) {
     } else {
         time_all();
     }
-    printf(failures ? "%d FAILED\n" : "all checks passed\n", failures);
-    return failures != 0;
+    return failures_shown();
 }

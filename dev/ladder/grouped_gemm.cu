@@ -17,12 +17,10 @@ better of one product over all rows and a batch of E. FLOPs are those of the pai
     make build/ladder_grouped_gemm
 */
 
+#include "ladder.cuh"
 #include "llmc/grouped_gemm.cuh"
-#include <algorithm>
 #include <cublasLt.h>
-#include <math.h>
-#include <vector>
-// defines: std::sort, cublasLtMatmul, sqrt, std::vector
+// defines: random_new, poisoned_new, milliseconds, median, failures; grouped_*; cublasLtMatmul
 
 enum { PRODUCTS = 6 };
 
@@ -31,43 +29,6 @@ static const char *const product_names[PRODUCTS] = {"up_forward",  "down_forward
 
 static const Kernels rungs[] = {KERNELS_PORTABLE, KERNELS_HOPPER};
 static const char *const rung_names[] = {"mma.sync", "wgmma"};
-
-// ----------------------------------------------------------------------------
-// random data
-
-__device__ static inline uint32_t mix(uint64_t x) {
-    x += 0x9E3779B97F4A7C15ull;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    return (uint32_t)(x >> 32);
-}
-
-__device__ static inline float normal(uint64_t i, uint64_t seed) {
-    float u = ((float)(mix(2 * i + seed * 0x1000003ull) >> 8) + 0.5f) * 0x1p-24f;
-    float v = ((float)(mix(2 * i + 1 + seed * 0x1000003ull) >> 8) + 0.5f) * 0x1p-24f;
-    return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v);
-}
-
-template <class T> static __global__ void fill_kernel(T *p, int64_t n, uint64_t seed, float scale) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (int64_t)gridDim.x * blockDim.x) {
-        p[i] = (T)(scale * normal(i, seed));
-    }
-}
-
-template <class T> static T *random_new(int64_t n, uint64_t seed, float scale) {
-    T *p;
-    CUDA_CHECK(cudaMalloc(&p, n * sizeof(T)));
-    launch(fill_kernel<T>, 1024, 256, 0, 0, p, n, seed, scale);
-    return p;
-}
-
-template <class T> static T *poisoned_new(int64_t n) {
-    T *p;
-    CUDA_CHECK(cudaMalloc(&p, n * sizeof(T)));
-    CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T))); // NaN
-    return p;
-}
 
 template <class T> static T *copied_new(const std::vector<T> &host) {
     T *p;
@@ -322,7 +283,6 @@ static __global__ void unequal_kernel(unsigned *count, const uint32_t *a, const 
 // ----------------------------------------------------------------------------
 // checks
 
-static int failures = 0;
 static int only = -1; // product
 static size_t timed_cases = 100;
 
@@ -637,26 +597,6 @@ static void dense_run(const Dense &g) {
                                 &g.algorithm, workspace, WORKSPACE, 0));
 }
 
-template <class F> static float milliseconds(F f) {
-    static cudaEvent_t begin, end;
-    float ms;
-    if (begin == NULL) {
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-    }
-    CUDA_CHECK(cudaEventRecord(begin, 0));
-    f();
-    CUDA_CHECK(cudaEventRecord(end, 0));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    return ms;
-}
-
-static float median(std::vector<float> times) {
-    std::sort(times.begin(), times.end());
-    return times.empty() ? NAN : times[times.size() / 2];
-}
-
 // describes the product (cuBLASLt knows columns: C^T = op(B)^T op(A)^T) and picks the fastest of 8
 static float dense_plan(Dense &g) {
     cublasOperation_t first = g.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N,
@@ -895,6 +835,5 @@ int main(int argc, char **argv) {
     } else {
         check_all();
     }
-    printf(failures ? "%d FAILED\n" : "all checks passed\n", failures);
-    return failures != 0;
+    return failures_shown();
 }

@@ -12,7 +12,8 @@ measured. device_new() is filled with NaN patterns: what a kernel forgets to wri
 #include "../../../llmc/cuda_common.cuh"
 #include "../../../llmc/row_chunk.cuh"
 
-// the kernels of grouped GEMM and attention under test: the runner goes through the table with each kind that the device has
+// the kernels of grouped GEMM and attention under test: the runner goes through the table with each kind that the
+// device has
 inline Kernels test_kernels = KERNELS_PORTABLE;
 
 // is a component's case among those that the command line names (`model:relu`)? The runner sets both
