@@ -15,6 +15,7 @@ mkdir -p $logs
 # row | what | least GB of the card | B | compared with | our options | the peer's
 ROWS='
 small|small, 8 experts|40|64||--preset small|--size small --router relu --E 8 --G 1
+portable|small, 8 experts, portable kernels|40|64|small|--preset small --kernels portable|
 medium|medium, 8 experts|75|32||--preset medium|--size medium --router relu --E 8 --G 1
 large|large, 8 experts|130|32||--preset large|--size large --router relu --E 8 --G 1
 dense|small, dense|40|64|small|--preset small --router dense|--size small --router dense
@@ -107,7 +108,7 @@ measure() { # measure ROW: a training row
             batch=$((batch / 2))
         done
         turns+="$(figures "$logs/$log.txt")"$'\n'
-        if [ -n "$PEER" ]; then
+        if [ -n "$PEER" ] && [ -n "$(field "$row" 7)" ]; then
             python3 "$PEER" $(field "$row" 7) --B "$batch" >"$logs/${log}_peer.txt" 2>&1 ||
                 echo "$row: the peer failed: $(tail -n 1 "$logs/${log}_peer.txt")"
             peers+="$(sed -n 's/.*"tflops": *\([0-9.]*\).*/\1/p' "$logs/${log}_peer.txt")"$'\n'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed to see, in one call: dev/check_gpu.sh [build] [test] [compare] [resume] [curves] [sanitize] [train]
-# [fit] [bench]; all but the last three by default. Logs in build/gpu/. A short table last; exit 1 if anything failed.
+# [fit]; all but the last two by default. (Speed: make bench-gpu.) Logs in build/gpu/. A short table last; exit 1 if anything failed.
 # CURVE_DATA and CURVE_VOCAB name token shards and their vocabulary size for the curves (default: the built-in sample); GPT2_DATA
-# shards of GPT-2 tokens for train, fit and bench.
+# shards of GPT-2 tokens for train and fit.
 #     build      trainers and tests, both precisions
 #     test       the CUDA tests in both precisions
 #     compare    make compare, both precisions
@@ -11,7 +11,6 @@
 #     sanitize   compute-sanitizer: memcheck, initcheck and racecheck of the tests, small shapes
 #     train      small, E 8, the first TRAIN_STEPS (250) steps of the paper's schedule: settling time, S, speed of each stage
 #     fit        the dense stage in too little memory: E 8 without a store, E 32 within 80 GB, E 64 where the card has 120
-#     bench      whole steps of small, global batch 512: portable and Hopper kernels, dense
 set -uf
 cd "$(dirname "$0")/.." || exit
 logs=build/gpu
@@ -179,13 +178,6 @@ check_fit() {
     fi
     small fit64 --experts 64 --batch 8 --global-batch 16 --bench --lambda-init 1e-3
     note 'E 64' $? "$(grep -h -A1 '^bench' $logs/fit64.txt | tail -n 1)"
-}
-
-check_bench() {
-    for run in 'hopper --kernels hopper' 'portable --kernels portable' 'dense --router dense'; do
-        small bench_${run%% *} --batch 64 --global-batch 512 --bench --lambda-init 1e-3 ${run#* }
-        note "small, ${run%% *}" $? "$(grep -h -A1 '^bench' $logs/bench_${run%% *}.txt | tail -n 1)"
-    done
 }
 
 [ $# -gt 0 ] || set -- build test compare resume curves sanitize
