@@ -127,8 +127,8 @@ struct Model {
     float *host_logits;                 // [V] of sampling
 };
 
-// Rows of logits that are in memory at once, at most: as many as keep the product large while [N, V] would outgrow
-// all else
+// Rows of logits that are in memory at once, at most: as many as keep the product large while [N, V] would
+// outgrow all else
 static int64_t classifier_most_rows(int64_t N, int V) {
     int64_t rows = ((int64_t)1 << 30) / V / 256 * 256;
     rows = rows < 256 ? 256 : rows;
@@ -232,6 +232,7 @@ static void allocate_activations(Model *m) {
     m->normed = take<floatX>(memory, SEGMENT_ACTIVATIONS, N * d);
     m->rstd = take<float>(memory, SEGMENT_ACTIVATIONS, N);
     m->logit_rows = classifier_rows(N, c->vocab_size);
+    // room for the most: largest_batch relies on memory that grows with B
     m->logits =
         take<floatX>(memory, SEGMENT_WORKSPACE, classifier_most_rows(N, c->vocab_size) * c->vocab_size);
     m->losses = take<float>(memory, SEGMENT_WORKSPACE, N);
