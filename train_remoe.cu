@@ -564,7 +564,7 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
     profile_mark(&m->profile, "combine and norms", m->stream);
     LayerOut out = layer_out(m, l);
     dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid,
-                                     experts_last_chunk(a->pairs.gate, a->pairs, a->dispatch, &m->arena, l),
+                                     experts_last_chunk(a->pairs, a->dispatch, &m->arena, l),
                                      out.norm, N, d, (float)c->norm_eps, m->stream);
 }
 
@@ -655,7 +655,7 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     }
     profile_mark(&m->profile, "combine and norms", m->stream);
     dispatch_combine_rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed,
-                                      experts_last_chunk(NULL, a->pairs, a->dispatch, &m->arena, l),
+                                      experts_last_chunk(a->pairs, a->dispatch, &m->arena, l),
                                       router != NULL ? m->drouter : NULL, router, a->mid, w->ffn_norm,
                                       a->ffn_rstd, N, d, E, (float *)m->scratch, &m->gemm, m->stream);
 }

@@ -8,13 +8,14 @@ the dense start's memory for the whole run, nor wait for a count to reach the ho
     R = min(W, 3/2 N k rounded up to 64, + 64 E)     W = min(E round_up(N, 64), N k_most + 64 E)
 
 R is a constant of the run. In the sparse stage N k rows and their pads are one chunk, with a third to
-spare; in the dense stage there are several, and all buffers that a chunk needs only for a moment (A, Y,
-dX') are still just R rows long. It must be constant because an expert whose rows two chunks share gets its
+spare; in the dense stage there are several, and all buffers that a chunk needs only for a moment (Y, dX')
+are still just R rows long. It must be constant because an expert whose rows two chunks share gets its
 weights' gradient in two sums: the chunks' boundaries are part of the order of summation, and so of the
 result.
 
-Only H = X' W_gate_up^T, 2F values a row, is kept from forward to backward. The store has room for
-store_rows rows of all layers together. On the device, layer after layer, each chunk is given the next free
+Only H = [G | U | gate A] (row_chunk.cuh), 3F values a row, is kept from forward to backward. (Without gate A
+it would be a third smaller; then grouped_down_backward, which memory holds up, would write it again, a
+fifth of its bytes.) The store has room for store_rows rows of all layers together. On the device, layer after layer, each chunk is given the next free
 place; one that does not fit is placed at -1: its H goes to scratch, the next chunk overwrites it, and
 backward computes it again with the same kernel on the same rows. So the budget decides what is computed
 twice, and no bit of what:
@@ -51,9 +52,8 @@ typedef struct {
     int64_t worst_rows;   // W
     int64_t store_rows;   // the budget, in rows of H
     int dgate_tiles;      // partial sums of a row's gate gradient
-    floatX *store;        // [store_rows, 2F]; NULL for inference
-    floatX *h_scratch;    // [R, 2F] the chunk that has no place; NULL if the store holds the worst case
-    floatX *a;            // [R, F] A, in backward gate A
+    floatX *store;        // [store_rows, 3F]; NULL for inference
+    floatX *h_scratch;    // [R, 3F] the chunk that has no place; NULL if the store holds the worst case
     floatX *rows;         // [R, d] Y, in backward dX'
     float *sum;           // [N, d] the combine's, from chunk to chunk; NULL if there is never a second
     float *dgate_partial; // [R, dgate_tiles]; NULL for inference
@@ -80,7 +80,7 @@ static inline int64_t arena_chunk_rows(int N, int E, int k, int64_t worst) {
 
 // bytes of the store for one row: what a budget in bytes is divided by
 static inline int64_t arena_row_bytes(int F) {
-    return 2 * (int64_t)F * (int64_t)sizeof(floatX);
+    return 3 * (int64_t)F * (int64_t)sizeof(floatX);
 }
 
 // ----------------------------------------------------------------------------
@@ -117,9 +117,8 @@ static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int d, i
     int64_t R = arena->chunk_rows, F = arena->F;
     int stores_all = arena->store_rows >= arena->L * arena->worst_rows;
     if (!stores_all) {
-        arena->h_scratch = take<floatX>(memory, SEGMENT_WORKSPACE, R * 2 * F);
+        arena->h_scratch = take<floatX>(memory, SEGMENT_WORKSPACE, R * 3 * F);
     }
-    arena->a = take<floatX>(memory, SEGMENT_WORKSPACE, R * F);
     arena->rows = take<floatX>(memory, SEGMENT_WORKSPACE, R * d);
     if (arena->max_chunks > 1) {
         arena->sum = take<float>(memory, SEGMENT_WORKSPACE, (int64_t)arena->N * d);
@@ -144,7 +143,7 @@ static inline void arena_init(Arena *arena, DeviceMemory *memory, int L, int N, 
     arena->store_rows = training ? store_rows : 0;
     arena->kernels = kernels;
     arena->dgate_tiles = grouped_dgate_tiles(F, kernels);
-    arena->store = take<floatX>(memory, SEGMENT_PAIRS, arena->store_rows * 2 * F);
+    arena->store = take<floatX>(memory, SEGMENT_PAIRS, arena->store_rows * 3 * F);
     arena_take_chunk(arena, memory, d, training);
     arena->place = take<int64_t>(memory, SEGMENT_WORKSPACE, (int64_t)L * arena->max_chunks);
     arena->cursor = take<int64_t>(memory, SEGMENT_WORKSPACE, 1);
@@ -178,7 +177,7 @@ static __global__ void arena_place_kernel(Arena arena, int layer, const int *num
     for (int c = 0; c < planned; c++) {
         int64_t here = rows - c * R < R ? rows - c * R : R;
         int stored = here > 0 && used + here <= arena.store_rows;
-        arena.place[(int64_t)layer * arena.max_chunks + c] = stored ? used * 2 * arena.F : -1;
+        arena.place[(int64_t)layer * arena.max_chunks + c] = stored ? used * 3 * arena.F : -1;
         used += stored ? here : 0;
     }
     *arena.cursor = used;

@@ -211,8 +211,9 @@ __device__ __forceinline__ void produce(const AttentionArguments &args, Attentio
 // ----------------------------------------------------------------------------
 // consumers: operands and products
 
-// lane 0 of each warp
+// lane 0 of each warp, when all its lanes have read
 __device__ __forceinline__ void release(uint32_t empty) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) {
         barrier_arrive(empty);
     }

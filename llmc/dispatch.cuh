@@ -8,7 +8,8 @@ at a multiple of ROW_ALIGN = 64 rows, so that no tile of the grouped GEMM has ro
              row row_of_pair[p] = offsets[e] + (number of earlier tokens of e): an expert's tokens ascend
              pad rows, n_e .. offsets[e + 1] - offsets[e] - 1 of a segment: token -1, gate 0
     gather   done by the GEMM that reads the rows: X'[row] = x[token_of_row[row]]
-    combine  y_t = residual_t + sum over t's pairs, ascending expert, of gate_p Y[row_of_pair[p]]   (Eq. 1)
+    combine  y_t = residual_t + sum over t's pairs, ascending expert, of Y[row_of_pair[p]]          (Eq. 1)
+             the rows have their gates already (grouped_gemm.cuh)
     dgate    dgate_p = sum over tiles of dgate_partial[row_of_pair[p]]: from rows back to pairs
 
 How the sort runs in parallel and stays stable. A token has an expert at most once, so for 64 tokens the
@@ -26,7 +27,7 @@ wants are population counts, whatever order the threads came in:
 Combine and dgate work on a chunk of rows at a time (rows first .. first + chunk_rows - 1; arena.cuh says
 why). A token's rows ascend with its pairs, so those in the chunk are neighbours in its list. The sum is
 carried from chunk to chunk in fp32 and rounded once, after the last: the same additions in the same order,
-however many chunks there are. Backward: gather's is the combine without gates; combine's is in experts.cuh.
+however many chunks there are. Backward: gather's is the combine; combine's is in experts.cuh.
 
 Shapes: x, y, residual [N, d] floatX, y may be residual; Y [chunk_rows, d], indexed from the chunk's first
 row; sum [N, d] fp32; d a multiple of 8. Equals dispatch_sort and dispatch_combine of dispatch.h, and the
@@ -215,10 +216,10 @@ __device__ __forceinline__ void store_residual_sum(floatX *y, const floatX *resi
     store_pack(y, narrow(sum));
 }
 
-// total += gate row
-__device__ __forceinline__ void add_row(Floats &total, float gate, const Floats &row) {
+// total += scale row
+__device__ __forceinline__ void add_row(Floats &total, float scale, const Floats &row) {
     for (int i = 0; i < PACK_X; i++) {
-        total.x[i] = fmaf(gate, row.x[i], total.x[i]); // (Eq. 1)
+        total.x[i] = fmaf(scale, row.x[i], total.x[i]);
     }
 }
 
@@ -226,8 +227,8 @@ __device__ __forceinline__ void add_row(Floats &total, float gate, const Floats 
 // loads do not depend on each other, and four are under way at a time.
 static __global__ void __launch_bounds__(COMBINE_THREADS)
     dispatch_combine_kernel(floatX *y, float *sum, const floatX *residual, const floatX *rows,
-                            const float *gates, DevicePairs pairs, DeviceDispatch dispatch, int N, int d,
-                            int first, int chunk_rows, int last_chunk) {
+                            DevicePairs pairs, DeviceDispatch dispatch, int N, int d, int first,
+                            int chunk_rows, int last_chunk) {
     unsigned packs = (unsigned)d / PACK_X; // a token
     unsigned index = blockIdx.x * COMBINE_THREADS + threadIdx.x;
     unsigned t = index / packs;
@@ -248,9 +249,8 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
     }
 #pragma unroll 4
     for (int p = begin; p < end; p++) {
-        float gate = gates != NULL ? gates[p] : 1.0f;
         int64_t row = dispatch.row_of_pair[p] - first;
-        add_row(total, gate, widen(load_pack(rows + row * d + column)));
+        add_row(total, 1.0f, widen(load_pack(rows + row * d + column)));
     }
     if (last_chunk) {
         store_residual_sum(y + at, residual != NULL ? residual + at : NULL, total);
@@ -260,13 +260,13 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
 }
 
 // Adds the chunk's rows to sum, from 0 when first == 0; with last_chunk writes y = residual + sum instead.
-// sum is not touched (may be NULL) when the chunk is both. gates NULL: every gate is 1; residual NULL: 0
+// sum is not touched (may be NULL) when the chunk is both. residual NULL: 0
 static inline void dispatch_combine(floatX *y, float *sum, const floatX *residual, const floatX *rows,
-                                    const float *gates, DevicePairs pairs, DeviceDispatch dispatch, int N,
-                                    int d, int first, int chunk_rows, int last_chunk, cudaStream_t stream) {
+                                    DevicePairs pairs, DeviceDispatch dispatch, int N, int d, int first,
+                                    int chunk_rows, int last_chunk, cudaStream_t stream) {
     int64_t threads = (int64_t)N * (d / PACK_X); // less than 2^31, or y alone would be 32 GB
     launch(dispatch_combine_kernel, (unsigned)ceil_div<int64_t>(threads, COMBINE_THREADS), COMBINE_THREADS, 0,
-           stream, y, sum, residual, rows, gates, pairs, dispatch, N, d, first, chunk_rows, last_chunk);
+           stream, y, sum, residual, rows, pairs, dispatch, N, d, first, chunk_rows, last_chunk);
 }
 
 // ----------------------------------------------------------------------------

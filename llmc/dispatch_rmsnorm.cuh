@@ -32,8 +32,7 @@ enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 };
 // the rows that a combine has to add last, and what those of earlier chunks came to
 typedef struct {
     const floatX *rows; // [chunk_rows, d]
-    const float *gates; // [P]; NULL: every gate is 1
-    float *sum;         // [N, d] of the chunks before; not read when first == 0
+    float *sum; // [N, d] of the chunks before; not read when first == 0
     int first, chunk_rows;
     DevicePairs pairs;
     DeviceDispatch dispatch;
@@ -51,16 +50,14 @@ __device__ __forceinline__ void combine_token(Floats (&total)[PACKS], const Comb
     for (int begin = chunk.pairs.row_start[t]; begin < end; begin += 32) {
         int p = begin + lane;
         int row = p < end ? chunk.dispatch.row_of_pair[p] - chunk.first : -1;
-        float gate = p < end && chunk.gates != NULL ? chunk.gates[p] : 1.0f;
         unsigned here = __ballot_sync(0xffffffffu, row >= 0 && row < chunk.chunk_rows);
         for (; here != 0; here &= here - 1) {
             int next = __ffs((int)here) - 1;
-            float scale = __shfl_sync(0xffffffffu, gate, next);
             const floatX *from = chunk.rows + (int64_t)__shfl_sync(0xffffffffu, row, next) * d;
             Bits packs[PACKS];
             load_packs(packs, from, lane * PACK_X, 32 * PACK_X, d);
             for (int i = 0; i < PACKS; i++) {
-                add_row(total[i], scale, widen(packs[i]));
+                add_row(total[i], 1.0f, widen(packs[i]));
             }
         }
     }
@@ -105,7 +102,7 @@ static inline void dispatch_combine_rmsnorm_forward(floatX *y, floatX *normed, f
                                                     const float *w, int N, int d, float eps,
                                                     cudaStream_t stream) {
     if (!rmsnorm_fits_warp(d)) {
-        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.gates, chunk.pairs, chunk.dispatch, N, d,
+        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.pairs, chunk.dispatch, N, d,
                          chunk.first, chunk.chunk_rows, 1, stream);
         rmsnorm_forward(normed, rstd, y, w, N, d, eps, stream);
         return;
@@ -172,7 +169,7 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
                                                      GemmPlans *plans, cudaStream_t stream) {
     int fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
     if (!fits) {
-        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.gates, chunk.pairs, chunk.dispatch, N, d,
+        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, d,
                          chunk.first, chunk.chunk_rows, 1, stream);
     }
     if (dz != NULL && !(fits && few)) {

@@ -3,18 +3,18 @@ SwiGLU experts over the dispatched rows, a chunk of rows at a time (arena.cuh). 
 experts_backward of experts.h; like there no expert's output and no gathered row outlives its use.
 
     forward, for each chunk of R rows                                                  in experts.h
-      x [N, d] --rows--> grouped_up_forward     H [R, 2F] = X' W_gate_up^T, kept       gather, matmul,
-                                                A [R, F] = silu(G) * U                 swiglu_forward
-      A ---------------> grouped_down_forward   Y [R, d] = A W_down^T                  matmul
-      Y ---------------> dispatch_combine       y_t = residual_t + sum_p gate_p Y[row] combine
+      x [N, d] --rows--> grouped_up_forward     [G | U] = X' W_gate_up^T               gather, matmul,
+          gate                                  gate A, where A = silu(G) * U          swiglu_forward
+      gate A ----------> grouped_down_forward   Y [R, d] = (gate A) W_down^T           matmul, scaled
+      Y ---------------> dispatch_combine       y_t = residual_t + sum_p Y[row]        combine
     backward, for each chunk
-      x, unless H is kept: grouped_up_forward   H once more, the same bits
+      x, unless H is kept: grouped_up_forward   H = [G | U | gate A] again, same bits
       dy [N, d] --rows-> grouped_down_backward  dA' = dO' W_down; in its epilogue      gather, matmul,
-          H, gate                                 dgate_p = <dA', A>, a tile's part    swiglu_backward
-                                                  H <- dH, A <- gate A
+          G, U, gate                              dgate_p = <dA', A>, a tile's part    swiglu_backward
+                                                  G <- dG, U <- dU
       dy, gate A ------> grouped_down_wgrad     dW_down += dO'^T (gate A)              matmul
-      dH, x -----------> grouped_up_wgrad       dW_gate_up += dH^T X'                  gather, matmul
-      dH --------------> grouped_up_backward    dX' [R, d] = dH W_gate_up              matmul
+      dG, dU, x -------> grouped_up_wgrad       dW_gate_up += [dG | dU]^T X'           gather, matmul
+      dG, dU ----------> grouped_up_backward    dX' [R, d] = [dG | dU] W_gate_up       matmul
       dX' -------------> dispatch_combine       dx_t = residual_t + sum_p dX'[row]     combine
       parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
 
@@ -37,11 +37,11 @@ it, until the arena's next use. Before: dispatch_sort and arena_place of the lay
 #include "grouped_gemm.cuh"
 // defines: RowChunk, ChunkH, arena_chunk, arena_h; dispatch_combine; CombineChunk; grouped_*
 
-// what a combine that was left to the caller has to add; gates: pairs.gate in forward, NULL in backward
-static inline CombineChunk experts_last_chunk(const float *gates, DevicePairs pairs, DeviceDispatch dispatch,
-                                              const Arena *arena, int layer) {
+// what a combine that was left to the caller has to add
+static inline CombineChunk experts_last_chunk(DevicePairs pairs, DeviceDispatch dispatch, const Arena *arena,
+                                              int layer) {
     int first = (arena->planned[layer] - 1) * arena->chunk_rows;
-    CombineChunk chunk = {arena->rows, gates, arena->sum, first, arena->chunk_rows, pairs, dispatch};
+    CombineChunk chunk = {arena->rows, arena->sum, first, arena->chunk_rows, pairs, dispatch};
     return chunk;
 }
 
@@ -55,11 +55,11 @@ static inline void experts_forward(floatX *y, const floatX *residual, const floa
         RowChunk chunk = arena_chunk(arena, dispatch, c);
         ChunkH h = arena_h(arena, layer, c);
         int last = c == arena->planned[layer] - 1;
-        grouped_up_forward(arena->a, h, x, w_gate_up, chunk, d, F, stream);       // H, A = silu(G) * U
-        grouped_down_forward(arena->rows, arena->a, w_down, chunk, d, F, stream); // Y = A W_down^T
+        grouped_up_forward(h, 0, x, w_gate_up, chunk, d, F, stream);       // gate silu(G) U
+        grouped_down_forward(arena->rows, h, w_down, chunk, d, F, stream); // Y = (gate A) W_down^T
         if (!last || y != NULL) {
-            dispatch_combine(y, arena->sum, residual, arena->rows, pairs.gate, pairs, dispatch, N, d,
-                             chunk.first, chunk.rows, last, stream); // (Eq. 1)
+            dispatch_combine(y, arena->sum, residual, arena->rows, pairs, dispatch, N, d, chunk.first,
+                             chunk.rows, last, stream); // (Eq. 1)
         }
     }
 }
@@ -74,17 +74,16 @@ static inline void experts_backward(floatX *dx, float *dgate, float *dw_gate_up,
         RowChunk chunk = arena_chunk(arena, dispatch, c);
         ChunkH h = arena_h(arena, layer, c);
         int last = c == arena->planned[layer] - 1;
-        floatX *a = arena->a, *rows = arena->rows;
+        floatX *rows = arena->rows;
         float *partial = arena->dgate_partial;
-        grouped_up_forward(NULL, h, x, w_gate_up, chunk, d, F, stream); // H, if it has no place
-        grouped_down_backward(a, h, partial, dy, w_down, chunk, d, F,
-                              stream);                                // dH, gate A, parts of <dA', A>
-        grouped_down_wgrad(dw_down, dy, a, chunk, d, F, stream);      // dW_down += dO'^T (gate A)
-        grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);      // dW_gate_up += dH^T X'
-        grouped_up_backward(rows, h, w_gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
+        grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);               // H, if it has no place
+        grouped_down_backward(h, partial, dy, w_down, chunk, d, F, stream); // dG, dU, parts of <dA', A>
+        grouped_down_wgrad(dw_down, dy, h, chunk, d, F, stream);            // dW_down += dO'^T (gate A)
+        grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);            // dW_gate_up += [dG | dU]^T X'
+        grouped_up_backward(rows, h, w_gate_up, chunk, d, F, stream);       // dX' = [dG | dU] W_gate_up
         if (!last || dx != NULL) {
-            dispatch_combine(dx, arena->sum, residual, rows, NULL, pairs, dispatch, N, d, chunk.first,
-                             chunk.rows, last, stream); // dx_t += sum_p dX'[row_of_pair p]
+            dispatch_combine(dx, arena->sum, residual, rows, pairs, dispatch, N, d, chunk.first, chunk.rows,
+                             last, stream); // dx_t += sum_p dX'[row_of_pair p]
         }
         dispatch_dgate(dgate, partial, arena->dgate_tiles, pairs, dispatch, N, E, chunk.first, chunk.rows,
                        stream);

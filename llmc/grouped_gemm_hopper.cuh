@@ -4,15 +4,15 @@ in namespace hopper. One kernel template does all six; they differ in where the 
 what becomes of the accumulators:
 
     product                                   M x N, k         A            B          epilogue
-    up_forward     H = X' W_gate_up^T         rows x 2F, d     X by token   W_gate_up  H; A = silu(G) U
-    down_forward   Y = A W_down^T             rows x d, F      A            W_down     Y
+    up_forward     [G | U] = X' W_gate_up^T   rows x 2F, d     X by token   W_gate_up  G, U; gate A
+    down_forward   Y = (gate A) W_down^T      rows x d, F      gate A       W_down     Y
     down_backward  dA' = dY' W_down           rows x F, d      dY by token  W_down     SwiGLU backward
     up_backward    dX' = dH W_gate_up         rows x d, 2F     dH           W_gate_up  dX'
     down_wgrad     dW_down += dY'^T (gate A)  d x F, rows      dY by token  gate A     fp32 +=
     up_wgrad       dW_gate_up^T += X'^T dH    d x 2F, rows     X by token   dH         fp32 +=, transposed
 
-SwiGLU backward, with silu(g) = g s, s = sigmoid(g):
-    A = U silu(G);  dgate's part = sum over the tile of dA' A;  a = gate A
+where dH = [dG | dU]. SwiGLU, with silu(g) = g s, s = sigmoid(g), of the rounded G and U:
+    A = U silu(G);  dgate's part = sum over the tile of dA' A
     dG = gate dA' U s (1 + G (1 - s));  dU = gate dA' silu(G)
 
 How the kernel works. As many blocks as multiprocessors walk through the tiles of D, 128 x BN (BN = 256, 192
@@ -40,7 +40,7 @@ way: two tiles side by side, each block loads its own B. A stage is free when bo
     full[stage]    producer's arrivals and TMA's bytes: the stage may be read
     empty[stage]   8 consumer warps of each block of the cluster: the stage may be written
 
-down_backward moves 10 bytes an element of dA', more than its products take time for. Its H goes through
+down_backward moves 8 bytes an element of dA', more than its products take time for. Its H goes through
 shared memory, 64 rows x 64 columns of G and of U at a time, a slot: TMA brings it, the consumer computes in
 place, TMA takes dG and dU away. Each consumer has two slots and asks for the next piece, of this tile or the
 next, as soon as a slot's results have left.
@@ -54,7 +54,7 @@ tiles that belong to nobody are not stored. Edges of d and F, multiples of 8, ar
 are not stored.
 
 Deterministic: each element of an output has one owner, who adds in a fixed order; tiles are dealt out in a
-fixed order. Shapes: grouped_gemm.cuh. place of ChunkH: a multiple of 2F. Errors: more than 2048 experts are
+fixed order. Shapes: grouped_gemm.cuh. place of ChunkH: a multiple of 3F. Errors: more than 2048 experts are
 refused. Nothing is allocated, the host does not wait; tensor maps are kernel arguments, so a CUDA graph may
 capture the launches.
 */
@@ -105,12 +105,12 @@ template <int PRODUCT, int BN> struct Columns {
 struct Arguments {
     CUtensorMap a[2]; // where rows lie together; of two, the second is H in scratch
     CUtensorMap b[2];
-    CUtensorMap h_out[2]; // what the epilogue reads and writes, or writes: H [rows][2][F]
-    CUtensorMap out;      // what it writes: A, Y, dX'; or adds to: dW [E][.][.], fp32
+    CUtensorMap h_out[2]; // what the epilogue reads and writes, or writes: H [rows][3][F]
+    CUtensorMap out;      // what it writes: Y, dX'; or adds to: dW [E][.][.], fp32
     RowChunk chunk;
     ChunkH h;
     const floatX *rows; // gathered: X or dY [N, d]
-    floatX *a_out;      // up_forward: A or NULL; down_backward: gate A
+    int again;          // up_forward only if H has no place
     float *dgate_partial;
     int d, F;
     int N;                // columns as Columns counts them
@@ -141,7 +141,7 @@ enum {
     SLOT_BYTES = 2 * GROUP_ROWS * SLOT_F * 2,
     PART_COLUMNS = 32, // of results that leave at a time
     PART_BYTES = GROUP_ROWS * PART_COLUMNS * 2,
-    PART_PLACES = 3, // of each consumer: H and A, or the last three of Y or dX'
+    PART_PLACES = 3, // of each consumer: G, U and gate A, or the last three of Y or dX'
     ADD_BYTES = GROUP_ROWS * PART_COLUMNS * 4,
     ADD_PLACES = 2,           // the last two of dW
     MOST_SHARED = 227 * 1024, // of a block
@@ -306,11 +306,11 @@ __device__ __forceinline__ bool find_tile(Tile &tile, int item, Plan plan, const
 // ----------------------------------------------------------------------------
 // producer: B, and A where its rows lie together, by TMA (one thread)
 
-// H's place, in rows of [., 2F]; *which: the tensor map
+// H's place, in rows; *which: the tensor map
 __device__ __forceinline__ int64_t h_row(const Arguments &args, int *which) {
     int64_t place = *args.h.place;
     *which = place < 0;
-    return place < 0 ? 0 : place / (2 * args.F);
+    return place < 0 ? 0 : place / (3 * args.F);
 }
 
 // a box of B, to this block or to both
@@ -359,8 +359,7 @@ __device__ __forceinline__ void load_b(const CUtensorMap *map, Ring<BN> ring, co
 
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_tma(const Arguments &args, Plan plan, Ring<BN> ring) {
-    int which = 0;
-    int h_first = PRODUCT == UP_BACKWARD ? (int)h_row(args, &which) : 0;
+    int which, h_first = (int)h_row(args, &which);
     Tile tile;
     tile.expert = 0;
     for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
@@ -462,16 +461,15 @@ __device__ __forceinline__ void gather_step(const ColumnGather &gather, uint32_t
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan plan, Ring<BN> ring) {
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
-    int which = 0;
-    int h_first = PRODUCT == UP_WGRAD ? (int)h_row(args, &which) : 0;
-    const CUtensorMap *map = &args.b[PRODUCT == UP_WGRAD ? which : 0];
+    int which = 0, h_first = WGRAD ? (int)h_row(args, &which) : 0;
+    const CUtensorMap *map = &args.b[which];
     Tile tile;
     tile.expert = 0;
     for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
          item += gridDim.x / CLUSTER) {
         RowGather by_row;
         ColumnGather by_column;
-        int first_k = PRODUCT == UP_WGRAD ? h_first + tile.row : PRODUCT == DOWN_WGRAD ? tile.row : 0;
+        int first_k = WGRAD ? h_first + tile.row : 0;
         if (WGRAD) {
             gather_begin(by_column, args, tile);
         } else {
@@ -587,11 +585,20 @@ __device__ __forceinline__ Place thread_place(int group) {
     return place;
 }
 
+// the gates of this thread's rows of a tile
+__device__ __forceinline__ void load_gates(float (&gate)[2], const Arguments &args, const Tile &tile,
+                                           Place place) {
+    const float *gates = args.chunk.gate_of_row + args.chunk.first + tile.m + place.row;
+    gate[0] = gates[0];
+    gate[1] = gates[8];
+}
+
 // A tile's results until they leave, during the next tile's products, in BN / 32 parts: rounded pairs, or
 // down_backward's sums
 template <int PRODUCT, int BN> struct Held {
     enum { PARTS = BN / PART_COLUMNS };
     uint32_t pairs[BN / 4];
+    float gate[2]; // up_forward's, of rows row and row + 8
     Tile tile;
     bool any; // this consumer has a share in the tile
 
@@ -661,36 +668,35 @@ struct Exit {
     }
 };
 
-// A part of up_forward's results: H, and A = silu(G) U of the rounded H; 32 columns take two parts
+// A part of up_forward's results: G, U, and gate silu(G) U of the rounded G and U; 32 columns take two parts
 template <int BN>
 __device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int part, const Arguments &args,
                                            Exit &exit, const CUtensorMap *h_map, int h_first) {
     int i = part / 2, half = part % 2, f = held.tile.n + PART_COLUMNS * i, row = held.tile.m + exit.row;
-    uint32_t gate[4], up[4], a[4];
+    uint32_t g[4], u[4], a[4];
     if (f >= args.F) {
         return;
     }
-    held.get(gate, i, half);
-    held.get(up, i + BN / 64, half);
+    held.get(g, i, half);
+    held.get(u, i + BN / 64, half);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        float low = low_half(gate[j]), high = high_half(gate[j]);
-        a[j] = pack2(low * sigmoid(low) * low_half(up[j]), high * sigmoid(high) * high_half(up[j]));
+        float low = low_half(g[j]), high = high_half(g[j]), gate = held.gate[half];
+        a[j] =
+            pack2(gate * low * sigmoid(low) * low_half(u[j]), gate * high * sigmoid(high) * high_half(u[j]));
     }
     if (half == 0) {
         exit.wait_free<0>();
     }
-    exit.put(exit.memory, half, gate);
-    exit.put(exit.memory + PART_BYTES, half, up);
+    exit.put(exit.memory, half, g);
+    exit.put(exit.memory + PART_BYTES, half, u);
     exit.put(exit.memory + 2 * PART_BYTES, half, a);
     if (half == 1) {
         exit.full();
         if (exit.starts) {
             tma_store(h_map, exit.memory, f, 0, h_first + row);
             tma_store(h_map, exit.memory + PART_BYTES, f, 1, h_first + row);
-            if (args.a_out != NULL) {
-                tma_store(&args.out, exit.memory + 2 * PART_BYTES, f, row);
-            }
+            tma_store(h_map, exit.memory + 2 * PART_BYTES, f, 2, h_first + row);
             tma_commit();
         }
     }
@@ -719,20 +725,18 @@ __device__ __forceinline__ void leave_part(const Held<PRODUCT, BN> &held, int pa
     }
 }
 
-// one pair of columns: da = dA' and the pair of G, U become gate A, dG, dU; returns dA' A
-__device__ __forceinline__ float swiglu_backward_pair(uint32_t &a, uint32_t &g, uint32_t &u,
-                                                      const float (&da)[2], float gate) {
+// one pair of columns of dA', G and U: G, U become dG, dU; returns dA' A
+__device__ __forceinline__ float swiglu_backward_pair(uint32_t &g, uint32_t &u, const float (&da)[2],
+                                                      float gate) {
     float G[2] = {low_half(g), high_half(g)}, U[2] = {low_half(u), high_half(u)};
-    float A[2], dG[2], dU[2], dot = 0.0f;
+    float dG[2], dU[2], dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         float s = sigmoid(G[i]), silu = G[i] * s, d = gate * da[i];
-        A[i] = silu * U[i];
-        dot += da[i] * A[i];
+        dot += da[i] * silu * U[i];
         dG[i] = d * U[i] * (s + silu * (1.0f - s));
         dU[i] = d * silu;
     }
-    a = pack2(gate * A[0], gate * A[1]);
     g = pack2(dG[0], dG[1]);
     u = pack2(dU[0], dU[1]);
     return dot;
@@ -828,10 +832,10 @@ __device__ __forceinline__ void slots_store(const Slots &slots, const Tile &held
     }
 }
 
-// The thread's pairs of G and U in columns 32 i .. 32 i + 31 of row + 8 half of the slot become dG and dU, v
-// gate A; da: its sums of these columns begin at da[first], 4 apart
+// The thread's pairs of G and U in columns 32 i .. 32 i + 31 of row + 8 half of the slot become dG and dU; its
+// sums of these columns begin at da[first], 4 apart
 template <int COUNT>
-__device__ __forceinline__ float swiglu_backward_pairs(uint32_t (&v)[4], const float (&da)[COUNT], int first,
+__device__ __forceinline__ float swiglu_backward_pairs(const float (&da)[COUNT], int first,
                                                        const Slots &slots, int i, int half, float gate) {
     uint32_t at = ((slots.slot(slots.done) + slots.lane) ^ (uint32_t)i << 6) + half * 8 * 128;
     uint32_t g[4], u[4];
@@ -841,43 +845,35 @@ __device__ __forceinline__ float swiglu_backward_pairs(uint32_t (&v)[4], const f
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         float pair[2] = {da[first + 4 * j], da[first + 4 * j + 1]};
-        dot += swiglu_backward_pair(v[j], g[j], u[j], pair, gate);
+        dot += swiglu_backward_pair(g[j], u[j], pair, gate);
     }
     store_matrices(at, g);
     store_matrices(at + BLOCK_BYTES, u);
     return dot;
 }
 
-// A part of down_backward's results: 32 columns, half of a piece of H. gate A goes to memory after dG and dU,
-// so that the fence before theirs has no stores to wait for
+// a part of down_backward's results: 32 columns, half of a piece of H
 template <int BN>
 __device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int part, const Arguments &args,
                                            Place place, Slots &slots) {
-    int piece = part / 2, i = part % 2, f = held.tile.n + piece * SLOT_F;
+    int piece = part / 2, i = part % 2;
     if (piece >= held.pieces) {
         return;
     }
     if (i == 0) {
         slots.wait();
     }
-    uint32_t a[2][4]; // of row and row + 8
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         held.dot[half] +=
-            swiglu_backward_pairs(a[half], held.sums, part * 16 + 2 * half, slots, i, half, held.gate[half]);
-        quad_transpose(a[half]);
+            swiglu_backward_pairs(held.sums, part * 16 + 2 * half, slots, i, half, held.gate[half]);
     }
-    if (i == 1) {
-        slots_store(slots, held.tile, f);
-        slots.done++;
+    if (i == 0) {
+        return;
     }
-    f += 32 * i + place.column;
-    if (f < args.F) {
-        floatX *to = args.a_out + (int64_t)(held.tile.m + place.row) * args.F + f;
-        store16(to, a[0]);
-        store16(to + 8 * (int64_t)args.F, a[1]);
-    }
-    if (i == 1 && piece == held.pieces - 1) {
+    slots_store(slots, held.tile, held.tile.n + piece * SLOT_F);
+    slots.done++;
+    if (piece == held.pieces - 1) {
         store_dgate<BN>(held.dot, args, held.tile, place);
     }
 }
@@ -980,10 +976,13 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
     Results held;
     held.any = false;
     while (walk.more || held.any) {
-        float acc[BN / 2];
+        float acc[BN / 2], gate[2];
         Tile tile = walk.next;
         int steps = walk.more ? tile.steps : 0;
         bool mine = walk.more && group * GROUP_ROWS < tile.rows;
+        if (PRODUCT == UP_FORWARD && mine) {
+            load_gates(gate, args, tile, thread_place(group));
+        }
         auto leave = [&](int part) {
             if (!held.any) {
                 return;
@@ -997,6 +996,10 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
         multiplier.template tile<Results::PARTS>(acc, steps, leave);
         held.any = mine;
         held.tile = tile;
+        if (PRODUCT == UP_FORWARD) {
+            held.gate[0] = gate[0];
+            held.gate[1] = gate[1];
+        }
         if (walk.more) {
             walk_on<PRODUCT, BN>(walk, plan, args);
             multiplier.done(acc);
@@ -1027,9 +1030,7 @@ __device__ __forceinline__ void consume_down_backward(const Arguments &args, Pla
         bool mine = walk.more && group * GROUP_ROWS < tile.rows;
         int pieces = mine ? slot_pieces<BN>(args, tile) : 0;
         if (mine) {
-            const float *gates = args.chunk.gate_of_row + args.chunk.first + tile.m + place.row;
-            gate[0] = gates[0];
-            gate[1] = gates[8];
+            load_gates(gate, args, tile, place);
         }
         auto leave = [&](int part) {
             slots_ask(slots, held.tile, held.pieces, tile, pieces);
@@ -1071,7 +1072,7 @@ template <int PRODUCT, int BN>
 static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     grouped_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (PRODUCT == UP_FORWARD && args.a_out == NULL && *args.h.place >= 0) {
+    if (PRODUCT == UP_FORWARD && args.again && *args.h.place >= 0) {
         return; // backward asks for H again, and it is there
     }
     uint32_t address = shared_address(shared_memory());
@@ -1201,19 +1202,22 @@ template <int PRODUCT> static void start(Arguments args, int BN, cudaStream_t st
     }
 }
 
-// H as a TMA operand: in the store, whose length is not known here, and in scratch
-static inline void h_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int box_rows) {
+// Columns of H as a TMA operand: in the store, whose length is not known here, and in scratch
+static inline void h_maps(CUtensorMap maps[2], ChunkH h, int first, int columns, int F, int rows,
+                          int box_rows) {
     const int64_t any_length = 0x7fffffff;
-    maps[0] = tensor_map(h.store != NULL ? h.store : h.scratch, 2 * F, any_length, 0, box_rows);
-    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, 2 * F, rows, 0, box_rows) : maps[0];
+    const floatX *store = h.store != NULL ? h.store : h.scratch;
+    maps[0] = tensor_map(store + first, columns, any_length, 0, box_rows, 3 * F);
+    maps[1] =
+        h.scratch != NULL ? tensor_map(h.scratch + first, columns, rows, 0, box_rows, 3 * F) : maps[0];
 }
 
-// H as an epilogue operand, [rows][2][F]: a box ends where G ends
+// H as an epilogue operand, [rows][3][F]: a box ends where G ends
 static inline void h_epilogue_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int columns) {
     const int64_t any_length = 0x7fffffff;
-    const floatX *first = h.store != NULL ? h.store : h.scratch;
-    maps[0] = tensor_map(first, false, F, 2, any_length, 1, GROUP_ROWS, columns);
-    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, false, F, 2, rows, 1, GROUP_ROWS, columns) : maps[0];
+    const floatX *store = h.store != NULL ? h.store : h.scratch;
+    maps[0] = tensor_map(store, false, F, 3, any_length, 1, GROUP_ROWS, columns);
+    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, false, F, 3, rows, 1, GROUP_ROWS, columns) : maps[0];
 }
 
 // results of the chunk's rows
@@ -1229,27 +1233,25 @@ static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t
 
 enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
 
-static inline void grouped_up_forward(floatX *a, ChunkH h, const floatX *x, const floatX *w_gate_up,
+static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, const floatX *w_gate_up,
                                       RowChunk chunk, int d, int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, F, d);
     int BN = row_tile(F, 128);
     args.h = h;
     args.rows = x;
-    args.a_out = a;
+    args.again = again;
     h_epilogue_maps(args.h_out, h, F, chunk.rows, PART_COLUMNS);
-    if (a != NULL) {
-        args.out = out_map(a, F, chunk.rows);
-    }
     args.b[0] = tensor_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
     start<UP_FORWARD>(args, BN, stream);
 }
 
-static inline void grouped_down_forward(floatX *y, const floatX *a, const floatX *w_down, RowChunk chunk,
-                                        int d, int F, cudaStream_t stream) {
+static inline void grouped_down_forward(floatX *y, ChunkH h, const floatX *w_down, RowChunk chunk, int d,
+                                        int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, d, F);
     int BN = row_tile(d, 256);
+    args.h = h;
     args.out = out_map(y, d, chunk.rows);
-    args.a[0] = tensor_map(a, F, chunk.rows, 0, GROUP_ROWS);
+    h_maps(args.a, h, 2 * F, F, F, chunk.rows, GROUP_ROWS);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BN / 2);
     start<DOWN_FORWARD>(args, BN, stream);
 }
@@ -1264,13 +1266,12 @@ static inline int grouped_dgate_tiles(int F) {
     return ceil_div(F, down_backward_tile(F));
 }
 
-static inline void grouped_down_backward(floatX *a, ChunkH h, float *dgate_partial, const floatX *dy,
+static inline void grouped_down_backward(ChunkH h, float *dgate_partial, const floatX *dy,
                                          const floatX *w_down, RowChunk chunk, int d, int F,
                                          cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, F, d);
     args.h = h;
     args.rows = dy;
-    args.a_out = a;
     args.dgate_partial = dgate_partial;
     h_epilogue_maps(args.h_out, h, F, chunk.rows, SLOT_F);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BOX_ACROSS);
@@ -1282,17 +1283,18 @@ static inline void grouped_up_backward(floatX *dx, ChunkH h, const floatX *w_gat
     Arguments args = arguments(chunk, d, F, d, 2 * F);
     args.h = h;
     args.out = out_map(dx, d, chunk.rows);
-    h_maps(args.a, h, F, chunk.rows, GROUP_ROWS);
+    h_maps(args.a, h, 0, 2 * F, F, chunk.rows, GROUP_ROWS);
     args.b[0] = tensor_map(w_gate_up, d, 2 * F, chunk.experts, BOX_ACROSS);
     start<UP_BACKWARD>(args, row_tile(d, 256), stream);
 }
 
-static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, const floatX *a, RowChunk chunk,
-                                      int d, int F, cudaStream_t stream) {
+static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h, RowChunk chunk, int d,
+                                      int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, F, 0);
+    args.h = h;
     args.rows = dy;
     args.out = gradient_map(dw_down, F, d, chunk.experts, GROUP_ROWS);
-    args.b[0] = tensor_map(a, F, chunk.rows, 0, BOX_ACROSS);
+    h_maps(args.b, h, 2 * F, F, F, chunk.rows, BOX_ACROSS);
     start<DOWN_WGRAD>(args, wgrad_tile(chunk.experts, d, F), stream);
 }
 
@@ -1302,7 +1304,7 @@ static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x
     args.h = h;
     args.rows = x;
     args.out = gradient_map(dw_gate_up, d, 2 * F, chunk.experts, PART_COLUMNS);
-    h_maps(args.b, h, F, chunk.rows, BOX_ACROSS);
+    h_maps(args.b, h, 0, 2 * F, F, chunk.rows, BOX_ACROSS);
     start<UP_WGRAD>(args, wgrad_tile(chunk.experts, d, 2 * F), stream);
 }
 

@@ -4,15 +4,15 @@ grouped_gemm.cuh in namespace portable. Only the device knows how many rows an e
 blocks reads offsets[E + 1] and walks over tiles of C.
 
     function               C                        A                        B                 then
-    grouped_up_forward     H [R, 2F]   = X' W^T     X' = x[token]   [m][k]   W_gate_up [n][k]  A = silu(G) * U
-    grouped_down_forward   Y [R, d]    = A W^T      A               [m][k]   W_down    [n][k]
+    grouped_up_forward     [G | U]     = X' W^T     X' = x[token]   [m][k]   W_gate_up [n][k]  gate A
+    grouped_down_forward   Y [R, d]    = gate A W^T gate A          [m][k]   W_down    [n][k]
     grouped_down_backward  dA' [R, F]  = dO' W      dO' = dy[token] [m][k]   W_down    [k][n]  SwiGLU backward
-    grouped_up_backward    dX' [R, d]  = dH W       dH              [m][k]   W_gate_up [k][n]
+    grouped_up_backward    dX' [R, d]  = dH W       dH = [dG | dU]  [m][k]   W_gate_up [k][n]
     grouped_down_wgrad     dW_down    += dO'^T A    dO' = dy[token] [k][m]   gate A    [k][n]  fp32, in place
-    grouped_up_wgrad       dW_gate_up += dH^T X'    dH              [k][m]   x[token]  [k][n]  fp32, in place
+    grouped_up_wgrad       dW_gate_up += dH^T X'    dH = [dG | dU]  [k][m]   x[token]  [k][n]  fp32, in place
 
-    G, U = the halves of H's columns, rounded;   A = silu(G) U,   silu(g) = g sigmoid(g)
-    dgate = <dA', A>;   a = gate A;   dG = gate dA' U silu'(G),   dU = gate dA' silu(G)     (in place of H)
+    A = silu(G) U of the rounded G and U,   silu(g) = g sigmoid(g)
+    dgate = <dA', A>;   dG = gate dA' U silu'(G),   dU = gate dA' silu(G)       (in place of G and U)
 
 They are one kernel. An operand says how it is stored, [line][k] or [k][line], and which of its rows to read
 (gathered by token, in order, an expert's weights); an epilogue says what becomes of a finished tile. In the
@@ -37,8 +37,8 @@ Every element of C is the sum over k in steps of 16, in order, by one thread: no
 blocks, nor, in the first four, on the rows around it: H computed again in backward is the same H. A weight's
 gradient is added chunk by chunk.
 
-Shapes: x, dy [N, d] floatX; chunk buffers a [R, F], y, dx [R, d], h [R, 2F], indexed from the chunk's first
-row; W_gate_up [E, 2F, d], W_down [E, d, F] floatX, their gradients fp32; d, F multiples of 8. Nothing is
+Shapes: x, dy [N, d] floatX; chunk buffers h [R, 3F] = [G | U | gate A], y, dx [R, d], indexed from the chunk's
+first row; W_gate_up [E, 2F, d], W_down [E, d, F] floatX, their gradients fp32; d, F multiples of 8. Nothing is
 written for rows that do not exist. Errors: none; 80 KB and 8 (E + 1) bytes of shared memory must fit a block.
 */
 #ifndef GROUPED_GEMM_PORTABLE_CUH
@@ -180,9 +180,11 @@ enum OperandRows {
 template <OperandLayout LAYOUT_, OperandRows ROWS_> struct Operand {
     static const OperandLayout LAYOUT = LAYOUT_;
     static const OperandRows ROWS = ROWS_;
-    const floatX *data; // NULL: H
+    const floatX *data; // NULL: columns of H
     ChunkH h;
+    int first;          // H's first column that is read
     int width;          // elements of a row
+    int stride;         // from row to row
     int64_t per_expert; // elements between two experts' matrices; 0: rows of the chunk
     const int *token;   // GATHERED: of the chunk's rows
 };
@@ -222,7 +224,7 @@ template <class O, int LINES> struct TileCopy {
     }
 
     __device__ __forceinline__ void find_chunk(const O &operand) {
-        matrix = operand.data != NULL ? operand.data : chunk_h(operand.h);
+        matrix = operand.data != NULL ? operand.data : chunk_h(operand.h) + operand.first;
     }
 
     __device__ __forceinline__ void find_expert(const O &operand, int expert) {
@@ -258,7 +260,7 @@ template <class O, int LINES> struct TileCopy {
         for (int i = 0; i < ROWS; i++) {
             bool valid = source[i] >= 0 && column < operand.width;
             const floatX *from =
-                matrix + (int64_t)source[i] * operand.width + column; // not read unless valid
+                matrix + (int64_t)source[i] * operand.stride + column; // not read unless valid
             cp_async16(tile + tile_row(i) * LD + piece() * S::PACK, from, valid);
         }
     }
@@ -565,15 +567,16 @@ struct StoreRows {
     }
 };
 
-// H, rounded, and A = silu(G) * U of what was rounded. B's lines are GATE_UP: group 0 is G, group 1 U
+// G and U, rounded, and gate silu(G) U of what was rounded. B's lines are GATE_UP: group 0 is G, group 1 U
 struct SwigluForward {
     enum { NEIGHBOURS_IN_A_LANE = 1, ROWS = Shape::WARP_M / 8 };
-    floatX *a; // NULL: only H, and only if it has no place in the store
     ChunkH h;
+    int again;                // only if H has no place in the store
+    const float *gate_of_row; // of the chunk's rows
     int F;
 
     __device__ __forceinline__ bool nothing_to_do() const {
-        return a == NULL && *h.place >= 0;
+        return again && *h.place >= 0;
     }
 
     __device__ __forceinline__ void store(const WarpSums &sums, const Tile &tile) const {
@@ -585,23 +588,22 @@ struct SwigluForward {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             int64_t row = tile.m + 8 * i + lane_id() / 4;
-            float gate[8], up[8];
-            eight_columns(gate, sums, i, 0);
-            eight_columns(up, sums, i, 1);
-            store_eight(h_rows + row * 2 * F + f, gate);
-            store_eight(h_rows + row * 2 * F + F + f, up);
-            if (a != NULL) {
+            floatX *to = h_rows + row * 3 * F + f;
+            float gate = gate_of_row[row], G[8], U[8];
+            eight_columns(G, sums, i, 0);
+            eight_columns(U, sums, i, 1);
+            store_eight(to, G);
+            store_eight(to + F, U);
 #pragma unroll
-                for (int c = 0; c < 8; c++) {
-                    gate[c] *= sigmoid(gate[c]) * up[c];
-                }
-                store_eight(a + row * F + f, gate);
+            for (int c = 0; c < 8; c++) {
+                G[c] *= gate * sigmoid(G[c]) * U[c];
             }
+            store_eight(to + 2 * F, G);
         }
     }
 };
 
-// From dA' = C and H: gate A, dH in place of H, and each row's sum of dA' A over the warp's columns
+// From dA' = C, G and U: dG and dU in their place, and each row's sum of dA' A over the warp's columns
 struct SwigluBackward {
     enum {
         NEIGHBOURS_IN_A_LANE = 1,
@@ -613,7 +615,6 @@ struct SwigluBackward {
         Eight G, U;
         float gate;
     };
-    floatX *a;
     ChunkH h;
     float *dgate_partial;     // [R, dgate_tiles]
     const float *gate_of_row; // of the chunk's rows
@@ -628,7 +629,7 @@ struct SwigluBackward {
         Piece piece = {};
         piece.gate = gate_of_row[row];
         if (f < F) {
-            const floatX *from = h_rows + (int64_t)row * 2 * F + f;
+            const floatX *from = h_rows + (int64_t)row * 3 * F + f;
             piece.G = load_eight(from);
             piece.U = load_eight(from + F);
         }
@@ -636,7 +637,7 @@ struct SwigluBackward {
     }
 
     // stores what becomes of 8 columns of a row; returns their part of <dA', A>
-    __device__ __forceinline__ float backward_piece(float da[8], const Piece &piece, floatX *h_rows, int row,
+    __device__ __forceinline__ float backward_piece(const float da[8], const Piece &piece, floatX *h_rows, int row,
                                                     int f) const {
         float G[8], U[8], dot = 0.0f;
         to_floats(G, piece.G);
@@ -644,17 +645,15 @@ struct SwigluBackward {
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             float s = sigmoid(G[c]), silu = G[c] * s;
-            float activation = silu * U[c], d = da[c] * piece.gate;
-            dot += da[c] * activation;
-            da[c] = piece.gate * activation;
+            float d = da[c] * piece.gate;
+            dot += da[c] * silu * U[c];
             G[c] = d * U[c] * s * (1.0f + G[c] * (1.0f - s));
             U[c] = d * silu;
         }
         if (f < F) {
-            floatX *to = h_rows + (int64_t)row * 2 * F + f;
+            floatX *to = h_rows + (int64_t)row * 3 * F + f;
             store_eight(to, G);
             store_eight(to + F, U);
-            store_eight(a + (int64_t)row * F + f, da);
         }
         return dot;
     }
@@ -766,42 +765,44 @@ static inline Sizes sizes_by_expert(RowChunk chunk, int M, int N) {
     return sizes;
 }
 
-template <OperandLayout LAYOUT> static Operand<LAYOUT, IN_ORDER> rows_of(const floatX *data, int width) {
-    Operand<LAYOUT, IN_ORDER> operand = {data, {NULL, NULL, NULL}, width, 0, NULL};
+// [dG | dU]
+template <OperandLayout LAYOUT> static Operand<LAYOUT, IN_ORDER> rows_of_dh(ChunkH h, int F) {
+    Operand<LAYOUT, IN_ORDER> operand = {NULL, h, 0, 2 * F, 3 * F, 0, NULL};
     return operand;
 }
 
-template <OperandLayout LAYOUT> static Operand<LAYOUT, IN_ORDER> rows_of(ChunkH h, int F) {
-    Operand<LAYOUT, IN_ORDER> operand = {NULL, h, 2 * F, 0, NULL};
+// gate A
+template <OperandLayout LAYOUT> static Operand<LAYOUT, IN_ORDER> rows_of_a(ChunkH h, int F) {
+    Operand<LAYOUT, IN_ORDER> operand = {NULL, h, 2 * F, F, 3 * F, 0, NULL};
     return operand;
 }
 
 template <OperandLayout LAYOUT>
 static Operand<LAYOUT, GATHERED> rows_of_tokens(const floatX *data, int width, RowChunk chunk) {
     Operand<LAYOUT, GATHERED> operand = {
-        data, {NULL, NULL, NULL}, width, 0, chunk.token_of_row + chunk.first};
+        data, {NULL, NULL, NULL}, 0, width, width, 0, chunk.token_of_row + chunk.first};
     return operand;
 }
 
 template <OperandLayout LAYOUT, OperandRows ROWS>
 static Operand<LAYOUT, ROWS> weights(const floatX *data, int width, int64_t per_expert) {
-    Operand<LAYOUT, ROWS> operand = {data, {NULL, NULL, NULL}, width, per_expert, NULL};
+    Operand<LAYOUT, ROWS> operand = {data, {NULL, NULL, NULL}, 0, width, width, per_expert, NULL};
     return operand;
 }
 
-// H = X' W_gate_up^T, A = silu(G) * U. a == NULL: backward's, only H, and only if it is not in the store
-static inline void grouped_up_forward(floatX *a, ChunkH h, const floatX *x, const floatX *w_gate_up,
+// G, U = X' W_gate_up^T; gate A. again: backward's call, only for what is not in the store
+static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, const floatX *w_gate_up,
                                       RowChunk chunk, int d, int F, cudaStream_t stream) {
-    SwigluForward epilogue = {a, h, F};
+    SwigluForward epilogue = {h, again, chunk.gate_of_row + chunk.first, F};
     multiply_chunk(sizes_by_rows(chunk, F, d, Shape::N / 2), rows_of_tokens<BY_LINE>(x, d, chunk),
                    weights<BY_LINE, GATE_UP>(w_gate_up, d, (int64_t)2 * F * d), epilogue, stream);
 }
 
-// Y = A W_down^T
-static inline void grouped_down_forward(floatX *y, const floatX *a, const floatX *w_down, RowChunk chunk,
-                                        int d, int F, cudaStream_t stream) {
+// Y = (gate A) W_down^T
+static inline void grouped_down_forward(floatX *y, ChunkH h, const floatX *w_down, RowChunk chunk, int d,
+                                        int F, cudaStream_t stream) {
     StoreRows epilogue = {y, d};
-    multiply_chunk(sizes_by_rows(chunk, d, F), rows_of<BY_LINE>(a, F),
+    multiply_chunk(sizes_by_rows(chunk, d, F), rows_of_a<BY_LINE>(h, F),
                    weights<BY_LINE, PERMUTED>(w_down, F, (int64_t)d * F), epilogue, stream);
 }
 
@@ -810,37 +811,36 @@ static inline int grouped_dgate_tiles(int F) {
     return ceil_div<int>(F, Shape::WARP_N);
 }
 
-// dA' = dO' W_down; a = gate A; H becomes dH; dgate_partial [R, grouped_dgate_tiles(F)]
-static inline void grouped_down_backward(floatX *a, ChunkH h, float *dgate_partial, const floatX *dy,
+// dA' = dO' W_down; G, U become dG, dU; dgate_partial [R, grouped_dgate_tiles(F)]
+static inline void grouped_down_backward(ChunkH h, float *dgate_partial, const floatX *dy,
                                          const floatX *w_down, RowChunk chunk, int d, int F,
                                          cudaStream_t stream) {
-    SwigluBackward epilogue = {
-        a, h, dgate_partial, chunk.gate_of_row + chunk.first, F, grouped_dgate_tiles(F)};
+    SwigluBackward epilogue = {h, dgate_partial, chunk.gate_of_row + chunk.first, F, grouped_dgate_tiles(F)};
     multiply_chunk(sizes_by_rows(chunk, F, d), rows_of_tokens<BY_LINE>(dy, d, chunk),
                    weights<BY_STEP, IN_ORDER>(w_down, F, (int64_t)d * F), epilogue, stream);
 }
 
-// dW_down[e] += dO'^T a, where a = gate A
-static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, const floatX *a, RowChunk chunk,
-                                      int d, int F, cudaStream_t stream) {
+// dW_down[e] += dO'^T (gate A)
+static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h, RowChunk chunk, int d,
+                                      int F, cudaStream_t stream) {
     AddToWeights epilogue = {dw_down, d, F};
     multiply_chunk(sizes_by_expert(chunk, d, F), rows_of_tokens<BY_STEP>(dy, d, chunk),
-                   rows_of<BY_STEP>(a, F), epilogue, stream);
+                   rows_of_a<BY_STEP>(h, F), epilogue, stream);
 }
 
-// dW_gate_up[e] += dH^T X'
+// dW_gate_up[e] += [dG | dU]^T X'
 static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x, RowChunk chunk, int d,
                                     int F, cudaStream_t stream) {
     AddToWeights epilogue = {dw_gate_up, 2 * F, d};
-    multiply_chunk(sizes_by_expert(chunk, 2 * F, d), rows_of<BY_STEP>(h, F),
+    multiply_chunk(sizes_by_expert(chunk, 2 * F, d), rows_of_dh<BY_STEP>(h, F),
                    rows_of_tokens<BY_STEP>(x, d, chunk), epilogue, stream);
 }
 
-// dX' = dH W_gate_up
+// dX' = [dG | dU] W_gate_up
 static inline void grouped_up_backward(floatX *dx, ChunkH h, const floatX *w_gate_up, RowChunk chunk, int d,
                                        int F, cudaStream_t stream) {
     StoreRows epilogue = {dx, d};
-    multiply_chunk(sizes_by_rows(chunk, d, 2 * F), rows_of<BY_LINE>(h, F),
+    multiply_chunk(sizes_by_rows(chunk, d, 2 * F), rows_of_dh<BY_LINE>(h, F),
                    weights<BY_STEP, IN_ORDER>(w_gate_up, d, (int64_t)2 * F * d), epilogue, stream);
 }
 

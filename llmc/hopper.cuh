@@ -65,15 +65,17 @@ static inline EncodeTiled tensor_map_encoder(void) {
     return (EncodeTiled)function;
 }
 
-// Tensor [sheets][rows][columns] of bf16 or fp32, contiguous; sheets 0: [rows][columns]. The box is
-// [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32 fp32 numbers) or of 64,
-// swizzled.
+// Tensor [sheets][rows][columns] of bf16 or fp32, rows `stride` elements apart (0: contiguous); sheets 0:
+// [rows][columns]. The box is [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32
+// fp32 numbers) or of 64, swizzled.
 static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t columns, int64_t rows,
-                                     int64_t sheets, int box_rows, int box_sheets, int box_columns) {
+                                     int64_t sheets, int box_rows, int box_sheets, int box_columns,
+                                     int64_t stride = 0) {
     CUtensorMap map;
     cuuint64_t size = fp32 ? 4 : 2;
     cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)sheets};
-    cuuint64_t strides[2] = {(cuuint64_t)columns * size, (cuuint64_t)(rows * columns) * size}; // bytes
+    stride = stride > 0 ? stride : columns;
+    cuuint64_t strides[2] = {(cuuint64_t)stride * size, (cuuint64_t)(rows * stride) * size}; // bytes
     cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
     cuuint32_t steps[3] = {1, 1, 1};
     CUresult result = tensor_map_encoder()(
@@ -90,8 +92,8 @@ static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t column
 
 // of bf16, boxes of 64 columns
 static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
-                                     int box_rows) {
-    return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64);
+                                     int box_rows, int64_t stride = 0) {
+    return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64, stride);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -1,6 +1,6 @@
 /*
 What a grouped GEMM is told of the rows it works on: a chunk of a layer's rows, sorted by expert (dispatch.cuh),
-where their up-projections H are kept (arena.cuh), and which kernels to use.
+where what backward needs of them is kept (arena.cuh), and which kernels to use.
 
     rows    0 ...... offsets[1] ...... offsets[2] ...        expert e: offsets[e] .. offsets[e + 1] - 1
     chunk   first .. first + rows - 1, as far as they exist: the device alone knows how many do
@@ -19,7 +19,9 @@ typedef struct {
     Kernels kernels;
 } RowChunk;
 
-typedef struct { // H of a chunk [R, 2F]
+// H of a chunk [R, 3F]: a row is G, U = its up-projection, and gate A, the down-projection's input, where A =
+// silu(G) U; backward turns G, U into dG, dU and reads gate A again
+typedef struct {
     floatX *store;
     floatX *scratch;
     const int64_t *place; // its place in the store, or -1: it is in scratch

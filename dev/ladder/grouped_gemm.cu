@@ -54,7 +54,7 @@ struct Layer {
     RowChunk chunk;
     ChunkH h;
     floatX *H; // where it is
-    floatX *x, *dy, *w_gate_up, *w_down, *a, *y;
+    floatX *x, *dy, *w_gate_up, *w_down, *y;
     float *dw_gate_up, *dw_down, *dgate_partial;
     std::vector<void *> buffers;
 };
@@ -122,10 +122,11 @@ static Layer layer_new(Case c) {
                c.first,
                R,
                KERNELS_HOPPER};
-    int64_t wide = 2 * (int64_t)c.F, before = c.stored ? 3 : 0; // rows of the store before the chunk's
-    std::vector<int64_t> place(1, c.stored ? before * wide : -1);
-    floatX *buffer = keep(l, poisoned_new<floatX>((R + before) * wide));
-    l.H = buffer + before * wide;
+    int64_t wide = 2 * (int64_t)c.F, row = 3 * (int64_t)c.F;
+    int64_t before = c.stored ? 3 : 0; // rows of the store before the chunk's
+    std::vector<int64_t> place(1, c.stored ? before * row : -1);
+    floatX *buffer = keep(l, poisoned_new<floatX>((R + before) * row));
+    l.H = buffer + before * row;
     l.h = {c.stored ? buffer : NULL, c.stored ? NULL : buffer, keep(l, copied_new(place))};
     l.x = keep(l, random_new<floatX>((int64_t)c.N * c.d, 1, 1.0f));
     l.dy = keep(l, random_new<floatX>((int64_t)c.N * c.d, 2, 1.0f));
@@ -133,7 +134,6 @@ static Layer layer_new(Case c) {
     l.w_down = keep(l, random_new<floatX>((int64_t)c.E * c.F * c.d, 4, 1.0f / sqrtf((float)c.F)));
     l.dw_gate_up = keep(l, random_new<float>(c.E * wide * c.d, 5, 1.0f));
     l.dw_down = keep(l, random_new<float>((int64_t)c.E * c.F * c.d, 6, 1.0f));
-    l.a = keep(l, poisoned_new<floatX>((int64_t)R * c.F));
     l.y = keep(l, poisoned_new<floatX>((int64_t)R * c.d));
     l.dgate_partial = keep(l, poisoned_new<float>((int64_t)R * dgate_tiles(c.F)));
     return l;
@@ -148,11 +148,11 @@ static void layer_free(Layer &l) {
 static void run(const Layer &l, int product) {
     const Case &c = l.c;
     switch (product) {
-    case 0: grouped_up_forward(l.a, l.h, l.x, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
-    case 1: grouped_down_forward(l.y, l.a, l.w_down, l.chunk, c.d, c.F, 0); break;
-    case 2: grouped_down_backward(l.a, l.h, l.dgate_partial, l.dy, l.w_down, l.chunk, c.d, c.F, 0); break;
+    case 0: grouped_up_forward(l.h, 0, l.x, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
+    case 1: grouped_down_forward(l.y, l.h, l.w_down, l.chunk, c.d, c.F, 0); break;
+    case 2: grouped_down_backward(l.h, l.dgate_partial, l.dy, l.w_down, l.chunk, c.d, c.F, 0); break;
     case 3: grouped_up_backward(l.y, l.h, l.w_gate_up, l.chunk, c.d, c.F, 0); break;
-    case 4: grouped_down_wgrad(l.dw_down, l.dy, l.a, l.chunk, c.d, c.F, 0); break;
+    case 4: grouped_down_wgrad(l.dw_down, l.dy, l.h, l.chunk, c.d, c.F, 0); break;
     case 5: grouped_up_wgrad(l.dw_gate_up, l.h, l.x, l.chunk, c.d, c.F, 0); break;
     }
 }
@@ -168,26 +168,28 @@ __device__ static inline int expert_of(const RowChunk &chunk, int row) {
     return e;
 }
 
-// out[i][n] = sum over k of A[row][k] W_e[n * n_step + k * k_step], row = i step
-static __global__ void reference_rows_kernel(float *out, const floatX *a, bool by_token, const floatX *w,
-                                             RowChunk chunk, int N, int K, int n_step, int k_step, int step) {
+// out[i][n] = sum over k of A[row][k] W_e[n * n_step + k * k_step], row = i step; A's rows a_row apart
+static __global__ void reference_rows_kernel(float *out, const floatX *a, int a_row, bool by_token,
+                                             const floatX *w, RowChunk chunk, int N, int K, int n_step,
+                                             int k_step, int step) {
     int row = (int)blockIdx.x * step;
     int e = expert_of(chunk, chunk.first + row);
     int from = by_token ? chunk.token_of_row[chunk.first + row] : row;
     for (int n = threadIdx.x; n < N; n += blockDim.x) {
         float sum = 0.0f;
         for (int k = 0; k < K && from >= 0; k++) {
-            sum += to_float(a[(int64_t)from * K + k]) *
+            sum += to_float(a[(int64_t)from * a_row + k]) *
                    to_float(w[(int64_t)e * N * K + (int64_t)n * n_step + (int64_t)k * k_step]);
         }
         out[(int64_t)blockIdx.x * N + n] = sum;
     }
 }
 
-// out[i] = dw[i step] + sum over the expert's rows of L[row][m] R[row][n]; the element is [e][m][n]
+// out[i] = dw[i step] + sum over the expert's rows of L[row][m] R[row][n]; the element is [e][m][n]. The
+// operand that is not by token is columns of H
 static __global__ void reference_wgrad_kernel(float *out, const float *dw, const floatX *left, int M,
-                                              const floatX *right, int N, bool left_by_token, RowChunk chunk,
-                                              int64_t elements, int64_t step, int existing) {
+                                              const floatX *right, int N, int h_row, bool left_by_token,
+                                              RowChunk chunk, int64_t elements, int64_t step, int existing) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, at = i * step;
     if (at >= elements) {
         return;
@@ -198,31 +200,32 @@ static __global__ void reference_wgrad_kernel(float *out, const float *dw, const
          row < min(chunk.offsets[e + 1], chunk.first + existing); row++) {
         int token = chunk.token_of_row[row], local = row - chunk.first;
         if (token >= 0) {
-            sum += to_float(left[(int64_t)(left_by_token ? token : local) * M + m]) *
-                   to_float(right[(int64_t)(left_by_token ? local : token) * N + n]);
+            sum += to_float(left[left_by_token ? (int64_t)token * M + m : (int64_t)local * h_row + m]) *
+                   to_float(right[left_by_token ? (int64_t)local * h_row + n : (int64_t)token * N + n]);
         }
     }
     out[i] = dw[at] + sum;
 }
 
-// H rounded and A from sums [rows][2F]
-static __global__ void reference_swiglu_kernel(float *h, float *a, int F) {
-    float *row = h + (int64_t)blockIdx.x * 2 * F;
+// h [rows][3F] from sums [rows][2F]: G and U, rounded, and gate A
+static __global__ void reference_swiglu_kernel(float *h, const float *sums, RowChunk chunk, int F, int step) {
+    float gate = chunk.gate_of_row[chunk.first + (int)blockIdx.x * step];
+    const float *sum = sums + (int64_t)blockIdx.x * 2 * F;
+    float *row = h + (int64_t)blockIdx.x * 3 * F;
     for (int f = threadIdx.x; f < F; f += blockDim.x) {
-        float g = row[f] = to_float(to_x(row[f])), u = row[F + f] = to_float(to_x(row[F + f]));
-        a[(int64_t)blockIdx.x * F + f] = g / (1.0f + expf(-g)) * u;
+        float g = row[f] = to_float(to_x(sum[f])), u = row[F + f] = to_float(to_x(sum[F + f]));
+        row[2 * F + f] = gate * g / (1.0f + expf(-g)) * u;
     }
 }
 
-// da [rows][F] becomes gate A, h dH; dgate [rows]
-static __global__ void reference_swiglu_backward_kernel(float *h, float *da, float *dgate, RowChunk chunk,
-                                                        int F, int step) {
+// in h [rows][3F] G and U become dG and dU; dgate [rows]
+static __global__ void reference_swiglu_backward_kernel(float *h, const float *da, float *dgate,
+                                                        RowChunk chunk, int F, int step) {
     float gate = chunk.gate_of_row[chunk.first + (int)blockIdx.x * step], dot = 0.0f;
-    float *row = h + (int64_t)blockIdx.x * 2 * F;
+    float *row = h + (int64_t)blockIdx.x * 3 * F;
     for (int f = threadIdx.x; f < F; f += blockDim.x) {
         float g = row[f], u = row[F + f], s = 1.0f / (1.0f + expf(-g)), v = da[(int64_t)blockIdx.x * F + f];
         dot += v * g * s * u;
-        da[(int64_t)blockIdx.x * F + f] = gate * g * s * u;
         row[f] = gate * v * u * s * (1.0f + g * (1.0f - s));
         row[F + f] = gate * v * g * s;
     }
@@ -411,10 +414,10 @@ static const double BF16 = 4e-3, FP32 = 5e-5; // one rounding to bf16: at most 1
 
 // backward's call for H: in scratch it is computed again, in the store it is left alone
 static void check_again(const Layer &l) {
-    Repeat h = repeat_begin(l.H, (int64_t)l.chunk.rows * 2 * l.c.F * 2);
+    Repeat h = repeat_begin(l.H, (int64_t)l.chunk.rows * 3 * l.c.F * 2);
     repeat_done(h);
     CUDA_CHECK(cudaMemset(l.H, 0xff, l.c.stored ? 0 : h.bytes));
-    grouped_up_forward(NULL, l.h, l.x, l.w_gate_up, l.chunk, l.c.d, l.c.F, 0);
+    grouped_up_forward(l.h, 1, l.x, l.w_gate_up, l.chunk, l.c.d, l.c.F, 0);
     int64_t differ = repeat_differs(h);
     CUDA_CHECK(cudaFree(h.before));
     CUDA_CHECK(cudaFree(h.after));
@@ -441,60 +444,54 @@ static void check_layer(const Layer &l, int row_step, int times) {
         for (int product = 0; product < PRODUCTS; product++) {
             run(l, product);
         }
-        judge_untouched("H", l.H, R * 2 * F);
-        judge_untouched("A", l.a, R * F);
+        judge_untouched("H", l.H, R * 3 * F);
         judge_untouched("Y", l.y, R * d);
         printf(" nothing to do, nothing done\n");
         return;
     }
     if (only >= 0) { // operands that the products before would have made
-        launch(fill_kernel<floatX>, 256, 256, 0, 0, l.H, (int64_t)l.existing * 2 * F, 7, 1.0f);
-        launch(fill_kernel<floatX>, 256, 256, 0, 0, l.a, (int64_t)l.existing * F, 8, 1.0f);
+        launch(fill_kernel<floatX>, 256, 256, 0, 0, l.H, (int64_t)l.existing * 3 * F, 7, 1.0f);
     }
-    float *want_h = temporary(floats_new((int64_t)rows * 2 * F)),
-          *want_a = temporary(floats_new((int64_t)rows * F));
+    float *want_h = temporary(floats_new((int64_t)rows * 3 * F)),
+          *sums = temporary(floats_new((int64_t)rows * 2 * F));
     float *want_y = temporary(floats_new((int64_t)rows * d));
     if (wanted(0)) {
-        run_repeated(l, 0, {repeat_begin(l.H, R * 2 * F * 2), repeat_begin(l.a, R * F * 2)}, times);
-        launch(reference_rows_kernel, rows, 256, 0, 0, want_h, l.x, true, l.w_gate_up, l.chunk, 2 * F, d, d,
+        run_repeated(l, 0, {repeat_begin(l.H, R * 3 * F * 2)}, times);
+        launch(reference_rows_kernel, rows, 256, 0, 0, sums, l.x, d, true, l.w_gate_up, l.chunk, 2 * F, d, d,
                1, row_step);
-        launch(reference_swiglu_kernel, rows, 256, 0, 0, want_h, want_a, F);
-        judge("H", temporary(sample(l.H, rows, 2 * F, row_step)), want_h, (int64_t)rows * 2 * F, BF16);
-        judge("A", temporary(sample(l.a, rows, F, row_step)), want_a, (int64_t)rows * F, BF16);
-        judge_untouched("H", l.H + (int64_t)l.existing * 2 * F, (R - l.existing) * 2 * F);
-        judge_untouched("A", l.a + (int64_t)l.existing * F, (R - l.existing) * F);
+        launch(reference_swiglu_kernel, rows, 256, 0, 0, want_h, sums, l.chunk, F, row_step);
+        judge("H", temporary(sample(l.H, rows, 3 * F, row_step)), want_h, (int64_t)rows * 3 * F, BF16);
+        judge_untouched("H", l.H + (int64_t)l.existing * 3 * F, (R - l.existing) * 3 * F);
         check_again(l);
     }
     if (wanted(1)) {
         run_repeated(l, 1, {repeat_begin(l.y, R * d * 2)}, times);
-        launch(reference_rows_kernel, rows, 256, 0, 0, want_y, l.a, false, l.w_down, l.chunk, d, F, F, 1,
-               row_step);
+        launch(reference_rows_kernel, rows, 256, 0, 0, want_y, l.H + 2 * F, 3 * F, false, l.w_down, l.chunk,
+               d, F, F, 1, row_step);
         judge("Y", temporary(sample(l.y, rows, d, row_step)), want_y, (int64_t)rows * d, BF16);
         judge_untouched("Y", l.y + (int64_t)l.existing * d, (R - l.existing) * d);
     }
     if (wanted(2)) {
         int tiles = grouped_dgate_tiles(F, l.chunk.kernels);
-        float *got_h = temporary(sample(l.H, rows, 2 * F, row_step));
+        float *want_dh = temporary(sample(l.H, rows, 3 * F, row_step));
         run_repeated(l, 2,
-                     {repeat_begin(l.H, R * 2 * F * 2), repeat_begin(l.a, R * F * 2),
-                      repeat_begin(l.dgate_partial, R * tiles * 4)},
+                     {repeat_begin(l.H, R * 3 * F * 2), repeat_begin(l.dgate_partial, R * tiles * 4)},
                      times);
         float *want_dgate = temporary(floats_new(rows)), *got_dgate = temporary(floats_new(rows));
-        launch(reference_rows_kernel, rows, 256, 0, 0, want_a, l.dy, true, l.w_down, l.chunk, F, d, 1, F,
+        launch(reference_rows_kernel, rows, 256, 0, 0, sums, l.dy, d, true, l.w_down, l.chunk, F, d, 1, F,
                row_step);
-        launch(reference_swiglu_backward_kernel, rows, 256, 0, 0, got_h, want_a, want_dgate, l.chunk, F,
+        launch(reference_swiglu_backward_kernel, rows, 256, 0, 0, want_dh, sums, want_dgate, l.chunk, F,
                row_step);
         launch(sum_tiles_kernel, ceil_div(rows, 256), 256, 0, 0, got_dgate, l.dgate_partial, tiles, row_step,
                rows);
-        judge("dH", temporary(sample(l.H, rows, 2 * F, row_step)), got_h, (int64_t)rows * 2 * F, BF16);
-        judge("gateA", temporary(sample(l.a, rows, F, row_step)), want_a, (int64_t)rows * F, BF16);
+        judge("dH", temporary(sample(l.H, rows, 3 * F, row_step)), want_dh, (int64_t)rows * 3 * F, BF16);
         judge("dgate", got_dgate, want_dgate, rows, 1e-4);
-        judge_untouched("dH", l.H + (int64_t)l.existing * 2 * F, (R - l.existing) * 2 * F);
+        judge_untouched("dH", l.H + (int64_t)l.existing * 3 * F, (R - l.existing) * 3 * F);
     }
     if (wanted(3)) {
         run_repeated(l, 3, {repeat_begin(l.y, R * d * 2)}, times);
-        launch(reference_rows_kernel, rows, 256, 0, 0, want_y, l.H, false, l.w_gate_up, l.chunk, d, 2 * F, 1,
-               d, row_step);
+        launch(reference_rows_kernel, rows, 256, 0, 0, want_y, l.H, 3 * F, false, l.w_gate_up, l.chunk, d,
+               2 * F, 1, d, row_step);
         judge("dX", temporary(sample(l.y, rows, d, row_step)), want_y, (int64_t)rows * d, BF16);
     }
     if (wanted(4)) {
@@ -502,7 +499,7 @@ static void check_layer(const Layer &l, int row_step, int times) {
                 n = ceil_div(size, step);
         float *want = temporary(floats_new(n));
         launch(reference_wgrad_kernel, (unsigned)ceil_div<int64_t>(n, 64), 64, 0, 0, want, l.dw_down, l.dy, d,
-               l.a, F, true, l.chunk, size, step, l.existing);
+               l.H + 2 * F, F, 3 * F, true, l.chunk, size, step, l.existing);
         run_repeated(l, 4, {repeat_begin(l.dw_down, size * 4)}, times);
         judge("dWd", temporary(sample(l.dw_down, n, 1, step)), want, n, FP32);
     }
@@ -511,7 +508,7 @@ static void check_layer(const Layer &l, int row_step, int times) {
                 n = ceil_div(size, step);
         float *want = temporary(floats_new(n));
         launch(reference_wgrad_kernel, (unsigned)ceil_div<int64_t>(n, 64), 64, 0, 0, want, l.dw_gate_up, l.H,
-               2 * F, l.x, d, false, l.chunk, size, step, l.existing);
+               2 * F, l.x, d, 3 * F, false, l.chunk, size, step, l.existing);
         run_repeated(l, 5, {repeat_begin(l.dw_gate_up, size * 4)}, times);
         judge("dWgu", temporary(sample(l.dw_gate_up, n, 1, step)), want, n, FP32);
     }
@@ -640,10 +637,10 @@ static Dense dense_of(const Layer &l, int product) {
     DenseShape shape;
     switch (product) {
     case 0: shape = {0, 1, P, 2 * F, d, 1, l.y, l.w_gate_up, l.H, false}; break;
-    case 1: shape = {0, 1, P, d, F, 1, l.a, l.w_down, l.y, false}; break;
-    case 2: shape = {0, 0, P, F, d, 1, l.y, l.w_down, l.a, false}; break;
+    case 1: shape = {0, 1, P, d, F, 1, l.H, l.w_down, l.y, false}; break;
+    case 2: shape = {0, 0, P, F, d, 1, l.y, l.w_down, l.H, false}; break;
     case 3: shape = {0, 0, P, d, 2 * F, 1, l.H, l.w_gate_up, l.y, false}; break;
-    case 4: shape = {1, 0, d, F, P, 1, l.y, l.a, l.dw_down, true}; break;
+    case 4: shape = {1, 0, d, F, P, 1, l.y, l.H, l.dw_down, true}; break;
     default: shape = {1, 0, 2 * F, d, P, 1, l.H, l.y, l.dw_gate_up, true}; break;
     }
     Dense one, batch;
@@ -678,7 +675,7 @@ static double least_bytes(const Layer &l, int product) {
     switch (product) {
     case 0: return 2 * (N * d + 2 * weights + 3 * P * F);
     case 1: return 2 * (P * F + weights + P * d);
-    case 2: return 2 * (N * d + weights + 5 * P * F);
+    case 2: return 2 * (N * d + weights + 4 * P * F);
     case 3: return 2 * (2 * P * F + 2 * weights + P * d);
     case 4: return 2 * (N * d + P * F) + 8 * weights;
     default: return 2 * (N * d + 2 * P * F) + 16 * weights;
@@ -691,7 +688,7 @@ static Row time_product(const Layer &l, int product, const Dense &dense, const f
     for (int round = 0; round < ROUNDS; round++) {
         for (int turn = -2; turn < TURNS; turn++) {
             if (product == 2) { // works in place
-                CUDA_CHECK(cudaMemcpyAsync(l.H, h, (int64_t)l.chunk.rows * 2 * c.F * 2,
+                CUDA_CHECK(cudaMemcpyAsync(l.H, h, (int64_t)l.chunk.rows * 3 * c.F * 2,
                                            cudaMemcpyDeviceToDevice, 0));
             }
             float ms = milliseconds([&] { run(l, product); });
@@ -730,37 +727,38 @@ static float time_naive(const Layer &l, int product) {
     const Case &c = l.c;
     int rows = l.existing, d = c.d, F = c.F;
     int64_t weights = (int64_t)c.E * d * F * (product == 5 ? 2 : 1);
-    float *out = floats_new(product < 4 ? (int64_t)rows * std::max(2 * F, d) : weights);
-    float *out_a = floats_new((int64_t)rows * F), *gates = floats_new(rows);
+    float *out = floats_new(product < 4 ? (int64_t)rows * std::max(3 * F, d) : weights);
+    float *sums = floats_new((int64_t)rows * 2 * F), *dgate = floats_new(rows);
     float ms = milliseconds([&] {
         switch (product) {
         case 0:
-            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.x, true, l.w_gate_up, l.chunk, 2 * F, d, d,
-                   1, 1);
-            launch(reference_swiglu_kernel, rows, 256, 0, 0, out, out_a, F);
+            launch(reference_rows_kernel, rows, 256, 0, 0, sums, l.x, d, true, l.w_gate_up, l.chunk, 2 * F, d,
+                   d, 1, 1);
+            launch(reference_swiglu_kernel, rows, 256, 0, 0, out, sums, l.chunk, F, 1);
             break;
         case 1:
-            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.a, false, l.w_down, l.chunk, d, F, F, 1, 1);
+            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.H + 2 * F, 3 * F, false, l.w_down, l.chunk,
+                   d, F, F, 1, 1);
             break;
         case 2:
-            launch(reference_rows_kernel, rows, 256, 0, 0, out_a, l.dy, true, l.w_down, l.chunk, F, d, 1, F,
+            launch(reference_rows_kernel, rows, 256, 0, 0, sums, l.dy, d, true, l.w_down, l.chunk, F, d, 1, F,
                    1);
-            launch(reference_swiglu_backward_kernel, rows, 256, 0, 0, out, out_a, gates, l.chunk, F, 1);
+            launch(reference_swiglu_backward_kernel, rows, 256, 0, 0, out, sums, dgate, l.chunk, F, 1);
             break;
         case 3:
-            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.H, false, l.w_gate_up, l.chunk, d, 2 * F, 1,
-                   d, 1);
+            launch(reference_rows_kernel, rows, 256, 0, 0, out, l.H, 3 * F, false, l.w_gate_up, l.chunk, d,
+                   2 * F, 1, d, 1);
             break;
         default:
             launch(reference_wgrad_kernel, (unsigned)ceil_div<int64_t>(weights, 64), 64, 0, 0, out,
                    product == 4 ? l.dw_down : l.dw_gate_up, product == 4 ? l.dy : l.H,
-                   product == 4 ? d : 2 * F, product == 4 ? l.a : l.x, product == 4 ? F : d, product == 4,
-                   l.chunk, weights, 1, l.existing);
+                   product == 4 ? d : 2 * F, product == 4 ? l.H + 2 * F : l.x, product == 4 ? F : d, 3 * F,
+                   product == 4, l.chunk, weights, 1, l.existing);
         }
     });
     CUDA_CHECK(cudaFree(out));
-    CUDA_CHECK(cudaFree(out_a));
-    CUDA_CHECK(cudaFree(gates));
+    CUDA_CHECK(cudaFree(sums));
+    CUDA_CHECK(cudaFree(dgate));
     return ms;
 }
 
@@ -772,7 +770,7 @@ static void time_layer(std::vector<char> &table, Layer &l, bool naive) {
         }
         l.chunk.kernels = KERNELS_HOPPER;
         prepare(l, product);
-        floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 2 * c.F);
+        floatX *h = duplicate(l.H, (int64_t)l.chunk.rows * 3 * c.F);
         Dense dense = dense_of(l, product);
         double flops = product_flops(l, product), bound = least_bytes(l, product) / 3e9; // ms at 3 TB/s
         print_to(table, "%4d %4d %3d %-13s bytes %5.3f ms", c.d, c.F, c.E, product_names[product], bound);

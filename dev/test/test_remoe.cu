@@ -3,11 +3,13 @@ test_remoe.cu: runs the CUDA tests, one component a file in dev/test/cuda/test_X
 
     ./test_remoecu             all of them
     ./test_remoecu router ...  only these; model:topk is those of the model's cases
-    ./test_remoecu --few ...   fewer and smaller shapes of router and model: for racecheck
+    ./test_remoecu --few ...   fewer and smaller shapes of router and model: for compute-sanitizer
+    ./test_remoecu --portable ...   the portable kernels alone
     ./test_remoecu --bench attention ...   times these components' kernels instead
     ./test_remoecu --list      their names
 
-On a Hopper GPU in bf16 the components that have kernels of two kinds are tested (and timed) with both.
+On a Hopper GPU in bf16 the components that have kernels of two kinds are tested (and timed) with both,
+unless --portable is given.
 
 Prints a line a component and last "N passed, N failed"; exit 1 if any failed. The CUDA trainer is included
 whole, and the CPU trainer in a namespace of its own: the reference that everything is compared with.
@@ -104,7 +106,8 @@ static int test_is_wanted(const TestRow *row, int argc, char **argv) {
 
 static void refuse_unknown_tests(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
-        int known = strcmp(argv[i], "--bench") == 0 || strcmp(argv[i], "--few") == 0;
+        int known = strcmp(argv[i], "--bench") == 0 || strcmp(argv[i], "--few") == 0 ||
+                    strcmp(argv[i], "--portable") == 0;
         for (int row = 0; row < TEST_ROWS; row++) {
             known += names_test(argv[i], test_rows[row].name);
         }
@@ -134,9 +137,8 @@ static void run_test(const TestRow *row, TestTotals *totals) {
     totals->skipped += tally.skipped;
 }
 
-static int run_tests(int argc, char **argv) {
+static int run_tests(int argc, char **argv, Kernels best) {
     TestTotals totals = {0, 0, 0};
-    Kernels best = grouped_best_kernels();
     for (int row = 0; row < TEST_ROWS; row++) {
         if (!test_is_wanted(&test_rows[row], argc, argv)) {
             continue;
@@ -153,15 +155,15 @@ static int run_tests(int argc, char **argv) {
     return totals.failed > 0;
 }
 
-static void run_benches(int argc, char **argv) {
+static void run_benches(int argc, char **argv, Kernels best) {
     for (int row = 0; row < TEST_ROWS; row++) {
         if (test_rows[row].bench == NULL || !test_is_wanted(&test_rows[row], argc, argv)) {
             continue;
         }
         test_kernels = KERNELS_PORTABLE;
         test_rows[row].bench();
-        if (test_rows[row].has_two_kinds && grouped_best_kernels() != KERNELS_PORTABLE) {
-            test_kernels = grouped_best_kernels();
+        if (test_rows[row].has_two_kinds && best != KERNELS_PORTABLE) {
+            test_kernels = best;
             printf("the same with Hopper kernels\n");
             test_rows[row].bench();
         }
@@ -179,12 +181,14 @@ int main(int argc, char **argv) {
     }
     refuse_unknown_tests(argc, argv);
     test_names = argv + 1;
+    Kernels best = grouped_best_kernels();
     for (int i = 1; i < argc; i++) {
         few_cases |= strcmp(argv[i], "--few") == 0;
+        best = strcmp(argv[i], "--portable") == 0 ? KERNELS_PORTABLE : best;
     }
     if (!benching) {
-        return run_tests(argc, argv);
+        return run_tests(argc, argv, best);
     }
-    run_benches(argc, argv);
+    run_benches(argc, argv, best);
     return 0;
 }

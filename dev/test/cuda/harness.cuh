@@ -34,7 +34,7 @@ static inline int case_is_wanted(const char *name) {
     return filters == 0;
 }
 
-// --few: each kernel in few and tiny shapes, for racecheck, several hundred times slower than the GPU
+// --few: each kernel in few and tiny shapes, for compute-sanitizer, several hundred times slower than the GPU
 inline int few_cases = 0;
 
 // the tolerance of this build

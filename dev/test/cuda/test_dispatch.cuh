@@ -176,16 +176,15 @@ static void cuda_dispatch_check_sort(const PairsCase *c) {
 
 // y from `chunks` chunks of R rows; what has no chunk is left out, so chunks R must reach the last row
 static void cuda_dispatch_combine(floatX *y, float *sum, const floatX *residual, const floatX *rows,
-                                  const float *gates, const PairsCase *c, int d, int R, int chunks) {
+                                  const PairsCase *c, int d, int R, int chunks) {
     for (int i = 0; i < chunks; i++) {
-        dispatch_combine(y, sum, residual, rows + (int64_t)i * R * d, gates, c->pairs, c->dispatch, c->N, d,
+        dispatch_combine(y, sum, residual, rows + (int64_t)i * R * d, c->pairs, c->dispatch, c->N, d,
                          i * R, R, i == chunks - 1, NULL);
     }
 }
 
 // residual + the C combine, over the same rows without their pads
-static float *cuda_dispatch_want(const PairsCase *c, const float *rows, const float *residual,
-                                 const float *gates, int d) {
+static float *cuda_dispatch_want(const PairsCase *c, const float *rows, const float *residual, int d) {
     int *offsets = fetch(c->dispatch.offsets, c->E + 1);
     float *y = NEW(float, c->N *d), *packed = NEW(float, c->host.num_pairs *d);
     for (int64_t p = 0; p < c->host.num_pairs; p++) {
@@ -196,7 +195,7 @@ static float *cuda_dispatch_want(const PairsCase *c, const float *rows, const fl
     if (residual != NULL) {
         memcpy(y, residual, (size_t)(c->N * d) * sizeof(float));
     }
-    dispatch_combine(y, packed, &c->host, gates, &c->host_dispatch, d);
+    dispatch_combine(y, packed, &c->host, NULL, &c->host_dispatch, d);
     free(offsets);
     free(packed);
     return y;
@@ -204,19 +203,17 @@ static float *cuda_dispatch_want(const PairsCase *c, const float *rows, const fl
 
 // in 1, 2 and 3 chunks, and with a fourth that has no rows; y takes the place of the residual; a single chunk
 // does without a sum
-static void cuda_dispatch_check_combine(const PairsCase *c, int d, int with_residual, int with_gates) {
+static void cuda_dispatch_check_combine(const PairsCase *c, int d, int with_residual) {
     int64_t most = (int64_t)(c->N + ROW_ALIGN) * c->E, size = (int64_t)c->N * d;
     float *host_rows = host_random(most * d, 3, 1.0f), *host_residual = host_random(size, 4, 1.0f);
-    float *want = cuda_dispatch_want(c, host_rows, with_residual ? host_residual : NULL,
-                                     with_gates ? c->host.gate : NULL, d);
+    float *want = cuda_dispatch_want(c, host_rows, with_residual ? host_residual : NULL, d);
     floatX *rows = device_x(host_rows, most * d);
     float *sum = device_new<float>(size);
     uint64_t first = 0;
     for (int chunks = 1; chunks <= 4; chunks++) {
         int R = padded_rows((int)ceil_div<int64_t>(most, chunks < 4 ? chunks : 3));
         floatX *y = device_x(host_residual, size);
-        cuda_dispatch_combine(y, chunks > 1 ? sum : NULL, with_residual ? y : NULL, rows,
-                              with_gates ? c->pairs.gate : NULL, c, d, R, chunks);
+        cuda_dispatch_combine(y, chunks > 1 ? sum : NULL, with_residual ? y : NULL, rows, c, d, R, chunks);
         // one rounding to bf16: at most 2^-9 of a value, 1.1e-3 of a tensor as a rule
         check_device("dispatch_combine", y, want, size, tolerance(1e-6, 2.5e-3));
         uint64_t hash = device_hash(y, size * (int64_t)sizeof(floatX));
@@ -297,7 +294,7 @@ static void test_cuda_dispatch_rows(void) {
     for (int i = 0; i < 4; i++) {
         PairsCase c = pairs_case(loads[i], 70, 5);
         for (int with = 0; with < 4; with++) {
-            cuda_dispatch_check_combine(&c, with < 2 ? 8 : 72, with % 2, with / 2);
+            cuda_dispatch_check_combine(&c, with < 2 ? 8 : 72, with % 2);
         }
         cuda_dispatch_check_dgate(&c, 1, 1);
         cuda_dispatch_check_dgate(&c, 3, 2);
@@ -345,11 +342,11 @@ static void bench_cuda_dispatch_shape(PairLoad load, int N, int E, int d, int F)
     printf("  N %d, E %d, d %d, F %d: %.0f pairs, %d rows\n", N, E, d, F, P, rows);
     double ms = device_ms([&] { dispatch_sort(c.dispatch, c.pairs, N, E, c.scratch, NULL); });
     bench_cuda_dispatch_line("dispatch_sort", ms, 4.0 * N + 8.0 * P + 12.0 * P);
-    ms = device_ms([&] { cuda_dispatch_combine(x, NULL, x, Y, c.pairs.gate, &c, d, rows, 1); });
-    bench_cuda_dispatch_line("dispatch_combine", ms, 4.0 * N + 8.0 * P + P * vector + 2.0 * N * vector);
-    ms = device_ms([&] { cuda_dispatch_combine(x, sum, x, Y, c.pairs.gate, &c, d, half, 2); });
+    ms = device_ms([&] { cuda_dispatch_combine(x, NULL, x, Y, &c, d, rows, 1); });
+    bench_cuda_dispatch_line("dispatch_combine", ms, 4.0 * N + 4.0 * P + P * vector + 2.0 * N * vector);
+    ms = device_ms([&] { cuda_dispatch_combine(x, sum, x, Y, &c, d, half, 2); });
     bench_cuda_dispatch_line("dispatch_combine, 2 chunks", ms,
-                             4.0 * N + 8.0 * P + P * vector + 2.0 * N * vector + 8.0 * N * d);
+                             4.0 * N + 4.0 * P + P * vector + 2.0 * N * vector + 8.0 * N * d);
     ms = device_ms([&] { dispatch_dgate(dgate, partial, tiles, c.pairs, c.dispatch, N, E, 0, rows, NULL); });
     bench_cuda_dispatch_line("dispatch_dgate", ms, 8.0 * P + 4.0 * P * tiles);
     const void *buffers[] = {Y, x, partial, dgate, sum};

@@ -46,14 +46,13 @@ static void combine_case_free(CombineCase *c) {
 }
 
 // all chunks but the last are added up
-static CombineChunk combine_last_chunk(const CombineCase *c, const float *gates) {
+static CombineChunk combine_last_chunk(const CombineCase *c) {
     int last = c->chunks - 1;
     for (int i = 0; i < last; i++) {
-        dispatch_combine((floatX *)NULL, c->sum, NULL, c->rows + (int64_t)i * c->R * c->d, gates,
+        dispatch_combine((floatX *)NULL, c->sum, NULL, c->rows + (int64_t)i * c->R * c->d,
                          c->pairs.pairs, c->pairs.dispatch, c->pairs.N, c->d, i * c->R, c->R, 0, NULL);
     }
     CombineChunk chunk = {c->rows + (int64_t)last * c->R * c->d,
-                          gates,
                           c->sum,
                           last * c->R,
                           c->R,
@@ -71,9 +70,9 @@ static void combine_rmsnorm_forward_case(const CombineCase *c) {
     fill_uniform(w, (size_t)d, 3, 1.5f);
     floatX *d_residual = device_x(residual, size), *d_normed = device_new<floatX>(size);
     float *d_w = device_f(w, d), *d_rstd = device_new<float>(N);
-    float *want = cuda_dispatch_want(&c->pairs, c->host_rows, residual, c->pairs.host.gate, d);
+    float *want = cuda_dispatch_want(&c->pairs, c->host_rows, residual, d);
     dispatch_combine_rmsnorm_forward(d_residual, d_normed, d_rstd, d_residual,
-                                     combine_last_chunk(c, c->pairs.pairs.gate), d_w, N, d, eps, NULL);
+                                     combine_last_chunk(c), d_w, N, d, eps, NULL);
     check_device("combine_rmsnorm y", d_residual, want, size, tolerance(1e-5, 2e-3));
     float *y = fetch(d_residual, size); // as it was rounded
     rmsnorm_forward(normed, rstd, y, w, N, d, eps);
@@ -127,13 +126,13 @@ static void combine_rmsnorm_backward_case(const CombineCase *c, CombineRouter ki
           *scratch = device_new<float>(rmsnorm_scratch_floats(d));
     floatX *d_dx[2] = {device_x(dx, size), device_x(dx, size)};
     float *d_dw[2] = {device_f(dw, d), device_f(dw, d)};
-    float *want = cuda_dispatch_want(&c->pairs, c->host_rows, zero, NULL, d);
+    float *want = cuda_dispatch_want(&c->pairs, c->host_rows, zero, d);
     if (kind != ROUTER_NONE) {
         sgemm(0, 0, N, d, E, dz, E, router, d, want, d, 1); // dnormed += dz W
     }
     rmsnorm_backward(dx, dw, want, x, w, rstd, N, d);
     for (int i = 0; i < 2; i++) {
-        dispatch_combine_rmsnorm_backward(d_dx[i], d_dw[i], dnormed, combine_last_chunk(c, NULL),
+        dispatch_combine_rmsnorm_backward(d_dx[i], d_dw[i], dnormed, combine_last_chunk(c),
                                           kind != ROUTER_NONE ? d_dz : NULL, d_router, d_x, d_w, d_rstd, N, d,
                                           E, scratch, plans, NULL);
     }
@@ -170,13 +169,13 @@ static void combine_rmsnorm_case(PairLoad load, int N, int E, int d, int chunks,
 static void combine_rmsnorm_overflow_case(void) {
     enum { N = 70, E = 8, D = 24 };
     CombineCase c = combine_case(LOAD_ALL, N, E, D, 3);
-    CombineChunk chunk = {c.rows, NULL, NULL, 0, c.R, c.pairs.pairs, c.pairs.dispatch};
+    CombineChunk chunk = {c.rows, NULL, 0, c.R, c.pairs.pairs, c.pairs.dispatch};
     float *residual = host_random(N * D, 2, 1.0f), *w = host_random(D, 3, 1.0f);
     floatX *d_residual = device_x(residual, N * D), *y[2], *normed = device_new<floatX>(N * D);
     float *d_w = device_f(w, D), *rstd = device_new<float>(N);
     y[0] = device_new<floatX>(N * D);
     y[1] = device_new<floatX>(N * D);
-    dispatch_combine(y[0], NULL, d_residual, c.rows, NULL, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1,
+    dispatch_combine(y[0], NULL, d_residual, c.rows, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1,
                      NULL);
     dispatch_combine_rmsnorm_forward(y[1], normed, rstd, d_residual, chunk, d_w, N, D, 1e-5f, NULL);
     CHECK(device_hash(y[0], N * D * sizeof(floatX)) == device_hash(y[1], N * D * sizeof(floatX)));
@@ -232,12 +231,11 @@ static void bench_combine_rmsnorm_of(PairLoad load, int N, int E, int d, GemmPla
         }
     }
     floatX *dz = device_x(dz_host, (int64_t)N * E), *router = device_new<floatX>((int64_t)E * d);
-    CombineChunk chunk = {Y, c.pairs.gate, NULL, 0, rows, c.pairs, c.dispatch};
+    CombineChunk chunk = {Y, NULL, 0, rows, c.pairs, c.dispatch};
     printf("  N %d, E %d, d %d: %.0f pairs\n", N, E, d, P);
     double ms =
         device_ms([&] { dispatch_combine_rmsnorm_forward(y, normed, rstd, x, chunk, w, N, d, 1e-5f, 0); });
-    bench_cuda_dispatch_line("combine_rmsnorm forward", ms, 4.0 * N + 8.0 * P + (P + 3.0 * N) * vector);
-    chunk.gates = NULL;
+    bench_cuda_dispatch_line("combine_rmsnorm forward", ms, 4.0 * N + 4.0 * P + (P + 3.0 * N) * vector);
     ms = device_ms([&] {
         dispatch_combine_rmsnorm_backward(y, dw, normed, chunk, dz, router, x, w, rstd, N, d, E, scratch,
                                           plans, 0);

@@ -20,19 +20,11 @@ bench: TFLOP/s of the six products on N(0, 1), beside cuBLASLt's dense product o
 #include "../../../llmc/grouped_gemm.cuh"
 #include "harness.cuh"
 
-typedef enum {
-    GROUPED_H,
-    GROUPED_A,
-    GROUPED_Y,
-    GROUPED_GATED_A,
-    GROUPED_DH,
-    GROUPED_DGATE,
-    GROUPED_DX
-} GroupedRows;
+typedef enum { GROUPED_H, GROUPED_Y, GROUPED_DH, GROUPED_DGATE, GROUPED_DX } GroupedRows;
 enum { GROUPED_ROW_TENSORS = GROUPED_DX + 1 };
 
-static const char *const grouped_row_names[GROUPED_ROW_TENSORS] = {"H",  "A",     "Y",  "gate A",
-                                                                   "dH", "dgate", "dX'"};
+static const char *const grouped_row_names[GROUPED_ROW_TENSORS] = {"G, U, gate A", "Y", "dG, dU, gate A",
+                                                                   "dgate", "dX'"};
 
 // sizes, inputs and what the C functions make of them; all on the host, rows with pads
 typedef struct {
@@ -48,7 +40,7 @@ typedef struct {
 } GroupedCase;
 
 static int64_t grouped_width(const GroupedCase *c, int tensor) {
-    const int64_t widths[GROUPED_ROW_TENSORS] = {2 * c->F, c->F, c->d, c->F, 2 * c->F, 1, c->d};
+    const int64_t widths[GROUPED_ROW_TENSORS] = {3 * c->F, c->d, 3 * c->F, 1, c->d};
     return widths[tensor];
 }
 
@@ -190,27 +182,42 @@ static float *grouped_wgrad(const GroupedCase *c, const float *begin, const floa
     return dweight;
 }
 
+// as a chunk's buffer has them: pair [rows, 2F] and a [rows, F] side by side
+static float *grouped_beside(const GroupedCase *c, const float *pair, const float *a) {
+    int64_t F = c->F;
+    float *rows = NEW(float, c->rows * 3 * F);
+    for (int64_t r = 0; r < c->rows; r++) {
+        memcpy(rows + r * 3 * F, pair + r * 2 * F, (size_t)(2 * F) * sizeof(float));
+        memcpy(rows + r * 3 * F + 2 * F, a + r * F, (size_t)F * sizeof(float));
+    }
+    return rows;
+}
+
 static void grouped_reference(GroupedCase *c, bool large) {
     int d = c->d, F = c->F;
     int64_t P = c->rows;
     float **want = c->want, *rows = grouped_gathered(c, c->x), *drows = grouped_gathered(c, c->dy);
-    want[GROUPED_H] = grouped_forward(c, rows, c->w_gate_up, d, 2 * F, large);
-    grouped_round(want[GROUPED_H], P * 2 * F);
-    want[GROUPED_A] = NEW(float, P *F);
-    swiglu_forward(want[GROUPED_A], want[GROUPED_H], P, F);
-    grouped_round(want[GROUPED_A], P * F);
-    want[GROUPED_Y] = grouped_forward(c, want[GROUPED_A], c->w_down, F, d, large);
-    want[GROUPED_GATED_A] = grouped_backward(c, drows, c->w_down, F, d, large); // dA'
-    want[GROUPED_DH] = grouped_copy(want[GROUPED_H], P * 2 * F);
+    float *h = grouped_forward(c, rows, c->w_gate_up, d, 2 * F, large), *a = NEW(float, P *F);
+    grouped_round(h, P * 2 * F);
+    swiglu_forward(a, h, P, F);
+    for (int64_t i = 0; i < P * F; i++) {
+        a[i] *= c->gate[i / F];
+    }
+    grouped_round(a, P * F);
+    want[GROUPED_H] = grouped_beside(c, h, a);
+    want[GROUPED_Y] = grouped_forward(c, a, c->w_down, F, d, large);
+    float *da = grouped_backward(c, drows, c->w_down, F, d, large);
     want[GROUPED_DGATE] = NEW(float, P);
-    swiglu_backward(want[GROUPED_DH], want[GROUPED_GATED_A], want[GROUPED_DGATE], c->gate, P, F);
-    grouped_round(want[GROUPED_GATED_A], P * F);
-    grouped_round(want[GROUPED_DH], P * 2 * F);
-    want[GROUPED_DX] = grouped_backward(c, want[GROUPED_DH], c->w_gate_up, d, 2 * F, large);
-    c->want_dw_down = grouped_wgrad(c, c->begin_down, drows, want[GROUPED_GATED_A], F, d, large);
-    c->want_dw_gate_up = grouped_wgrad(c, c->begin_gate_up, want[GROUPED_DH], rows, d, 2 * F, large);
-    free(rows);
-    free(drows);
+    swiglu_backward(h, da, want[GROUPED_DGATE], c->gate, P, F); // h: now dH
+    grouped_round(h, P * 2 * F);
+    want[GROUPED_DH] = grouped_beside(c, h, a);
+    want[GROUPED_DX] = grouped_backward(c, h, c->w_gate_up, d, 2 * F, large);
+    c->want_dw_down = grouped_wgrad(c, c->begin_down, drows, a, F, d, large);
+    c->want_dw_gate_up = grouped_wgrad(c, c->begin_gate_up, h, rows, d, 2 * F, large);
+    float *all[] = {rows, drows, h, a, da};
+    for (float *p : all) {
+        free(p);
+    }
 }
 
 static void grouped_free(GroupedCase *c) {
@@ -309,60 +316,55 @@ static void grouped_set_place(const GroupedDevice *g, int64_t place) {
 // H once more, into fresh buffers: the same bits in scratch; nothing is written if it is in the store
 static void grouped_check_recomputation(const GroupedCase *c, const GroupedDevice *g, RowChunk chunk,
                                         const floatX *was, bool in_store) {
-    int64_t n = (int64_t)chunk.rows * 2 * c->F, bytes = n * (int64_t)sizeof(floatX);
+    int64_t n = (int64_t)chunk.rows * 3 * c->F, bytes = n * (int64_t)sizeof(floatX);
     floatX *store = device_new<floatX>(n), *scratch = device_new<floatX>(n);
     ChunkH h = {store, scratch, g->place};
     uint64_t untouched = device_hash(store, bytes);
     grouped_set_place(g, in_store ? 0 : -1);
-    grouped_up_forward(NULL, h, g->x, g->w_gate_up, chunk, c->d, c->F, 0);
+    grouped_up_forward(h, 1, g->x, g->w_gate_up, chunk, c->d, c->F, 0);
     CHECK(device_hash(store, bytes) == untouched);
     CHECK(device_hash(scratch, bytes) == (in_store ? untouched : device_hash(was, bytes)));
     device_release(store);
     device_release(scratch);
 }
 
-// H and A from X, Y from A
+// H from X, Y from the reference's H
 static void grouped_run_forward(const GroupedCase *c, GroupedDevice *g, RowChunk chunk, int64_t existing,
                                 bool in_store) {
     int d = c->d, F = c->F;
-    int64_t R = chunk.rows, first = chunk.first, bytes = R * 2 * F * (int64_t)sizeof(floatX);
-    floatX *store = device_new<floatX>((R + 64) * 2 * F), *scratch = device_new<floatX>(R * 2 * F);
-    floatX *a = device_new<floatX>(R * F), *y = device_new<floatX>(R * d);
-    ChunkH h = {store, scratch, g->place};
-    int64_t place = in_store ? 64 * 2 * F : -1;
+    int64_t R = chunk.rows, first = chunk.first, bytes = R * 3 * F * (int64_t)sizeof(floatX);
+    floatX *store = device_new<floatX>((R + 64) * 3 * F), *scratch = device_new<floatX>(R * 3 * F);
+    floatX *y = device_new<floatX>(R * d), *want_h = grouped_buffer(c, GROUPED_H, first, existing, R);
+    ChunkH h = {store, scratch, g->place}, wanted = {want_h, want_h, g->place};
+    int64_t place = in_store ? 64 * 3 * F : -1;
     floatX *here = in_store ? store + place : scratch, *other = in_store ? scratch : store;
     uint64_t untouched = device_hash(other, bytes);
     grouped_set_place(g, place);
-    grouped_up_forward(a, h, g->x, g->w_gate_up, chunk, d, F, 0);
+    grouped_up_forward(h, 0, g->x, g->w_gate_up, chunk, d, F, 0);
     CHECK(device_hash(other, bytes) == untouched);
     grouped_collect(c, g, GROUPED_H, here, first, existing, R);
-    grouped_collect(c, g, GROUPED_A, a, first, existing, R);
-    grouped_check_recomputation(c, g, chunk, here, in_store);
-    device_release(a);
-    a = grouped_buffer(c, GROUPED_A, first, existing, R);
-    grouped_down_forward(y, a, g->w_down, chunk, d, F, 0);
+    grouped_check_recomputation(c, g, chunk, here, in_store); // leaves place at 0 or -1
+    grouped_down_forward(y, wanted, g->w_down, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_Y, y, first, existing, R);
     device_release(store);
     device_release(scratch);
-    device_release(a);
+    device_release(want_h);
     device_release(y);
 }
 
-// each function from the reference's inputs: gate A and dH are uploaded anew for the products that read them
+// each function from the reference's inputs: dH is uploaded anew for the products that read it
 static void grouped_run_backward(const GroupedCase *c, GroupedDevice *g, RowChunk chunk, int64_t existing,
                                  bool in_store) {
     int d = c->d, F = c->F, tiles = grouped_dgate_tiles(F, test_kernels);
     int64_t R = chunk.rows, first = chunk.first;
     floatX *h_rows = grouped_buffer(c, GROUPED_H, first, existing, R);
     floatX *dh_rows = grouped_buffer(c, GROUPED_DH, first, existing, R);
-    floatX *gated = grouped_buffer(c, GROUPED_GATED_A, first, existing, R);
-    floatX *a = device_new<floatX>(R * F), *dx = device_new<floatX>(R * d);
+    floatX *dx = device_new<floatX>(R * d);
     float *partial = device_new<float>(R * tiles);
     ChunkH h = {in_store ? h_rows : NULL, in_store ? NULL : h_rows, g->place};
     ChunkH dh = {in_store ? dh_rows : NULL, in_store ? NULL : dh_rows, g->place};
     grouped_set_place(g, in_store ? 0 : -1);
-    grouped_down_backward(a, h, partial, g->dy, g->w_down, chunk, d, F, 0);
-    grouped_collect(c, g, GROUPED_GATED_A, a, first, existing, R);
+    grouped_down_backward(h, partial, g->dy, g->w_down, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_DH, h_rows, first, existing, R);
     float *parts = fetch(partial, R * tiles);
     int64_t touched = 0;
@@ -375,14 +377,12 @@ static void grouped_run_backward(const GroupedCase *c, GroupedDevice *g, RowChun
     }
     CHECK(touched == 0);
     free(parts);
-    grouped_down_wgrad(g->dw_down, g->dy, gated, chunk, d, F, 0);
+    grouped_down_wgrad(g->dw_down, g->dy, dh, chunk, d, F, 0);
     grouped_up_wgrad(g->dw_gate_up, dh, g->x, chunk, d, F, 0);
     grouped_up_backward(dx, dh, g->w_gate_up, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_DX, dx, first, existing, R);
     device_release(h_rows);
     device_release(dh_rows);
-    device_release(gated);
-    device_release(a);
     device_release(dx);
     device_release(partial);
 }
@@ -531,33 +531,30 @@ static void test_grouped_far(void) {
              end = {g.offsets, g.token, g.gate, 1, ROWS - LAST, LAST, test_kernels};
     int64_t wide = (int64_t)(ROWS - LAST) * WIDTH, tiles = grouped_dgate_tiles(WIDTH, test_kernels),
             x = sizeof(floatX);
-    floatX *h_all = device_new<floatX>((int64_t)ROWS * 2 * WIDTH),
-           *h_end = device_new<floatX>(LAST * 2 * WIDTH);
-    floatX *a_all = device_new<floatX>((int64_t)ROWS * WIDTH), *a_end = device_new<floatX>(LAST * WIDTH);
+    floatX *h_all = device_new<floatX>((int64_t)ROWS * 3 * WIDTH),
+           *h_end = device_new<floatX>(LAST * 3 * WIDTH);
     floatX *y_all = device_new<floatX>(ROWS * D), *y_end = device_new<floatX>(LAST * D);
     float *parts = device_new<float>(ROWS * tiles);
     grouped_set_place(&g, -1);
     for (int i = 0; i < 2; i++) {
-        floatX *a = i ? a_end : a_all, *y = i ? y_end : y_all;
+        floatX *y = i ? y_end : y_all;
         RowChunk chunk = i ? end : all;
         ChunkH h = {NULL, i ? h_end : h_all, g.place};
-        grouped_up_forward(a, h, g.x, g.w_gate_up, chunk, D, WIDTH, 0);
-        grouped_down_forward(y, a, g.w_down, chunk, D, WIDTH, 0);
+        grouped_up_forward(h, 0, g.x, g.w_gate_up, chunk, D, WIDTH, 0);
+        grouped_down_forward(y, h, g.w_down, chunk, D, WIDTH, 0);
     }
-    CHECK(device_hash(h_all + 2 * wide, LAST * 2 * WIDTH * x) == device_hash(h_end, LAST * 2 * WIDTH * x));
-    CHECK(device_hash(a_all + wide, LAST * WIDTH * x) == device_hash(a_end, LAST * WIDTH * x));
+    CHECK(device_hash(h_all + 3 * wide, LAST * 3 * WIDTH * x) == device_hash(h_end, LAST * 3 * WIDTH * x));
     CHECK(device_hash(y_all + (ROWS - LAST) * D, LAST * D * x) == device_hash(y_end, LAST * D * x));
     for (int i = 0; i < 2; i++) {
-        floatX *a = i ? a_end : a_all, *y = i ? y_end : y_all;
+        floatX *y = i ? y_end : y_all;
         RowChunk chunk = i ? end : all;
         ChunkH h = {NULL, i ? h_end : h_all, g.place};
-        grouped_down_backward(a, h, parts, g.dy, g.w_down, chunk, D, WIDTH, 0);
+        grouped_down_backward(h, parts, g.dy, g.w_down, chunk, D, WIDTH, 0);
         grouped_up_backward(y, h, g.w_gate_up, chunk, D, WIDTH, 0);
     }
-    CHECK(device_hash(h_all + 2 * wide, LAST * 2 * WIDTH * x) == device_hash(h_end, LAST * 2 * WIDTH * x));
-    CHECK(device_hash(a_all + wide, LAST * WIDTH * x) == device_hash(a_end, LAST * WIDTH * x));
+    CHECK(device_hash(h_all + 3 * wide, LAST * 3 * WIDTH * x) == device_hash(h_end, LAST * 3 * WIDTH * x));
     CHECK(device_hash(y_all + (ROWS - LAST) * D, LAST * D * x) == device_hash(y_end, LAST * D * x));
-    void *buffers[] = {h_all, h_end, a_all, a_end, y_all, y_end, parts};
+    void *buffers[] = {h_all, h_end, y_all, y_end, parts};
     for (void *p : buffers) {
         device_release(p);
     }
@@ -642,8 +639,7 @@ static void grouped_bench_rows(GroupedBench *b) {
 // what an earlier product overwrote is N(0, 1) again: the numbers decide the power, and so the clock
 static void grouped_bench_refill(GroupedBench *b) {
     int64_t R = b->s.rows;
-    launch(grouped_normal_kernel, 1024, 256, 0, 0, b->h_rows, R * 2 * b->s.F, 7u);
-    launch(grouped_normal_kernel, 1024, 256, 0, 0, b->a, R * b->s.F, 3u);
+    launch(grouped_normal_kernel, 1024, 256, 0, 0, b->h_rows, R * 3 * b->s.F, 7u);
 }
 
 static GroupedBench grouped_bench_open(GroupedBenchShape s) {
@@ -657,7 +653,7 @@ static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     b.y = grouped_normal(R * s.d, 4);
     b.w_gate_up = grouped_normal(2 * weight, 5);
     b.w_down = grouped_normal(weight, 6);
-    b.h_rows = grouped_normal(R * 2 * s.F, 7);
+    b.h_rows = grouped_normal(R * 3 * s.F, 7);
     b.dw_gate_up = device_new<float>(2 * weight);
     b.dw_down = device_new<float>(weight);
     b.partial = device_new<float>(R * grouped_dgate_tiles(s.F, test_kernels));
@@ -712,20 +708,20 @@ static void grouped_bench_shape(GroupedBenchShape s) {
     RowChunk chunk = b.chunk;
     printf("grouped_gemm: d %d, F %d, E %d, %d rows\n", d, F, s.E, s.rows);
     grouped_bench_row(
-        "up_forward", 2 * flops, [&] { grouped_up_forward(b.a, b.h, b.x, b.w_gate_up, chunk, d, F, 0); },
+        "up_forward", 2 * flops, [&] { grouped_up_forward(b.h, 0, b.x, b.w_gate_up, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 1, R, 2 * F, d, b.x, d, b.w_gate_up, d, b.h_rows, 2 * F, NULL, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
-        "down_forward", flops, [&] { grouped_down_forward(b.y, b.a, b.w_down, chunk, d, F, 0); },
+        "down_forward", flops, [&] { grouped_down_forward(b.y, b.h, b.w_down, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 1, R, d, F, b.a, F, b.w_down, F, b.y, d, NULL, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
         "down_backward", flops,
-        [&] { grouped_down_backward(b.a, b.h, b.partial, b.dy, b.w_down, chunk, d, F, 0); },
+        [&] { grouped_down_backward(b.h, b.partial, b.dy, b.w_down, chunk, d, F, 0); },
         [&] { gemm(b.plans, 0, 0, R, F, d, b.dy, d, b.w_down, F, b.a, F, NULL, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
-        "down_wgrad", flops, [&] { grouped_down_wgrad(b.dw_down, b.dy, b.a, chunk, d, F, 0); },
+        "down_wgrad", flops, [&] { grouped_down_wgrad(b.dw_down, b.dy, b.h, chunk, d, F, 0); },
         [&] { gemm(b.plans, 1, 0, d, F, R, b.dy, d, b.a, F, b.dw_down, F, b.dw_down, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
