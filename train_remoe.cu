@@ -564,8 +564,8 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
     profile_mark(&m->profile, "combine and norms", m->stream);
     LayerOut out = layer_out(m, l);
     dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid,
-                                     experts_last_chunk(a->pairs, a->dispatch, &m->arena, l),
-                                     out.norm, N, d, (float)c->norm_eps, m->stream);
+                                     experts_last_chunk(a->pairs, a->dispatch, &m->arena, l), out.norm, N, d,
+                                     (float)c->norm_eps, m->stream);
 }
 
 // the active set of layer l from the host (dump), or NULL

@@ -15,6 +15,7 @@ mkdir -p $logs
 # row | what | least GB of the card | B | compared with | our options | the peer's
 ROWS='
 small|small, 8 experts|40|64||--preset small|--size small --router relu --E 8 --G 1
+b128|small, 8 experts|75|128|small|--preset small|
 portable|small, 8 experts, portable kernels|40|64|small|--preset small --kernels portable|
 medium|medium, 8 experts|75|32||--preset medium|--size medium --router relu --E 8 --G 1
 large|large, 8 experts|130|32||--preset large|--size large --router relu --E 8 --G 1
@@ -22,7 +23,7 @@ dense|small, dense|40|64|small|--preset small --router dense|--size small --rout
 g8|small, granularity 8: 64 experts, 8 active|40|64|small|--preset small --granularity 8|--size small --router relu --E 8 --G 8
 e32|small, 32 experts|75|64|small|--preset small --experts 32|--size small --router relu --E 32 --G 1
 e64|small, 64 experts|130|64|small|--preset small --experts 64|--size small --router relu --E 64 --G 1
-stage1|small, stage I|75|64|small|--preset small|
+stage1|small, stage I|75|32|small|--preset small|
 gemm|experts'"'"' products|20||||
 attention|attention|10||||
 '

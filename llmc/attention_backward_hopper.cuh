@@ -28,14 +28,14 @@ thread. Scratch as in attention_portable.cuh: the first kernel fills it for the 
 #ifdef HOPPER_KERNELS
 namespace hopper {
 
+__host__ __device__ __forceinline__ int64_t padded_rows(const AttentionArguments &args) {
+    return ceil_div<int>(args.T, portable::ATTENTION_PAD) * portable::ATTENTION_PAD;
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // ----------------------------------------------------------------------------
 // dk, dv: producer
-
-__device__ __forceinline__ int64_t padded_rows(const AttentionArguments &args) {
-    return ceil_div<int>(args.T, portable::ATTENTION_PAD) * portable::ATTENTION_PAD;
-}
 
 // lse in base 2 of a head's first row; D follows after padded_rows floats
 __device__ __forceinline__ float *scratch_rows(const AttentionArguments &args, int b, int head) {
@@ -60,16 +60,13 @@ __device__ __forceinline__ void produce(const AttentionArguments &args,
         }
         int group = args.H / args.KV;
         for (int head = at.head * group; head < (at.head + 1) * group; head++) {
-            const float *rows = scratch_rows(args, at.b, head);
             for (int query = at.first; query < args.T; query += ATTENTION_ROWS) {
                 barrier_wait(memory.empty(), memory.parity ^ 1);
                 barrier_expect(memory.full(), Memory::STAGE_BYTES + Memory::ROW_BYTES);
                 load_tile<HD>(memory.tile(0), &args.qkv, memory.full(), head * HD, query, at.b);
                 load_tile<HD>(memory.tile(1), &args.dout, memory.full(), head * HD, query, at.b);
-                for (int i = 0; i < 2; i++) {
-                    bulk_load(memory.base + memory.rows() + i * ATTENTION_ROWS * 4,
-                              rows + i * padded_rows(args) + query, ATTENTION_ROWS * 4, memory.full());
-                }
+                tma_load(memory.base + memory.rows(), &args.rows, memory.full(), query, 0,
+                         at.b * args.H + head);
                 memory.advance();
             }
         }
@@ -380,6 +377,7 @@ static inline void attention_rope_backward(floatX *dqkv, const floatX *dout, con
     args.dout = tensor_map(dout, H * hd, T, B, ATTENTION_ROWS);
     args.out = tensor_map(out, H * hd, T, B, ATTENTION_ROWS);
     args.scratch = scratch;
+    args.rows = tensor_map(scratch, true, padded_rows(args), 2, B * H, 2, 1, ATTENTION_ROWS);
     args.lse = lse;
     args.rope_table = rope_table;
     if (hd == 64) {

@@ -51,6 +51,7 @@ enum { ATTENTION_FORWARD = 1, ATTENTION_DKV = 2, ATTENTION_DQ = 3 };
 
 struct AttentionArguments {
     CUtensorMap qkv, dout, out; // [B][T][columns], boxes of 64 rows x 64 columns
+    CUtensorMap rows;           // scratch, [B H][2][T padded to 64]: boxes of 2 x 64
     floatX *to;                 // out or dqkv
     float *lse_to, *scratch;
     const float *lse, *rope_table;

@@ -32,7 +32,7 @@ enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 };
 // the rows that a combine has to add last, and what those of earlier chunks came to
 typedef struct {
     const floatX *rows; // [chunk_rows, d]
-    float *sum; // [N, d] of the chunks before; not read when first == 0
+    float *sum;         // [N, d] of the chunks before; not read when first == 0
     int first, chunk_rows;
     DevicePairs pairs;
     DeviceDispatch dispatch;
@@ -102,8 +102,8 @@ static inline void dispatch_combine_rmsnorm_forward(floatX *y, floatX *normed, f
                                                     const float *w, int N, int d, float eps,
                                                     cudaStream_t stream) {
     if (!rmsnorm_fits_warp(d)) {
-        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.pairs, chunk.dispatch, N, d,
-                         chunk.first, chunk.chunk_rows, 1, stream);
+        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.pairs, chunk.dispatch, N, d, chunk.first,
+                         chunk.chunk_rows, 1, stream);
         rmsnorm_forward(normed, rstd, y, w, N, d, eps, stream);
         return;
     }
@@ -169,8 +169,8 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
                                                      GemmPlans *plans, cudaStream_t stream) {
     int fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
     if (!fits) {
-        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, d,
-                         chunk.first, chunk.chunk_rows, 1, stream);
+        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, d, chunk.first,
+                         chunk.chunk_rows, 1, stream);
     }
     if (dz != NULL && !(fits && few)) {
         gemm(plans, 0, 0, N, d, E, dz, E, router, d, dnormed, d, fits ? NULL : dnormed, stream);

@@ -76,7 +76,7 @@ static inline void experts_backward(floatX *dx, float *dgate, float *dw_gate_up,
         int last = c == arena->planned[layer] - 1;
         floatX *rows = arena->rows;
         float *partial = arena->dgate_partial;
-        grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);               // H, if it has no place
+        grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);        // H, if it has no place
         grouped_down_backward(h, partial, dy, w_down, chunk, d, F, stream); // dG, dU, parts of <dA', A>
         grouped_down_wgrad(dw_down, dy, h, chunk, d, F, stream);            // dW_down += dO'^T (gate A)
         grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);            // dW_gate_up += [dG | dU]^T X'

@@ -303,6 +303,27 @@ __device__ __forceinline__ bool find_tile(Tile &tile, int item, Plan plan, const
     return true;
 }
 
+// where the next tile is looked for
+struct Walk {
+    Tile next; // while `more`
+    int item;
+    bool more;
+};
+
+template <int PRODUCT, int BN> __device__ __forceinline__ Walk walk_begin(Plan plan, const Arguments &args) {
+    Walk walk;
+    walk.next.expert = 0;
+    walk.item = blockIdx.x / CLUSTER;
+    walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
+    return walk;
+}
+
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void walk_on(Walk &walk, Plan plan, const Arguments &args) {
+    walk.item += gridDim.x / CLUSTER;
+    walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
+}
+
 // ----------------------------------------------------------------------------
 // producer: B, and A where its rows lie together, by TMA (one thread)
 
@@ -360,10 +381,8 @@ __device__ __forceinline__ void load_b(const CUtensorMap *map, Ring<BN> ring, co
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_tma(const Arguments &args, Plan plan, Ring<BN> ring) {
     int which, h_first = (int)h_row(args, &which);
-    Tile tile;
-    tile.expert = 0;
-    for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
-         item += gridDim.x / CLUSTER) {
+    for (Walk walk = walk_begin<PRODUCT, BN>(plan, args); walk.more; walk_on<PRODUCT, BN>(walk, plan, args)) {
+        const Tile &tile = walk.next;
         int halves = tile.rows / GROUP_ROWS; // what lies after the expert's rows is not read
         for (int step = 0; step < tile.steps; step++) {
             barrier_wait(ring.empty(), ring.parity ^ 1);
@@ -393,19 +412,25 @@ struct RowGather {
 
 enum : uint32_t { NO_ROW = 0xffffffffu };
 
-__device__ __forceinline__ void gather_begin(RowGather &gather, const Arguments &args, const Tile &tile) {
+// A warp's threads copy rows 4 warp + (0 .. 3) + 16 i: one token a lane. Fetched a tile ahead, or the ring would
+// run dry meanwhile
+__device__ __forceinline__ int row_token(const Arguments &args, const Tile &tile) {
+    int thread = threadIdx.x % GROUP_THREADS, lane = thread % 32;
+    int row = thread / 32 * 4 + lane % 4 + lane / 4 * 16;
+    return row < tile.rows ? args.chunk.token_of_row[args.chunk.first + tile.m + row] : -1;
+}
+
+__device__ __forceinline__ void gather_begin(RowGather &gather, const Arguments &args, int token) {
     uint32_t thread = threadIdx.x % GROUP_THREADS;
     uint32_t row = thread / 8;
     gather.rows = reinterpret_cast<const uint4 *>(args.rows);
     gather.pieces = (uint32_t)args.d / 8;
     gather.piece = thread % 8;
     gather.to = row * 128 + ((gather.piece ^ (row % 8)) << 4);
-    const int *tokens = args.chunk.token_of_row + args.chunk.first + tile.m;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        int r = (int)row + 16 * i;
-        int token = r < tile.rows ? tokens[r] : -1;
-        gather.source[i] = token < 0 ? (uint32_t)NO_ROW : (uint32_t)token * gather.pieces;
+        int its = __shfl_sync(0xffffffffu, token, 4 * i + (int)row % 4);
+        gather.source[i] = its < 0 ? (uint32_t)NO_ROW : (uint32_t)its * gather.pieces;
     }
 }
 
@@ -425,14 +450,15 @@ struct ColumnGather {
     const uint4 *column; // the thread's piece of token 0
     uint32_t pieces;     // of a row
     bool inside;
-    const int *tokens;
-    int next[2];
+    int next[2]; // tokens
     uint32_t to;
 };
 
-__device__ __forceinline__ void gather_tokens(ColumnGather &gather, int step) {
-    gather.next[0] = gather.tokens[step * STEP_K];
-    gather.next[1] = gather.tokens[step * STEP_K + 32];
+// those of the step that begins at a row of the chunk
+__device__ __forceinline__ void gather_tokens(ColumnGather &gather, const Arguments &args, int row) {
+    const int *tokens = args.chunk.token_of_row + args.chunk.first + row + threadIdx.x % 32;
+    gather.next[0] = tokens[0];
+    gather.next[1] = tokens[32];
 }
 
 __device__ __forceinline__ void gather_begin(ColumnGather &gather, const Arguments &args, const Tile &tile) {
@@ -442,9 +468,7 @@ __device__ __forceinline__ void gather_begin(ColumnGather &gather, const Argumen
     gather.pieces = (uint32_t)args.d / 8;
     gather.inside = piece < gather.pieces;
     gather.column = reinterpret_cast<const uint4 *>(args.rows) + (gather.inside ? piece : 0);
-    gather.tokens = args.chunk.token_of_row + args.chunk.first + tile.row + threadIdx.x % 32;
     gather.to = place / 8 * BLOCK_BYTES + k * 128 + ((place % 8 ^ k) << 4);
-    gather_tokens(gather, 0);
 }
 
 __device__ __forceinline__ void gather_step(const ColumnGather &gather, uint32_t a) {
@@ -463,17 +487,32 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
     int which = 0, h_first = WGRAD ? (int)h_row(args, &which) : 0;
     const CUtensorMap *map = &args.b[which];
+    RowGather by_row;
+    ColumnGather by_column;
+    int token = -1;
+    // of a tile's rows, or of its first step; the tile is found once more later: registers are few here
+    auto fetch_tokens = [&](int item, int expert) {
+        Tile tile;
+        tile.expert = expert;
+        if (find_tile<PRODUCT, BN>(tile, item, plan, args)) {
+            if (WGRAD) {
+                gather_tokens(by_column, args, tile.row);
+            } else {
+                token = row_token(args, tile);
+            }
+        }
+    };
     Tile tile;
     tile.expert = 0;
-    for (int item = blockIdx.x / CLUSTER; find_tile<PRODUCT, BN>(tile, item, plan, args);
-         item += gridDim.x / CLUSTER) {
-        RowGather by_row;
-        ColumnGather by_column;
+    int item = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+    fetch_tokens(item, 0);
+    for (; find_tile<PRODUCT, BN>(tile, item, plan, args); item += stride) {
         int first_k = WGRAD ? h_first + tile.row : 0;
         if (WGRAD) {
             gather_begin(by_column, args, tile);
         } else {
-            gather_begin(by_row, args, tile);
+            gather_begin(by_row, args, token);
+            fetch_tokens(item + stride, tile.expert);
         }
         for (int step = 0; step < tile.steps; step++) {
             barrier_wait(ring.empty(), ring.parity ^ 1);
@@ -484,7 +523,9 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
             if (WGRAD) {
                 gather_step(by_column, ring.a());
                 if (step + 1 < tile.steps) {
-                    gather_tokens(by_column, step + 1);
+                    gather_tokens(by_column, args, tile.row + (step + 1) * STEP_K);
+                } else {
+                    fetch_tokens(item + stride, tile.expert);
                 }
             } else {
                 gather_step(by_row, ring.a(), step);
@@ -537,21 +578,21 @@ template <int PRODUCT, int BN> struct Multiplier {
     }
 
     // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do
-    // while they run. Unrolled: its parts find their registers at compile time. After two steps with a part
-    // comes one without, so that nobody has long to wait: 8 parts go with 12 steps
+    // while they run, spread evenly over the steps: of steps without a part that follow each other, the
+    // consumer would take more than the ring brings in time. Parts are unrolled, to find their registers at
+    // compile time
     template <int PARTS, class Meanwhile>
     __device__ __forceinline__ void tile(float (&acc)[BN / 2], int steps, const Meanwhile &meanwhile) {
-        const int UNROLLED = PARTS * 3 / 2;
+        int i = 0;
 #pragma unroll
-        for (int i = 0; i < UNROLLED; i++) {
-            if (i < steps) {
+        for (int part = 0; part < PARTS; part++) {
+#pragma unroll 1
+            for (; i < steps && i <= part * steps / PARTS; i++) {
                 step(acc, i);
             }
-            if (i % 3 < 2) {
-                meanwhile(i / 3 * 2 + i % 3);
-            }
+            meanwhile(part);
         }
-        for (int i = UNROLLED; i < steps; i++) {
+        for (; i < steps; i++) {
             step(acc, i);
         }
     }
@@ -919,27 +960,6 @@ __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, c
     }
 }
 
-// where the next tile is looked for
-struct Walk {
-    Tile next; // while `more`
-    int item;
-    bool more;
-};
-
-template <int PRODUCT, int BN> __device__ __forceinline__ Walk walk_begin(Plan plan, const Arguments &args) {
-    Walk walk;
-    walk.next.expert = 0;
-    walk.item = blockIdx.x / CLUSTER;
-    walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
-    return walk;
-}
-
-template <int PRODUCT, int BN>
-__device__ __forceinline__ void walk_on(Walk &walk, Plan plan, const Arguments &args) {
-    walk.item += gridDim.x / CLUSTER;
-    walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
-}
-
 // weight gradients: a tile's sums are added when its products are done
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void consume_at_once(const Arguments &args, Plan plan, Ring<BN> ring, int group,
@@ -950,7 +970,9 @@ __device__ __forceinline__ void consume_at_once(const Arguments &args, Plan plan
     while (walk.more) {
         float acc[BN / 2];
         Tile tile = walk.next;
-        multiplier.template tile<0>(acc, tile.steps, [](int) {});
+        for (int i = 0; i < tile.steps; i++) {
+            multiplier.step(acc, i);
+        }
         walk_on<PRODUCT, BN>(walk, plan, args);
         multiplier.done(acc);
 #pragma unroll
@@ -976,13 +998,10 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
     Results held;
     held.any = false;
     while (walk.more || held.any) {
-        float acc[BN / 2], gate[2];
+        float acc[BN / 2];
         Tile tile = walk.next;
         int steps = walk.more ? tile.steps : 0;
         bool mine = walk.more && group * GROUP_ROWS < tile.rows;
-        if (PRODUCT == UP_FORWARD && mine) {
-            load_gates(gate, args, tile, thread_place(group));
-        }
         auto leave = [&](int part) {
             if (!held.any) {
                 return;
@@ -996,9 +1015,8 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
         multiplier.template tile<Results::PARTS>(acc, steps, leave);
         held.any = mine;
         held.tile = tile;
-        if (PRODUCT == UP_FORWARD) {
-            held.gate[0] = gate[0];
-            held.gate[1] = gate[1];
+        if (PRODUCT == UP_FORWARD && mine) {
+            load_gates(held.gate, args, tile, thread_place(group));
         }
         if (walk.more) {
             walk_on<PRODUCT, BN>(walk, plan, args);
@@ -1024,14 +1042,11 @@ __device__ __forceinline__ void consume_down_backward(const Arguments &args, Pla
     held.any = false;
     held.pieces = 0;
     while (walk.more || held.any) {
-        float acc[BN / 2], gate[2];
+        float acc[BN / 2];
         Tile tile = walk.next;
         int steps = walk.more ? tile.steps : 0;
         bool mine = walk.more && group * GROUP_ROWS < tile.rows;
         int pieces = mine ? slot_pieces<BN>(args, tile) : 0;
-        if (mine) {
-            load_gates(gate, args, tile, place);
-        }
         auto leave = [&](int part) {
             slots_ask(slots, held.tile, held.pieces, tile, pieces);
             if (part < Results::PARTS && held.any) {
@@ -1043,9 +1058,10 @@ __device__ __forceinline__ void consume_down_backward(const Arguments &args, Pla
         held.any = mine;
         held.tile = tile;
         held.pieces = pieces;
-        held.gate[0] = gate[0];
-        held.gate[1] = gate[1];
         held.dot[0] = held.dot[1] = 0.0f;
+        if (mine) {
+            load_gates(held.gate, args, tile, place);
+        }
         if (walk.more) {
             walk_on<DOWN_BACKWARD, BN>(walk, plan, args);
             multiplier.done(acc);
@@ -1208,8 +1224,7 @@ static inline void h_maps(CUtensorMap maps[2], ChunkH h, int first, int columns,
     const int64_t any_length = 0x7fffffff;
     const floatX *store = h.store != NULL ? h.store : h.scratch;
     maps[0] = tensor_map(store + first, columns, any_length, 0, box_rows, 3 * F);
-    maps[1] =
-        h.scratch != NULL ? tensor_map(h.scratch + first, columns, rows, 0, box_rows, 3 * F) : maps[0];
+    maps[1] = h.scratch != NULL ? tensor_map(h.scratch + first, columns, rows, 0, box_rows, 3 * F) : maps[0];
 }
 
 // H as an epilogue operand, [rows][3][F]: a box ends where G ends

@@ -637,8 +637,8 @@ struct SwigluBackward {
     }
 
     // stores what becomes of 8 columns of a row; returns their part of <dA', A>
-    __device__ __forceinline__ float backward_piece(const float da[8], const Piece &piece, floatX *h_rows, int row,
-                                                    int f) const {
+    __device__ __forceinline__ float backward_piece(const float da[8], const Piece &piece, floatX *h_rows,
+                                                    int row, int f) const {
         float G[8], U[8], dot = 0.0f;
         to_floats(G, piece.G);
         to_floats(U, piece.U);

@@ -67,7 +67,7 @@ static inline EncodeTiled tensor_map_encoder(void) {
 
 // Tensor [sheets][rows][columns] of bf16 or fp32, rows `stride` elements apart (0: contiguous); sheets 0:
 // [rows][columns]. The box is [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32
-// fp32 numbers) or of 64, swizzled.
+// fp32 numbers) or of 64, swizzled, or of 256, as they are.
 static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t columns, int64_t rows,
                                      int64_t sheets, int box_rows, int box_sheets, int box_columns,
                                      int64_t stride = 0) {
@@ -81,7 +81,9 @@ static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t column
     CUresult result = tensor_map_encoder()(
         &map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2,
         (void *)base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box_columns * size == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        box_columns * size == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+        : box_columns * size == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                   : CU_TENSOR_MAP_SWIZZLE_NONE,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d x %d", (int)result,
@@ -224,14 +226,6 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, ui
                  " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
                  "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(sheet)
                  : "memory");
-}
-
-// so many bytes, a multiple of 16, as addresses are
-__device__ __forceinline__ void bulk_load(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
 }
 
 // to every block of the cluster whose bit is set in `blocks`

@@ -474,8 +474,7 @@ static void check_layer(const Layer &l, int row_step, int times) {
     if (wanted(2)) {
         int tiles = grouped_dgate_tiles(F, l.chunk.kernels);
         float *want_dh = temporary(sample(l.H, rows, 3 * F, row_step));
-        run_repeated(l, 2,
-                     {repeat_begin(l.H, R * 3 * F * 2), repeat_begin(l.dgate_partial, R * tiles * 4)},
+        run_repeated(l, 2, {repeat_begin(l.H, R * 3 * F * 2), repeat_begin(l.dgate_partial, R * tiles * 4)},
                      times);
         float *want_dgate = temporary(floats_new(rows)), *got_dgate = temporary(floats_new(rows));
         launch(reference_rows_kernel, rows, 256, 0, 0, sums, l.dy, d, true, l.w_down, l.chunk, F, d, 1, F,

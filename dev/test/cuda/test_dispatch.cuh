@@ -178,8 +178,8 @@ static void cuda_dispatch_check_sort(const PairsCase *c) {
 static void cuda_dispatch_combine(floatX *y, float *sum, const floatX *residual, const floatX *rows,
                                   const PairsCase *c, int d, int R, int chunks) {
     for (int i = 0; i < chunks; i++) {
-        dispatch_combine(y, sum, residual, rows + (int64_t)i * R * d, c->pairs, c->dispatch, c->N, d,
-                         i * R, R, i == chunks - 1, NULL);
+        dispatch_combine(y, sum, residual, rows + (int64_t)i * R * d, c->pairs, c->dispatch, c->N, d, i * R,
+                         R, i == chunks - 1, NULL);
     }
 }
 

@@ -49,15 +49,11 @@ static void combine_case_free(CombineCase *c) {
 static CombineChunk combine_last_chunk(const CombineCase *c) {
     int last = c->chunks - 1;
     for (int i = 0; i < last; i++) {
-        dispatch_combine((floatX *)NULL, c->sum, NULL, c->rows + (int64_t)i * c->R * c->d,
-                         c->pairs.pairs, c->pairs.dispatch, c->pairs.N, c->d, i * c->R, c->R, 0, NULL);
+        dispatch_combine((floatX *)NULL, c->sum, NULL, c->rows + (int64_t)i * c->R * c->d, c->pairs.pairs,
+                         c->pairs.dispatch, c->pairs.N, c->d, i * c->R, c->R, 0, NULL);
     }
-    CombineChunk chunk = {c->rows + (int64_t)last * c->R * c->d,
-                          c->sum,
-                          last * c->R,
-                          c->R,
-                          c->pairs.pairs,
-                          c->pairs.dispatch};
+    CombineChunk chunk = {
+        c->rows + (int64_t)last * c->R * c->d, c->sum, last * c->R, c->R, c->pairs.pairs, c->pairs.dispatch};
     return chunk;
 }
 
@@ -71,8 +67,8 @@ static void combine_rmsnorm_forward_case(const CombineCase *c) {
     floatX *d_residual = device_x(residual, size), *d_normed = device_new<floatX>(size);
     float *d_w = device_f(w, d), *d_rstd = device_new<float>(N);
     float *want = cuda_dispatch_want(&c->pairs, c->host_rows, residual, d);
-    dispatch_combine_rmsnorm_forward(d_residual, d_normed, d_rstd, d_residual,
-                                     combine_last_chunk(c), d_w, N, d, eps, NULL);
+    dispatch_combine_rmsnorm_forward(d_residual, d_normed, d_rstd, d_residual, combine_last_chunk(c), d_w, N,
+                                     d, eps, NULL);
     check_device("combine_rmsnorm y", d_residual, want, size, tolerance(1e-5, 2e-3));
     float *y = fetch(d_residual, size); // as it was rounded
     rmsnorm_forward(normed, rstd, y, w, N, d, eps);
@@ -175,8 +171,7 @@ static void combine_rmsnorm_overflow_case(void) {
     float *d_w = device_f(w, D), *rstd = device_new<float>(N);
     y[0] = device_new<floatX>(N * D);
     y[1] = device_new<floatX>(N * D);
-    dispatch_combine(y[0], NULL, d_residual, c.rows, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1,
-                     NULL);
+    dispatch_combine(y[0], NULL, d_residual, c.rows, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1, NULL);
     dispatch_combine_rmsnorm_forward(y[1], normed, rstd, d_residual, chunk, d_w, N, D, 1e-5f, NULL);
     CHECK(device_hash(y[0], N * D * sizeof(floatX)) == device_hash(y[1], N * D * sizeof(floatX)));
     const void *taken[] = {d_residual, y[0], y[1], normed, d_w, rstd};
