@@ -15,7 +15,7 @@ mkdir -p $logs
 # row | what | least GB of the card | B | compared with | our options | the peer's
 ROWS='
 small|small, 8 experts|40|64||--preset small|--size small --router relu --E 8 --G 1
-b128|small, 8 experts|75|128|small|--preset small|
+b128|small, 8 experts, B 128|75|128|small|--preset small|
 portable|small, 8 experts, portable kernels|40|64|small|--preset small --kernels portable|
 medium|medium, 8 experts|75|32||--preset medium|--size medium --router relu --E 8 --G 1
 large|large, 8 experts|130|32||--preset large|--size large --router relu --E 8 --G 1

@@ -101,8 +101,8 @@ SANITIZE_JOBS=${SANITIZE_JOBS:-16}
 SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch experts rmsnorm_router,dispatch_rmsnorm pairs gemm router'
 RACED='model:relu,model:topk,model:ec model:hash,model:dense,model:update model:bits,model:sampling model:overflow,model:graph'
 
-# sanitize TOOL PROGRAM COMPONENTS: in the background, a few at a time (each takes about 2 GB of the card). initcheck does not follow
-# what is written through TMA, as the Hopper kernels' results are and cuBLASLt's: it gets the portable kernels
+# sanitize TOOL PROGRAM COMPONENTS: in the background, a few at a time (they share the card's memory), each reference on one core.
+# initcheck does not follow what is written through TMA, as the Hopper kernels' results are and cuBLASLt's: it gets the portable kernels
 sanitize() {
     local name options=''
     name="$1_$(basename "$2")_${3//[:,]/_}"
@@ -111,7 +111,7 @@ sanitize() {
     esac
     [ "$1" != initcheck ] || options+=' --portable'
     while [ "$(jobs -rp | wc -l)" -ge "$SANITIZE_JOBS" ]; do wait -n; done
-    timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 "$2" $options ${3//,/ } >"$logs/$name.txt" 2>&1 &
+    OMP_NUM_THREADS=1 timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 "$2" $options ${3//,/ } >"$logs/$name.txt" 2>&1 &
     pids+=($!)
     names+=("$name")
 }
