@@ -33,8 +33,10 @@ CUDA_ARCHS ?= $(or $(GPU_ARCHS),80 90a)
 gencode = '-gencode=arch=compute_$(1),code=$(if $(filter %a,$(1)),sm_$(1),[sm_$(1),compute_$(1)])'
 NVCCFLAGS ?= -O3 -Xcompiler -march=native
 override NVCCFLAGS += -std=c++17 -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
-# the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers
-EMULATED := -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas
+# the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers. (What may be
+# uninitialised for gcc is guarded by another variable)
+EMULATED := -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas \
+	-Wno-maybe-uninitialized
 ifeq ($(OPENMP),1)
   override NVCCFLAGS += -Xcompiler -fopenmp
   EMULATED += -fopenmp

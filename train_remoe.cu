@@ -439,7 +439,9 @@ static Kernels choose_kernels(const Options *o) {
         die("--kernels hopper: they need a Hopper GPU (H100, H200), a build for sm_90a, and bf16\n"
             "  ---> --kernels portable, or make CUDA_ARCHS=90a");
     }
-    return strcmp(o->kernels, "portable") == 0 ? KERNELS_PORTABLE : best;
+    int automatic = strcmp(o->kernels, "hopper") != 0;
+    // the emulator has Hopper's kernels to test them: they are slow there
+    return strcmp(o->kernels, "portable") == 0 || (automatic && emulated()) ? KERNELS_PORTABLE : best;
 }
 
 Model *model_open(const Config *config, const Options *o, Purpose purpose) {

@@ -32,7 +32,7 @@ are rows before start. Deterministic; nothing is allocated; tensor maps are kern
 #include "attention_portable.cuh"
 // defines: portable::quad_sum, rope_turn
 
-#if !defined(PRECISION_FP32) && !defined(EMULATED)
+#ifndef PRECISION_FP32
 #include "hopper.cuh"
 
 namespace hopper {

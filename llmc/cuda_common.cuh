@@ -66,6 +66,17 @@ __device__ __forceinline__ float power_of_2(float x) {
 #endif
 }
 
+// 1 / x to a relative 2^-23; of infinity 0
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef EMULATED
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 template <class T> __host__ __device__ __forceinline__ T ceil_div(T a, T b) {
     return (a + b - 1) / b;
 }

@@ -63,7 +63,7 @@ capture the launches.
 
 #include "row_chunk.cuh"
 
-#if !defined(PRECISION_FP32) && !defined(EMULATED)
+#ifndef PRECISION_FP32
 #include "hopper.cuh"
 
 #ifndef GROUPED_CLUSTER
@@ -609,9 +609,7 @@ template <int PRODUCT, int BN> struct Multiplier {
 
 // 1 / (1 + 2^(-x log2 e)), two instructions of the special function unit: error 1e-6 or so
 __device__ __forceinline__ float sigmoid(float x) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power_of_2(-1.44269504f * x)));
-    return result;
+    return reciprocal(1.0f + power_of_2(-1.44269504f * x));
 }
 
 // Where this thread's accumulators are: rows row and row + 8 of the tile; after the exchange, of each 32

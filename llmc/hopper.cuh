@@ -98,7 +98,19 @@ static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t 
     return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64, stride);
 }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Describes a swizzled tile to wgmma: address, stride between blocks of 64 in m across k (along k: unused),
+// stride between groups of 8 rows; addresses in 16 bytes
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
+    const uint64_t swizzle_128 = 1;
+    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(BLOCK_BYTES >> 4) << 16 |
+           (uint64_t)(ATOM_BYTES >> 4) << 32 | swizzle_128 << 62;
+}
+
+#ifdef EMULATED
+} // namespace hopper
+#include "hopper_instructions.h" // dev/emulator
+namespace hopper {
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // ----------------------------------------------------------------------------
 // barriers
@@ -332,14 +344,6 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers(void) {
 // ----------------------------------------------------------------------------
 // wgmma
 
-// Describes a swizzled tile to wgmma: address, stride between blocks of 64 in m across k (along k: unused),
-// stride between groups of 8 rows; addresses in 16 bytes
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
-    const uint64_t swizzle_128 = 1;
-    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(BLOCK_BYTES >> 4) << 16 |
-           (uint64_t)(ATOM_BYTES >> 4) << 32 | swizzle_128 << 62;
-}
-
 // before the first wgmma, and whenever registers it uses have been touched
 __device__ __forceinline__ void wgmma_fence(void) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -465,6 +469,10 @@ __device__ __forceinline__ void wgmma(float (&acc)[32], const uint32_t (&a)[4], 
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_REGISTERS_96
 #undef WGMMA_REGISTERS_128
+
+#endif
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // ----------------------------------------------------------------------------
 // accumulators become rows of bf16

@@ -29,4 +29,12 @@ static inline __nv_bfloat16 __float2bfloat16(float x) {
     return rounded;
 }
 
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16(x), __float2bfloat16(y)};
+}
+
 #endif

@@ -8,12 +8,16 @@ mma), and blocks are shared out over OpenMP threads. So a kernel computes here w
 far as indices, masks, missing writes and barriers that not all reach are concerned; races it cannot show
 (nothing runs at the same time within a block), nor speed, nor what PTX does. A thousand times slower than a GPU.
 
+hopper_instructions.h beside has Hopper's asynchronous instructions. Their work is done as late as their barriers
+and waits allow, so a wait that is missing, or a buffer that is given back too early, gives wrong numbers.
+
 Assumes converged warps and full masks at exchanges. Shared memory and device buffers start as NaN patterns.
 */
 #ifndef EMULATOR_CUDA_RUNTIME_H
 #define EMULATOR_CUDA_RUNTIME_H
 
 #include <algorithm>
+#include <deque>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,6 +37,8 @@ Assumes converged warps and full masks at exchanges. Shared memory and device bu
 #define __constant__ static const
 #define __grid_constant__
 #define __align__(n) alignas(n)
+#define __cluster_dims__(...)
+#define __CUDA_ARCH_FEAT_SM90_ALL 1
 
 struct dim3 {
     unsigned x, y, z;
@@ -90,6 +96,8 @@ struct Warp {
     alignas(16) unsigned char slots[2][32 * SLOT_BYTES]; // what lanes show: two sets in turn, so one barrier is enough
 };
 
+struct Async; // a block's asynchronous instructions: hopper_instructions.h
+
 struct Block {
     void *scheduler; // stack pointers of what does not run
     void *fibers[MOST_THREADS];
@@ -106,7 +114,14 @@ struct Block {
     std::vector<unsigned char> shared;
     void (*body)(void *);
     void *argument;
-    Block() : stacks(NULL) {}
+    // Of two blocks that follow each other the second begins when the first asks for it, as a cluster of two
+    Block *partner;
+    int rank;
+    bool wants_partner;
+    Async *async;             // once there are any
+    bool (*do_async)(Block *); // does what is under way; whether there was any
+    void (*end_async)(Block *);
+    Block() : stacks(NULL), async(NULL), do_async(NULL), end_async(NULL) {}
     ~Block() { free(stacks); }
 };
 
@@ -162,9 +177,12 @@ template <class T> static inline const T *show(const T &value) {
     return slots;
 }
 
-static inline unsigned char *shared_memory() {
-    Block *b = here();
+static inline unsigned char *shared_memory_of(Block *b) {
     return (unsigned char *)(((uintptr_t)b->shared.data() + 1023) / 1024 * 1024);
+}
+
+static inline unsigned char *shared_memory() {
+    return shared_memory_of(here());
 }
 
 static inline void finish_thread() {
@@ -204,8 +222,17 @@ static inline int threads_of(const Block *b) {
     return (int)(b->block_size.x * b->block_size.y * b->block_size.z);
 }
 
-static inline void run_block(Block *b) {
+static inline void begin_block(Block *b, int64_t index) {
     int threads = threads_of(b);
+    dim3 grid = b->grid_size;
+    b->block_index = {(unsigned)(index % grid.x), (unsigned)(index / grid.x % grid.y),
+                      (unsigned)(index / grid.x / grid.y)};
+    if (b->end_async != NULL) {
+        b->end_async(b); // the block's before
+    }
+    memset(b->shared.data(), 0xff, b->shared.size());
+    b->partner = NULL;
+    b->wants_partner = false;
     b->alive = threads;
     b->arrived = 0;
     b->generation = 0;
@@ -220,20 +247,58 @@ static inline void run_block(Block *b) {
         b->done[t] = false;
         b->fibers[t] = first_frame(b->stacks + (size_t)t * STACK_BYTES);
     }
-    while (b->alive > 0) {
-        b->progress = false;
-        for (int t = 0; t < threads; t++) {
-            if (!b->done[t]) {
-                b->current = t;
-                emulator_switch(&b->scheduler, b->fibers[t]);
-            }
+}
+
+// every thread's turn; whether anything came of it
+static inline bool take_turns(Block *b) {
+    block() = b;
+    b->progress = false;
+    for (int t = 0; t < threads_of(b); t++) {
+        if (!b->done[t]) {
+            b->current = t;
+            emulator_switch(&b->scheduler, b->fibers[t]);
         }
-        if (!b->progress) {
+    }
+    bool done = b->do_async != NULL && b->do_async(b);
+    return b->progress || done;
+}
+
+// block `index`, and `second`, unless NULL, as its partner if it wants one; whether it did
+static inline bool run_block(Block *first, Block *second, int64_t index) {
+    begin_block(first, index);
+    while (first->alive > 0 || (first->partner != NULL && second->alive > 0)) {
+        bool progress = take_turns(first);
+        if (first->wants_partner && first->partner == NULL && second != NULL) {
+            begin_block(second, index + 1);
+            first->partner = second;
+            second->partner = first;
+            progress = true;
+        }
+        progress |= first->partner != NULL && take_turns(second);
+        if (!progress) {
             fprintf(stderr, "emulator: block (%u, %u, %u) waits at a barrier that some threads never reach\n",
-                    b->block_index.x, b->block_index.y, b->block_index.z);
+                    first->block_index.x, first->block_index.y, first->block_index.z);
             abort();
         }
     }
+    return first->partner != NULL;
+}
+
+static inline Block *new_block(dim3 grid, dim3 size, size_t shared_bytes, int rank) {
+    Block *b = new Block;
+    b->block_size = size;
+    b->grid_size = grid;
+    b->rank = rank;
+    b->stacks = (unsigned char *)malloc((size_t)threads_of(b) * STACK_BYTES);
+    b->shared.resize(shared_bytes + 1024);
+    return b;
+}
+
+static inline void delete_block(Block *b) {
+    if (b->end_async != NULL) {
+        b->end_async(b);
+    }
+    delete b;
 }
 
 template <class F> static void call_body(void *f) {
@@ -250,23 +315,22 @@ template <class F> static void run(dim3 grid, dim3 block_size, size_t shared_byt
     }
 #pragma omp parallel
     {
-        Block *mine = new Block;
-        block() = mine;
-        mine->stacks = (unsigned char *)malloc((size_t)threads * STACK_BYTES);
-        mine->block_size = block_size;
-        mine->grid_size = grid;
-        mine->body = call_body<F>;
-        mine->argument = &body;
-        mine->shared.resize(shared_bytes + 1024);
+        Block *mine[2];
+        for (int rank = 0; rank < 2; rank++) {
+            mine[rank] = new_block(grid, block_size, shared_bytes, rank);
+            mine[rank]->body = call_body<F>;
+            mine[rank]->argument = &body;
+        }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < blocks; i++) {
-            mine->block_index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
-                                 (unsigned)(i / grid.x / grid.y)};
-            memset(mine->shared.data(), 0xff, mine->shared.size());
-            run_block(mine);
+        for (int64_t i = 0; i < blocks; i += 2) {
+            bool two = i + 1 < blocks;
+            if (!run_block(mine[0], two ? mine[1] : NULL, i) && two) {
+                run_block(mine[1], NULL, i + 1);
+            }
         }
         block() = NULL;
-        delete mine;
+        delete_block(mine[0]);
+        delete_block(mine[1]);
     }
 }
 
@@ -483,7 +547,7 @@ static inline cudaError_t cudaSetDevice(int) {
 
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
-             : attribute == cudaDevAttrComputeCapabilityMajor     ? 8
+             : attribute == cudaDevAttrComputeCapabilityMajor     ? 9
              : attribute == cudaDevAttrComputeCapabilityMinor     ? 0
                                                                   : 4; // processors
     return cudaSuccess;
@@ -494,7 +558,7 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int) {
     strcpy(prop->name, "emulated on the CPU");
     prop->totalGlobalMem = (size_t)1 << EMULATED_BYTES_LOG2;
     prop->multiProcessorCount = 4;
-    prop->major = 8;
+    prop->major = 9;
     return cudaSuccess;
 }
 

@@ -1,0 +1,67 @@
+// emulator: the part of NVIDIA's cuda.h that remoe.c uses, tensor maps (see cuda_runtime.h beside)
+#ifndef EMULATOR_CUDA_H
+#define EMULATOR_CUDA_H
+
+#include "cuda_runtime.h"
+
+typedef uint32_t cuuint32_t;
+typedef uint64_t cuuint64_t;
+typedef enum { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE } CUresult;
+typedef enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 } CUtensorMapDataType;
+typedef enum { CU_TENSOR_MAP_INTERLEAVE_NONE } CUtensorMapInterleave;
+typedef enum { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B } CUtensorMapSwizzle;
+typedef enum { CU_TENSOR_MAP_L2_PROMOTION_L2_256B } CUtensorMapL2promotion;
+typedef enum { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE } CUtensorMapFloatOOBfill;
+
+struct CUtensorMap { // up to three dimensions, the innermost first
+    unsigned char *base;
+    int size; // bytes of an element
+    int dims;
+    int64_t sizes[3], strides[3]; // elements; bytes
+    int box[3];
+    int swizzle; // rows' bits 7 .. that are added to a 16-byte piece's number: 7, 3 or 0
+};
+
+// what the driver asks of a map: addresses and strides of 16 bytes, boxes of at most 256 in each dimension
+static inline CUresult emulator_encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t dims, void *base,
+                                             const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                             const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    bool wrong = (uintptr_t)base % 16 != 0 || dims < 2 || dims > 3;
+    memset(map, 0, sizeof(*map));
+    map->base = (unsigned char *)base;
+    map->size = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+    map->dims = (int)dims;
+    map->swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 7 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 3 : 0;
+    for (int i = 0; i < 3; i++) {
+        map->sizes[i] = i < map->dims ? (int64_t)sizes[i] : 1;
+        map->strides[i] = i == 0 ? map->size : i < map->dims ? (int64_t)strides[i - 1] : 0;
+        map->box[i] = i < map->dims ? (int)box[i] : 1;
+        wrong |= map->sizes[i] < 1 || map->box[i] < 1 || map->box[i] > 256 || (i > 0 && map->strides[i] % 16 != 0);
+    }
+    int row = map->box[0] * map->size;
+    wrong |= row % 16 != 0 || (map->swizzle == 7 && row > 128) || (map->swizzle == 3 && row > 64);
+    return wrong ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+typedef enum { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound } cudaDriverEntryPointQueryResult;
+enum { cudaEnableDefault = 0 };
+
+static inline cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, unsigned long long,
+                                                  cudaDriverEntryPointQueryResult *found) {
+    bool known = strcmp(name, "cuTensorMapEncodeTiled") == 0;
+    *function = known ? (void *)emulator_encode_tiled : NULL;
+    *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
+}
+
+typedef struct {
+    int ptxVersion;
+} cudaFuncAttributes;
+
+template <class K> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, K *) {
+    attributes->ptxVersion = 90;
+    return cudaSuccess;
+}
+
+#endif
