@@ -41,7 +41,7 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/rope.cuh"
 #include "llmc/rope.h"
 // defines: DevicePairs, router_forward, router_loss, router_backward; DeviceDispatch, dispatch_sort; Arena;
-// experts_forward, experts_backward, experts_last_chunk; dispatch_combine_rmsnorm_forward, ..._backward
+// experts_forward, experts_backward; CombineChunk, dispatch_combine_rmsnorm_forward, ..._backward
 #include "llmc/arena.cuh"
 #include "llmc/dispatch.cuh"
 #include "llmc/dispatch_rmsnorm.cuh"
@@ -561,12 +561,11 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
     dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
     arena_place(&m->arena, l, a->dispatch, m->stream);
     profile_mark(&m->profile, "experts forward", m->stream);
-    experts_forward(NULL, NULL, a->ffn_normed, working(m, w->gate_up), working(m, w->down), a->pairs,
-                    a->dispatch, &m->arena, l, N, E, d, c->ffn, m->stream);
+    CombineChunk sums = experts_forward(a->ffn_normed, working(m, w->gate_up), working(m, w->down), a->pairs,
+                                        a->dispatch, &m->arena, l, N, d, c->ffn, m->stream);
     profile_mark(&m->profile, "combine and norms", m->stream);
     LayerOut out = layer_out(m, l);
-    dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid,
-                                     experts_last_chunk(a->pairs, a->dispatch, &m->arena, l), out.norm, N, d,
+    dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid, sums, out.norm, N, d,
                                      (float)c->norm_eps, m->stream);
 }
 
@@ -646,8 +645,9 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         rmsnorm_again(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, m->stream);
     }
     profile_mark(&m->profile, "experts backward", m->stream);
-    experts_backward(NULL, m->dgate, g->gate_up, g->down, NULL, m->dx, a->ffn_normed, working(m, w->gate_up),
-                     working(m, w->down), a->pairs, a->dispatch, &m->arena, l, N, E, d, c->ffn, m->stream);
+    CombineChunk sums =
+        experts_backward(m->dgate, g->gate_up, g->down, m->dx, a->ffn_normed, working(m, w->gate_up),
+                         working(m, w->down), a->pairs, a->dispatch, &m->arena, l, N, d, c->ffn, m->stream);
     profile_mark(&m->profile, "router and dispatch", m->stream);
     const floatX *router = w->router != NULL ? working(m, w->router) : NULL;
     if (router != NULL) {
@@ -656,8 +656,7 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         matmul_backward(NULL, g->router, m->drouter, a->ffn_normed, router, N, d, E, &m->gemm, m->stream);
     }
     profile_mark(&m->profile, "combine and norms", m->stream);
-    dispatch_combine_rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed,
-                                      experts_last_chunk(a->pairs, a->dispatch, &m->arena, l),
+    dispatch_combine_rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed, sums,
                                       router != NULL ? m->drouter : NULL, router, a->mid, w->ffn_norm,
                                       a->ffn_rstd, N, d, E, (float *)m->scratch, &m->gemm, m->stream);
 }

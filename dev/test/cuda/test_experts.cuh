@@ -122,6 +122,12 @@ static void cuda_experts_arena_free(Arena *arena, DeviceMemory *memory) {
     arena_free(arena);
 }
 
+// what experts_forward and experts_backward leave to do: to = residual + the sums
+static void cuda_experts_combine(floatX *to, const ExpertsCase *c, CombineChunk sums, cudaStream_t stream) {
+    dispatch_combine(to, sums.sum, c->residual, sums.rows, sums.pairs, sums.dispatch, c->shape.N, c->shape.d,
+                     sums.first, sums.chunk_rows, 1, stream);
+}
+
 // both layers are placed, so that the one that is computed does not begin at the store's beginning
 static void cuda_experts_forward(ExpertsCase *c, Arena *arena, cudaStream_t stream) {
     ExpertsShape s = c->shape;
@@ -129,16 +135,19 @@ static void cuda_experts_forward(ExpertsCase *c, Arena *arena, cudaStream_t stre
     for (int l = 0; l < EXPERTS_LAYERS; l++) {
         arena_place(arena, l, c->pairs.dispatch, stream);
     }
-    experts_forward(c->y, c->residual, c->x, c->gate_up, c->down, c->pairs.pairs, c->pairs.dispatch, arena,
-                    EXPERTS_LAYER, s.N, s.E, s.d, s.F, stream);
+    CombineChunk sums = experts_forward(c->x, c->gate_up, c->down, c->pairs.pairs, c->pairs.dispatch, arena,
+                                        EXPERTS_LAYER, s.N, s.d, s.F, stream);
+    cuda_experts_combine(c->y, c, sums, stream);
 }
 
 static void cuda_experts_backward(ExpertsCase *c, Arena *arena, cudaStream_t stream) {
     ExpertsShape s = c->shape;
     CUDA_CHECK(cudaMemsetAsync(c->dgate_up, 0, (size_t)c->size[EXPERTS_DGATE_UP] * sizeof(float), stream));
     CUDA_CHECK(cudaMemsetAsync(c->ddown, 0, (size_t)c->size[EXPERTS_DDOWN] * sizeof(float), stream));
-    experts_backward(c->dx, c->dgate, c->dgate_up, c->ddown, c->residual, c->dy, c->x, c->gate_up, c->down,
-                     c->pairs.pairs, c->pairs.dispatch, arena, EXPERTS_LAYER, s.N, s.E, s.d, s.F, stream);
+    CombineChunk sums =
+        experts_backward(c->dgate, c->dgate_up, c->ddown, c->dy, c->x, c->gate_up, c->down, c->pairs.pairs,
+                         c->pairs.dispatch, arena, EXPERTS_LAYER, s.N, s.d, s.F, stream);
+    cuda_experts_combine(c->dx, c, sums, stream);
 }
 
 // what an earlier run has written must not pass for this one's
