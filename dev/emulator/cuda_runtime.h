@@ -107,7 +107,7 @@ struct Block {
     Warp warps[MOST_THREADS / 32];
     int alive, arrived;
     unsigned generation;
-    bool progress;
+    bool progress, backwards;
     int current; // thread that runs now
     uint3 block_index;
     dim3 block_size, grid_size;
@@ -233,6 +233,7 @@ static inline void begin_block(Block *b, int64_t index) {
     memset(b->shared.data(), 0xff, b->shared.size());
     b->partner = NULL;
     b->wants_partner = false;
+    b->backwards = false;
     b->alive = threads;
     b->arrived = 0;
     b->generation = 0;
@@ -249,11 +250,14 @@ static inline void begin_block(Block *b, int64_t index) {
     }
 }
 
-// every thread's turn; whether anything came of it
+// every thread's turn, forwards and backwards by turns, so that no order is relied on; whether anything came of it
 static inline bool take_turns(Block *b) {
+    int threads = threads_of(b);
     block() = b;
     b->progress = false;
-    for (int t = 0; t < threads_of(b); t++) {
+    b->backwards = !b->backwards;
+    for (int i = 0; i < threads; i++) {
+        int t = b->backwards ? threads - 1 - i : i;
         if (!b->done[t]) {
             b->current = t;
             emulator_switch(&b->scheduler, b->fibers[t]);
