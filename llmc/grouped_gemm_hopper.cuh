@@ -23,8 +23,8 @@ consumers, 64 rows of the tile each: wgmma from the ring into registers.
 
 The epilogue is hidden. With d = 768 a tile is only 12 steps long, and what follows, SwiGLU and the stores,
 would take as long again. So a consumer keeps a tile's results (Held: rounded pairs in half the registers;
-down_backward's sums as they are) and starts the next tile; while the products of its first steps run, which
-need nobody, it lets a part of 32 columns of the last tile leave:
+down_backward's sums as they are) and starts the next tile; while the products of its steps run, which need
+nobody, it lets a part of 32 columns of the last tile leave at every step or two:
 
     tensor cores   | tile 1: step 0 | 1 | 2 | ... | 11 | tile 2: step 0 | 1      | 2      | ...
     the consumer   |                                   | part 0 of 1    | part 1 | part 2 | ...

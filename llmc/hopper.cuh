@@ -21,8 +21,8 @@ registers: thread lane = 4 g + t of warp w holds, for each 8 columns j,
     acc[4j], acc[4j+1] = D[16w + g][8j + 2t], [8j + 2t + 1];  acc[4j+2], acc[4j+3] the same of row 16w + g + 8
 It runs on while its thread goes on; its registers are not to be touched until the wait.
 
-Source: the PTX manual, sections on mbarrier, cp.async.bulk.tensor and wgmma. Errors: a tensor map that the
-driver refuses ends the program.
+Source: the PTX manual, sections on mbarrier, cp.async.bulk.tensor and wgmma. On a CPU dev/emulator has all of
+it in C++. Errors: a tensor map that the driver refuses ends the program.
 */
 #ifndef HOPPER_CUH
 #define HOPPER_CUH
