@@ -791,9 +791,9 @@ static void time_layer(std::vector<char> &table, Layer &l, bool naive) {
 
 static void time_all(void) {
     Case cases[] = {
-        {768, 3072, 8, 65536, 1, 0, 0, true, 0},  {1024, 4096, 8, 65536, 1, 0, 0, true, 0},
-        {768, 384, 64, 65536, 8, 0, 0, true, 0},  {768, 3072, 64, 65536, 1, 0, 0, true, 0},
-        {768, 96, 256, 16384, 32, 0, 0, true, 0},
+        {768, 3072, 8, 65536, 1, 0, 0, true, 0},   {1024, 4096, 8, 65536, 1, 0, 0, true, 0},
+        {768, 384, 64, 65536, 8, 0, 0, true, 0},   {768, 3072, 64, 65536, 1, 0, 0, true, 0},
+        {768, 192, 128, 32768, 16, 0, 0, true, 0}, {768, 96, 256, 16384, 32, 0, 0, true, 0},
     };
     CUBLAS_CHECK(cublasLtCreate(&lt));
     CUDA_CHECK(cudaMalloc(&workspace, WORKSPACE));
