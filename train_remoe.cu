@@ -435,13 +435,15 @@ static void refuse_too_large(const Model *m, const Options *o, int64_t need, int
 
 static Kernels choose_kernels(const Options *o) {
     Kernels best = grouped_best_kernels();
-    if (strcmp(o->kernels, "hopper") == 0 && best != KERNELS_HOPPER) {
+    int hopper = strcmp(o->kernels, "hopper") == 0, portable = strcmp(o->kernels, "portable") == 0;
+    if (hopper && best != KERNELS_HOPPER) {
         die("--kernels hopper: they need a Hopper GPU (H100, H200), a build for sm_90a, and bf16\n"
             "  ---> --kernels portable, or make CUDA_ARCHS=90a");
     }
-    int automatic = strcmp(o->kernels, "hopper") != 0;
-    // the emulator has Hopper's kernels to test them: they are slow there
-    return strcmp(o->kernels, "portable") == 0 || (automatic && emulated()) ? KERNELS_PORTABLE : best;
+    if (emulated() && !hopper) {
+        return KERNELS_PORTABLE; // the emulator has both, and mma.sync's are the faster ones there
+    }
+    return portable ? KERNELS_PORTABLE : best;
 }
 
 Model *model_open(const Config *config, const Options *o, Purpose purpose) {
