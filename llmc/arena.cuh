@@ -14,11 +14,11 @@ weights' gradient in two sums: the chunks' boundaries are part of the order of s
 result.
 
 Only H = [G | U | gate A] (row_chunk.cuh), 3F values a row, is kept from forward to backward. (Without gate A
-it would be a third smaller; then grouped_down_backward, which memory holds up, would write it again, a
-fifth of its bytes.) The store has room for store_rows rows of all layers together. On the device, layer after layer, each chunk is given the next free
-place; one that does not fit is placed at -1: its H goes to scratch, the next chunk overwrites it, and
-backward computes it again with the same kernel on the same rows. So the budget decides what is computed
-twice, and no bit of what:
+it would be a third smaller; then grouped_down_backward, which memory holds up, would write it again, a fifth
+of its bytes.) The store has room for store_rows rows of all layers together. On the device, layer after
+layer, each chunk is given the next free place; one that does not fit is placed at -1: its H goes to scratch,
+the next chunk overwrites it, and backward computes it again with the same kernel on the same rows. So the
+budget decides what is computed twice, and no bit of what:
 
     store    | layer 0, chunk 0 | layer 0, chunk 1 | layer 1, chunk 0 | ... cursor ->      | end
     scratch  | any chunk that did not fit |
