@@ -30,8 +30,9 @@ carried from chunk to chunk in fp32 and rounded once, after the last: the same a
 however many chunks there are. Backward: gather's is the combine; combine's is in experts.cuh.
 
 Shapes: x, y, residual [N, d] floatX, y may be residual; Y [chunk_rows, d], indexed from the chunk's first
-row; sum [N, d] fp32; d a multiple of 8. Equals dispatch_sort and dispatch_combine (without gates) of dispatch.h,
-and the last loop of experts_backward in experts.h. Errors: none; 12 E bytes of shared memory must fit a block.
+row; sum [N, d] fp32; d a multiple of 8. Equals dispatch_sort and dispatch_combine (without gates) of
+dispatch.h, and the last loop of experts_backward in experts.h. Errors: none; 12 E bytes of shared memory
+must fit a block.
 */
 #ifndef DISPATCH_CUH
 #define DISPATCH_CUH

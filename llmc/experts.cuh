@@ -19,8 +19,8 @@ experts_backward of experts.h; like there no expert's output and no gathered row
       parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
 
 where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), and --rows--> is a gather that
-the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who has
-something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
+the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
+has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
 combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F]
 floatX, their gradients fp32 and added to; dgate [P] fp32, in the pair list's order. d and F are multiples of
 8. Before: dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.

@@ -48,7 +48,8 @@ static inline int grouped_dgate_tiles(int F, Kernels kernels) {
     return GROUPED(kernels, grouped_dgate_tiles(F));
 }
 
-// G, U = X' W_gate_up^T, gate A of the rounded G and U. again: backward's call, only for what has no place in the store
+// G, U = X' W_gate_up^T, gate A of the rounded G and U. again: backward's call, only for what has no place in
+// the store
 static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, const floatX *w_gate_up,
                                       RowChunk chunk, int d, int F, cudaStream_t stream) {
     GROUPED(chunk.kernels, grouped_up_forward(h, again, x, w_gate_up, chunk, d, F, stream));

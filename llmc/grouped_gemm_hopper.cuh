@@ -412,8 +412,8 @@ struct RowGather {
 
 enum : uint32_t { NO_ROW = 0xffffffffu };
 
-// A warp's threads copy rows 4 warp + (0 .. 3) + 16 i: one token a lane. Fetched a tile ahead, or the ring would
-// run dry meanwhile
+// A warp's threads copy rows 4 warp + (0 .. 3) + 16 i: one token a lane. Fetched a tile ahead, or the ring
+// would run dry meanwhile
 __device__ __forceinline__ int row_token(const Arguments &args, const Tile &tile) {
     int thread = threadIdx.x % GROUP_THREADS, lane = thread % 32;
     int row = thread / 32 * 4 + lane % 4 + lane / 4 * 16;

@@ -16,6 +16,7 @@ missing) + phase; a phase ends when both are 0.
 #define EMULATOR_HOPPER_INSTRUCTIONS_H
 
 #include "cuda.h"
+#include "cuda_bf16.h"
 
 namespace emulator {
 
@@ -68,8 +69,8 @@ struct Async {
     ThreadStores stores[MOST_THREADS];
     std::deque<Product> products[MOST_THREADS / GROUP];
     int first[MOST_THREADS / GROUP]; // number of the deque's first product
-    int issued[MOST_THREADS];        // products, and those before the thread's last commit
-    std::deque<int> commits[MOST_THREADS];
+    int issued[MOST_THREADS];        // products, by thread
+    std::deque<int> commits[MOST_THREADS]; // how many were issued at each commit that no wait has covered
     Meeting group[MOST_THREADS / GROUP], named[16], cluster;
     Async() : first(), issued(), group(), named(), cluster() {}
 };
@@ -225,25 +226,22 @@ static inline Async *async() {
 // ----------------------------------------------------------------------------
 // wgmma
 
-static inline float bf16(uint32_t bits) {
-    return __uint_as_float(bits << 16);
-}
-
 // the number at (m, k) of a swizzled operand
 static inline float operand(Block *b, uint64_t descriptor, int across, int m, int k) {
     uint32_t begin = (uint32_t)(descriptor & 0x3fff) << 4, block = (uint32_t)(descriptor >> 16 & 0x3fff) << 4,
              group = (uint32_t)(descriptor >> 32 & 0x3fff) << 4;
     uint32_t line = (uint32_t)(across ? k : m), within = (uint32_t)(across ? m % 64 : k);
     uint32_t linear = begin + (across ? (uint32_t)m / 64 * block : 0) + line / 8 * group + line % 8 * 128 + within * 2;
-    uint16_t bits;
-    memcpy(&bits, shared_at(b, linear ^ (linear >> 7 & 7) << 4, 2), 2);
-    return bf16(bits);
+    __nv_bfloat16 number;
+    memcpy(&number, shared_at(b, linear ^ (linear >> 7 & 7) << 4, 2), 2);
+    return __bfloat162float(number);
 }
 
 static inline float register_operand(const Product &p, int m, int k) {
     int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2;
-    uint32_t pair = p.registers[thread][k / 8 * 2 + m % 16 / 8];
-    return bf16(k % 2 ? pair >> 16 : pair & 0xffff);
+    __nv_bfloat16 pair[2];
+    memcpy(pair, &p.registers[thread][k / 8 * 2 + m % 16 / 8], 4);
+    return __bfloat162float(pair[k % 2]);
 }
 
 static inline void multiply(Block *block, const Product &p) {

@@ -335,7 +335,8 @@ static void grouped_run_forward(const GroupedCase *c, GroupedDevice *g, RowChunk
     int64_t R = chunk.rows, first = chunk.first, bytes = R * 3 * F * (int64_t)sizeof(floatX);
     floatX *store = device_new<floatX>((R + 64) * 3 * F), *scratch = device_new<floatX>(R * 3 * F);
     floatX *y = device_new<floatX>(R * d), *want_h = grouped_buffer(c, GROUPED_H, first, existing, R);
-    ChunkH h = {store, scratch, g->place}, wanted = {want_h, want_h, g->place};
+    ChunkH h = {store, scratch, g->place};
+    ChunkH wanted = {in_store ? want_h : NULL, in_store ? NULL : want_h, g->place};
     int64_t place = in_store ? 64 * 3 * F : -1;
     floatX *here = in_store ? store + place : scratch, *other = in_store ? scratch : store;
     uint64_t untouched = device_hash(other, bytes);
@@ -343,7 +344,8 @@ static void grouped_run_forward(const GroupedCase *c, GroupedDevice *g, RowChunk
     grouped_up_forward(h, 0, g->x, g->w_gate_up, chunk, d, F, 0);
     CHECK(device_hash(other, bytes) == untouched);
     grouped_collect(c, g, GROUPED_H, here, first, existing, R);
-    grouped_check_recomputation(c, g, chunk, here, in_store); // leaves place at 0 or -1
+    grouped_check_recomputation(c, g, chunk, here, in_store);
+    grouped_set_place(g, in_store ? 0 : -1);
     grouped_down_forward(y, wanted, g->w_down, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_Y, y, first, existing, R);
     device_release(store);
@@ -601,7 +603,7 @@ typedef struct {
     GroupedBenchShape s;
     RowChunk chunk;
     ChunkH h;
-    floatX *x, *dy, *a, *y, *w_gate_up, *w_down, *h_rows;
+    floatX *x, *dy, *y, *w_gate_up, *w_down, *h_rows; // dense products take h_rows for A, too
     float *dw_gate_up, *dw_down, *partial;
     GemmPlans *plans;
 } GroupedBench;
@@ -649,7 +651,6 @@ static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     grouped_bench_rows(&b);
     b.x = grouped_normal(R * s.d, 1);
     b.dy = grouped_normal(R * s.d, 2);
-    b.a = grouped_normal(R * s.F, 3);
     b.y = grouped_normal(R * s.d, 4);
     b.w_gate_up = grouped_normal(2 * weight, 5);
     b.w_down = grouped_normal(weight, 6);
@@ -675,7 +676,6 @@ static void grouped_bench_close(GroupedBench *b) {
                          b->h.place,
                          b->x,
                          b->dy,
-                         b->a,
                          b->y,
                          b->w_gate_up,
                          b->w_down,
@@ -713,16 +713,16 @@ static void grouped_bench_shape(GroupedBenchShape s) {
     grouped_bench_refill(&b);
     grouped_bench_row(
         "down_forward", flops, [&] { grouped_down_forward(b.y, b.h, b.w_down, chunk, d, F, 0); },
-        [&] { gemm(b.plans, 0, 1, R, d, F, b.a, F, b.w_down, F, b.y, d, NULL, 0); });
+        [&] { gemm(b.plans, 0, 1, R, d, F, b.h_rows, F, b.w_down, F, b.y, d, NULL, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
         "down_backward", flops,
         [&] { grouped_down_backward(b.h, b.partial, b.dy, b.w_down, chunk, d, F, 0); },
-        [&] { gemm(b.plans, 0, 0, R, F, d, b.dy, d, b.w_down, F, b.a, F, NULL, 0); });
+        [&] { gemm(b.plans, 0, 0, R, F, d, b.dy, d, b.w_down, F, b.h_rows, F, NULL, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
         "down_wgrad", flops, [&] { grouped_down_wgrad(b.dw_down, b.dy, b.h, chunk, d, F, 0); },
-        [&] { gemm(b.plans, 1, 0, d, F, R, b.dy, d, b.a, F, b.dw_down, F, b.dw_down, 0); });
+        [&] { gemm(b.plans, 1, 0, d, F, R, b.dy, d, b.h_rows, F, b.dw_down, F, b.dw_down, 0); });
     grouped_bench_refill(&b);
     grouped_bench_row(
         "up_wgrad", 2 * flops, [&] { grouped_up_wgrad(b.dw_gate_up, b.h, b.x, chunk, d, F, 0); },
