@@ -1145,9 +1145,10 @@ static inline bool available(void) {
     return code.ptxVersion >= 90;
 }
 
-// Narrow tiles load more a product: about so much longer for the same work, in 1/100
+// Narrow tiles move more through shared memory a product, which at 256 columns is busy all the time: so much
+// longer for the same work, in 1/100
 static inline int tile_cost(int BN) {
-    return BN * (BN == 256 ? 100 : BN == 192 ? 104 : 116);
+    return BN * (BN == 256 ? 100 : BN == 192 ? 115 : 130);
 }
 
 // BN for a product over rows, with `columns` of N in a tile of 256; `most`: the largest there is

@@ -10,7 +10,8 @@ The grouped GEMM, from the simplest version to the fastest, each checked and tim
     grouped_gemm time [p2] [c3]   the shapes of the paper's models: sampled elements checked, then times
                                   p2: product 2 alone (on random operands); c3: the first 3 shapes
 
-Timing: CUDA events, medians, ours and cuBLASLt's in turns on the same N(0, 1) data (naive: once, the first
+Timing: CUDA events, medians; half a second ours and half a second cuBLASLt's in turns, because a GPU slows
+down under load, and by what bits its operands have: they are N(0, 1) (naive, once, and mma.sync: the first
 shape alone). A dense product has as many rows as there are pairs; weight gradients are compared with the
 better of one product over all rows and a batch of E. FLOPs are those of the pairs: pads are our loss.
 
@@ -558,13 +559,14 @@ static void check_all(void) {
 // C[M, N] = op(A) op(B), row-major; `batch` products side by side
 struct DenseShape {
     int trans_a, trans_b;
-    int64_t M, N, K, batch;
-    const floatX *a, *b;
-    void *c;
-    bool fp32; // C, which is added to
+    int64_t M, N, K;
 };
 
 struct Dense : DenseShape {
+    int64_t batch;
+    bool fp32; // C, which is added to
+    floatX *a, *b;
+    void *c;
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t la, lb, lc;
     cublasLtMatmulAlgo_t algorithm;
@@ -629,35 +631,39 @@ static float dense_plan(Dense &g) {
     return best;
 }
 
-// the dense product of the same FLOPs; weight gradients: the faster of one and of E
+// the dense product of the same FLOPs on operands of its own; weight gradients: the faster of one and of E
 static Dense dense_of(const Layer &l, int product) {
     const Case &c = l.c;
     int64_t P = l.pairs, d = c.d, F = c.F;
-    DenseShape shape;
-    switch (product) {
-    case 0: shape = {0, 1, P, 2 * F, d, 1, l.y, l.w_gate_up, l.H, false}; break;
-    case 1: shape = {0, 1, P, d, F, 1, l.H, l.w_down, l.y, false}; break;
-    case 2: shape = {0, 0, P, F, d, 1, l.y, l.w_down, l.H, false}; break;
-    case 3: shape = {0, 0, P, d, 2 * F, 1, l.H, l.w_gate_up, l.y, false}; break;
-    case 4: shape = {1, 0, d, F, P, 1, l.y, l.H, l.dw_down, true}; break;
-    default: shape = {1, 0, 2 * F, d, P, 1, l.H, l.y, l.dw_gate_up, true}; break;
-    }
-    Dense one, batch;
-    static_cast<DenseShape &>(one) = shape;
+    const DenseShape shapes[PRODUCTS] = {{0, 1, P, 2 * F, d}, {0, 1, P, d, F}, {0, 0, P, F, d},
+                                         {0, 0, P, d, 2 * F}, {1, 0, d, F, P}, {1, 0, 2 * F, d, P}};
+    Dense one;
+    static_cast<DenseShape &>(one) = shapes[product];
+    one.batch = 1;
+    one.fp32 = product >= 4;
+    one.a = random_new<floatX>(one.M * one.K, 7, 1.0f);
+    one.b = random_new<floatX>(one.K * one.N, 8, one.fp32 ? 1.0f : 1.0f / sqrtf((float)one.K));
+    one.c = random_new<float>(one.M * one.N * (one.fp32 ? c.E : 1), 9, 1.0f);
     float one_ms = dense_plan(one);
-    if (product < 4) {
+    if (!one.fp32) {
         return one;
     }
-    shape.batch = c.E;
-    shape.K = P / c.E;
-    static_cast<DenseShape &>(batch) = shape;
+    Dense batch = one;
+    batch.batch = c.E;
+    batch.K = P / c.E;
     return dense_plan(batch) < one_ms ? batch : one;
+}
+
+static void dense_free(const Dense &g) {
+    CUDA_CHECK(cudaFree(g.a));
+    CUDA_CHECK(cudaFree(g.b));
+    CUDA_CHECK(cudaFree(g.c));
 }
 
 // ----------------------------------------------------------------------------
 // times
 
-enum { ROUNDS = 3, TURNS = 8 }; // in a round one side's products follow each other
+enum { ROUNDS = 2, SUSTAINED_MS = 500 }; // in a round one side's products follow each other
 
 struct Row {
     float ours, dense; // ms
@@ -681,26 +687,43 @@ static double least_bytes(const Layer &l, int product) {
     }
 }
 
+// f() again and again for SUSTAINED_MS: the milliseconds of each run; before() is not timed
+template <class Before, class F>
+static void sustain(std::vector<float> &times, const Before &before, const F &f) {
+    enum { QUEUE = 32 };
+    static cudaEvent_t begin[QUEUE], end[QUEUE];
+    for (int i = 0; i < QUEUE && begin[QUEUE - 1] == NULL; i++) {
+        CUDA_CHECK(cudaEventCreate(&begin[i]));
+        CUDA_CHECK(cudaEventCreate(&end[i]));
+    }
+    for (float sum = 0.0f; sum < SUSTAINED_MS;) {
+        for (int i = 0; i < QUEUE; i++) {
+            before();
+            CUDA_CHECK(cudaEventRecord(begin[i], 0));
+            f();
+            CUDA_CHECK(cudaEventRecord(end[i], 0));
+        }
+        CUDA_CHECK(cudaEventSynchronize(end[QUEUE - 1]));
+        for (int i = 0; i < QUEUE; i++) {
+            float ms;
+            CUDA_CHECK(cudaEventElapsedTime(&ms, begin[i], end[i]));
+            times.push_back(ms);
+            sum += ms;
+        }
+    }
+}
+
 static Row time_product(const Layer &l, int product, const Dense &dense, const floatX *h) {
-    const Case &c = l.c;
+    size_t h_bytes = (size_t)l.chunk.rows * 3 * l.c.F * sizeof(floatX);
     std::vector<float> ours, theirs;
     for (int round = 0; round < ROUNDS; round++) {
-        for (int turn = -2; turn < TURNS; turn++) {
+        auto restore = [&] {
             if (product == 2) { // works in place
-                CUDA_CHECK(cudaMemcpyAsync(l.H, h, (int64_t)l.chunk.rows * 3 * c.F * 2,
-                                           cudaMemcpyDeviceToDevice, 0));
+                CUDA_CHECK(cudaMemcpyAsync(l.H, h, h_bytes, cudaMemcpyDeviceToDevice, 0));
             }
-            float ms = milliseconds([&] { run(l, product); });
-            if (turn >= 0) {
-                ours.push_back(ms);
-            }
-        }
-        for (int turn = -2; turn < TURNS; turn++) {
-            float ms = milliseconds([&] { dense_run(dense); });
-            if (turn >= 0) {
-                theirs.push_back(ms);
-            }
-        }
+        };
+        sustain(ours, restore, [&] { run(l, product); });
+        sustain(theirs, [] {}, [&] { dense_run(dense); });
     }
     return {median(ours), median(theirs)};
 }
@@ -761,7 +784,7 @@ static float time_naive(const Layer &l, int product) {
     return ms;
 }
 
-static void time_layer(std::vector<char> &table, Layer &l, bool naive) {
+static void time_layer(std::vector<char> &table, Layer &l, bool first) {
     const Case &c = l.c;
     for (int product = 0; product < PRODUCTS; product++) {
         if (!wanted(product)) {
@@ -773,18 +796,21 @@ static void time_layer(std::vector<char> &table, Layer &l, bool naive) {
         Dense dense = dense_of(l, product);
         double flops = product_flops(l, product), bound = least_bytes(l, product) / 3e9; // ms at 3 TB/s
         print_to(table, "%4d %4d %3d %-13s bytes %5.3f ms", c.d, c.F, c.E, product_names[product], bound);
-        if (naive) {
+        if (first) {
             prepare(l, product);
             print_to(table, "  naive %.1f", flops / time_naive(l, product) * 1e-9);
         }
         for (Kernels kernels : rungs) {
+            if (kernels != KERNELS_HOPPER && !first) {
+                continue;
+            }
             l.chunk.kernels = kernels;
-            prepare(l, product); // the dense product spoils some operands
             Row r = time_product(l, product, dense, h);
             print_to(table, "  %s %.3f ms %3.0f (dense %.3f ms %3.0f) %.3f", rung_names[kernels], r.ours,
                      flops / r.ours * 1e-9, r.dense, flops / r.dense * 1e-9, fmax(r.dense, bound) / r.ours);
         }
         print_to(table, "\n");
+        dense_free(dense);
         CUDA_CHECK(cudaFree(h));
     }
 }
