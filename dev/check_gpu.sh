@@ -116,6 +116,10 @@ sanitize() {
     names+=("$name")
 }
 
+reported() { # reported LOG: the kernels that a sanitizer's errors name
+    sed -nE 's/.* at (void )?([A-Za-z_][A-Za-z0-9_:]*)[<(].*/; \2/p' "$logs/$1.txt" | sort -u | head -n 4 | tr -d '\n'
+}
+
 check_sanitize() { # under the sanitizers a GPU is as slow as the emulator: the same small shapes
     local i=0
     pids=() names=()
@@ -135,7 +139,7 @@ check_sanitize() { # under the sanitizers a GPU is as slow as the emulator: the 
     done
     for pid in "${pids[@]}"; do
         wait "$pid"
-        note "${names[$i]}" $? "$(last "${names[$i]}")"
+        note "${names[$i]}" $? "$(last "${names[$i]}")$(reported "${names[$i]}")"
         i=$((i + 1))
     done
 }
