@@ -53,7 +53,7 @@ CUDA_TESTS := $(wildcard dev/test/*.h dev/test/cuda/*.cuh)
 EMULATOR := $(wildcard dev/emulator/*)
 SAMPLE := build/sample/manifest.json
 
-.PHONY: all found train test test-cuda test-emulated compare bench bench-gpu sample sample-data fuzz clean help
+.PHONY: all found train test test-cuda test-emulated test-races compare bench bench-gpu sample sample-data fuzz clean help
 
 all: found train_remoe data-tools $(if $(and $(NVCC),$(wildcard train_remoe.cu)),train_remoecu)
 
@@ -90,6 +90,11 @@ test_remoecu_emulated test_remoecu_emulated_fp32: dev/test/test_remoe.cu train_r
 		$(CUDA_TESTS) $(EMULATOR) Makefile
 	$(emulated_build)
 
+# for ThreadSanitizer, which the emulator tells of CUDA's threads
+build/test_remoecu_races: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(CUDA_HEADERS) $(CUDA_TESTS) $(EMULATOR) Makefile
+	@mkdir -p build
+	$(emulated_build) -DSMALL_TESTS -fsanitize=thread
+
 build/%: data/%.c $(HEADERS) Makefile
 	@mkdir -p build
 	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS)
@@ -122,6 +127,11 @@ test-cuda: test_remoecu test_remoecu_fp32
 test-emulated: test_remoecu_emulated test_remoecu_emulated_fp32
 	./test_remoecu_emulated_fp32
 	./test_remoecu_emulated
+
+# which components; all take some minutes
+RACES ?=
+test-races: build/test_remoecu_races
+	OMP_NUM_THREADS=1 build/test_remoecu_races --portable --few $(RACES)
 
 build/compare_dumps: dev/compare_dumps.c $(HEADERS) Makefile
 	@mkdir -p build
@@ -173,6 +183,7 @@ help:
 	@echo 'make test         the CPU tests'
 	@echo 'make test-cuda    the CUDA tests, in bf16 and fp32'
 	@echo 'make test-emulated  the same sources on the CPU, for machines without a GPU'
+	@echo 'make test-races   the CUDA sources on the CPU, barriers that are missing between threads; RACES=COMPONENTS'
 	@echo 'make compare      what both trainers say of one micro-batch, tensor by tensor; GPU=./train_remoecu_fp32, LOAD=DIR'
 	@echo 'make bench        sgemm against OpenBLAS (where installed), and the trainer'
 	@echo "make bench-gpu    speed on this GPU, into README's table; GPT2_DATA=SHARDS, ROWS='small g8', PEER=script.py"

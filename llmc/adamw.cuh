@@ -27,7 +27,7 @@ enum { ADAMW_THREADS = 256, NORM_THREADS = 512 };
 // ----------------------------------------------------------------------------
 // the norm
 
-// The sum over the block's threads, in thread 0
+// the sum over the block's threads, in thread 0; elsewhere 0
 __device__ __forceinline__ double sum_to_first(double x) {
     __shared__ double sums[NORM_THREADS];
     int thread = (int)threadIdx.x;
@@ -38,7 +38,7 @@ __device__ __forceinline__ double sum_to_first(double x) {
             sums[thread] += sums[thread + step];
         }
     }
-    return sums[0];
+    return thread == 0 ? sums[0] : 0.0;
 }
 
 // partials[b] = the sum of squares of block b's elements

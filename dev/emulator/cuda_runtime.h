@@ -5,8 +5,12 @@ It stands in the include path where NVIDIA's cuda_runtime.h would be; llmc/cuda_
 emulator::run(), and memory is the host's. A block's threads are fibers on one stack each: they take turns, one
 going on until it meets a barrier or a warp's exchange (__syncthreads, __syncwarp, __shfl_*, __ballot_sync,
 mma), and blocks are shared out over OpenMP threads. So a kernel computes here what it computes on a GPU as
-far as indices, masks, missing writes and barriers that not all reach are concerned; races it cannot show
-(nothing runs at the same time within a block), nor speed, nor what PTX does. A thousand times slower than a GPU.
+far as indices, masks, missing writes and barriers that not all reach are concerned; speed it cannot show, nor what
+PTX does. A thousand times slower than a GPU.
+
+With -fsanitize=thread (make test-races) ThreadSanitizer takes each fiber for a thread, ordered by __syncthreads and
+__syncwarp alone: a barrier that is missing between two threads' accesses is reported, whether it spoils numbers
+or not. Copies, wgmma and TMA are not followed.
 
 hopper_instructions.h beside has Hopper's asynchronous instructions. Their work is done as late as their barriers
 and waits allow, so a wait that is missing, or a buffer that is given back too early, gives wrong numbers.
@@ -86,7 +90,49 @@ enum { EMULATOR_SAVED_WORDS = 6 };
 #error "the emulator knows x86-64 only: port emulator_switch() and first_frame()"
 #endif
 
+// ----------------------------------------------------------------------------
+// ThreadSanitizer, in a build with -fsanitize=thread: each fiber is a thread to it, ordered by barriers alone
+
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void *__tsan_get_current_fiber(void);
+void *__tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void *fiber, unsigned flags);
+void __tsan_acquire(void *address);
+void __tsan_release(void *address);
+void AnnotateIgnoreReadsBegin(const char *file, int line);
+void AnnotateIgnoreReadsEnd(const char *file, int line);
+void AnnotateIgnoreWritesBegin(const char *file, int line);
+void AnnotateIgnoreWritesEnd(const char *file, int line);
+}
+#define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
+#else
+#define EMULATOR_UNSEEN
+static inline void *__tsan_get_current_fiber(void) { return NULL; }
+static inline void *__tsan_create_fiber(unsigned) { return NULL; }
+static inline void __tsan_switch_to_fiber(void *, unsigned) {}
+static inline void __tsan_acquire(void *) {}
+static inline void __tsan_release(void *) {}
+#endif
+
 namespace emulator {
+
+// what the emulator itself does with its memory is no race
+struct Unseen {
+#ifdef __SANITIZE_THREAD__
+    Unseen() {
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    }
+#else
+    Unseen() {}
+    ~Unseen() {}
+#endif
+};
 
 enum { STACK_BYTES = 128 * 1024, SLOT_BYTES = 64, MOST_THREADS = 1024 };
 
@@ -101,6 +147,7 @@ struct Async; // a block's asynchronous instructions: hopper_instructions.h
 struct Block {
     void *scheduler; // stack pointers of what does not run
     void *fibers[MOST_THREADS];
+    void *seen_scheduler, *seen_fibers[MOST_THREADS]; // ThreadSanitizer's
     unsigned char *stacks;
     uint3 thread_index[MOST_THREADS];
     bool done[MOST_THREADS]; // left the kernel
@@ -136,16 +183,31 @@ static __attribute__((noinline)) Block *here() {
     return block();
 }
 
-static inline void yield() {
-    Block *b = here();
-    int me = b->current;
-    emulator_switch(&b->fibers[me], b->scheduler);
+// emulator_switch, which ThreadSanitizer is told of
+static EMULATOR_UNSEEN __attribute__((noinline)) void go_on(void **from, void *to, void *seen) {
+    const unsigned unordered = 1;
+    __tsan_switch_to_fiber(seen, unordered);
+    emulator_switch(from, to);
 }
 
-// waits until all `alive` have come
-static inline void barrier(int *arrived, const int *alive, unsigned *generation) {
+static EMULATOR_UNSEEN void yield() {
+    Block *b = here();
+    go_on(&b->fibers[b->current], b->scheduler, b->seen_scheduler);
+}
+
+// an address that stands for a barrier's phase: who comes through has seen what those did who came before the barrier
+static inline void *phase(unsigned *generation, unsigned number) {
+    return (char *)generation + number % 2;
+}
+
+// waits until all `alive` have come; `orders`: memory, too
+static inline void barrier(int *arrived, const int *alive, unsigned *generation, bool orders = true) {
+    Unseen unseen;
     Block *b = here();
     unsigned mine = *generation;
+    if (orders) {
+        __tsan_release(phase(generation, mine));
+    }
     (*arrived)++;
     if (*arrived == *alive) {
         *arrived = 0;
@@ -153,6 +215,9 @@ static inline void barrier(int *arrived, const int *alive, unsigned *generation)
     }
     while (*(volatile unsigned *)generation == mine) {
         yield();
+    }
+    if (orders) {
+        __tsan_acquire(phase(generation, mine));
     }
     b->progress = true;
 }
@@ -170,10 +235,11 @@ static inline void sync_warp() {
 // every lane shows a value to its warp; returns all of them, by lane
 template <class T> static inline const T *show(const T &value) {
     static_assert(sizeof(T) <= SLOT_BYTES, "too large for a slot");
+    Unseen unseen;
     Warp *w = warp();
     T *slots = (T *)w->slots[w->generation % 2];
     memcpy(&slots[here()->current % 32], &value, sizeof(T));
-    sync_warp();
+    barrier(&w->arrived, &w->alive, &w->generation, false);
     return slots;
 }
 
@@ -186,8 +252,12 @@ static inline unsigned char *shared_memory() {
 }
 
 static inline void finish_thread() {
+    Unseen unseen;
     Block *b = here();
     Warp *w = warp();
+    __tsan_release(phase(&b->generation, b->generation));
+    __tsan_release(phase(&w->generation, w->generation));
+    __tsan_release(b->done);
     b->done[b->current] = true;
     b->progress = true;
     b->alive--;
@@ -202,8 +272,9 @@ static inline void finish_thread() {
     }
 }
 
-static void fiber_main() {
+static EMULATOR_UNSEEN void fiber_main() {
     Block *b = here();
+    __tsan_acquire(b);
     b->body(b->argument);
     finish_thread();
     yield(); // for good
@@ -225,6 +296,8 @@ static inline int threads_of(const Block *b) {
 static inline void begin_block(Block *b, int64_t index) {
     int threads = threads_of(b);
     dim3 grid = b->grid_size;
+    __tsan_release(b);
+    b->seen_scheduler = __tsan_get_current_fiber();
     b->block_index = {(unsigned)(index % grid.x), (unsigned)(index / grid.x % grid.y),
                       (unsigned)(index / grid.x / grid.y)};
     if (b->end_async != NULL) {
@@ -260,7 +333,7 @@ static inline bool take_turns(Block *b) {
         int t = b->backwards ? threads - 1 - i : i;
         if (!b->done[t]) {
             b->current = t;
-            emulator_switch(&b->scheduler, b->fibers[t]);
+            go_on(&b->scheduler, b->fibers[t], b->seen_fibers[t]);
         }
     }
     bool done = b->do_async != NULL && b->do_async(b);
@@ -285,7 +358,20 @@ static inline bool run_block(Block *first, Block *second, int64_t index) {
             abort();
         }
     }
+    __tsan_acquire(first->done);
+    if (first->partner != NULL) {
+        __tsan_acquire(second->done);
+    }
     return first->partner != NULL;
+}
+
+// ThreadSanitizer's fiber of a block's thread; blocks after each other share them
+static inline void *seen_fiber(int rank, int t) {
+    static thread_local void *fibers[2][MOST_THREADS];
+    if (fibers[rank][t] == NULL) {
+        fibers[rank][t] = __tsan_create_fiber(0);
+    }
+    return fibers[rank][t];
 }
 
 static inline Block *new_block(dim3 grid, dim3 size, size_t shared_bytes, int rank) {
@@ -293,6 +379,9 @@ static inline Block *new_block(dim3 grid, dim3 size, size_t shared_bytes, int ra
     b->block_size = size;
     b->grid_size = grid;
     b->rank = rank;
+    for (int t = 0; t < threads_of(b); t++) {
+        b->seen_fibers[t] = seen_fiber(rank, t);
+    }
     b->stacks = (unsigned char *)malloc((size_t)threads_of(b) * STACK_BYTES);
     b->shared.resize(shared_bytes + 1024);
     return b;
@@ -319,6 +408,7 @@ template <class F> static void run(dim3 grid, dim3 block_size, size_t shared_byt
     }
 #pragma omp parallel
     {
+        Unseen unseen;
         Block *mine[2];
         for (int rank = 0; rank < 2; rank++) {
             mine[rank] = new_block(grid, block_size, shared_bytes, rank);
