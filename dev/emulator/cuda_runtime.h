@@ -113,13 +113,16 @@ static inline void *__tsan_create_fiber(unsigned) { return NULL; }
 static inline void __tsan_switch_to_fiber(void *, unsigned) {}
 static inline void __tsan_acquire(void *) {}
 static inline void __tsan_release(void *) {}
+static inline void AnnotateIgnoreReadsBegin(const char *, int) {}
+static inline void AnnotateIgnoreReadsEnd(const char *, int) {}
+static inline void AnnotateIgnoreWritesBegin(const char *, int) {}
+static inline void AnnotateIgnoreWritesEnd(const char *, int) {}
 #endif
 
 namespace emulator {
 
 // what the emulator itself does with its memory is no race
 struct Unseen {
-#ifdef __SANITIZE_THREAD__
     Unseen() {
         AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
         AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
@@ -128,10 +131,6 @@ struct Unseen {
         AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
         AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
     }
-#else
-    Unseen() {}
-    ~Unseen() {}
-#endif
 };
 
 enum { STACK_BYTES = 128 * 1024, SLOT_BYTES = 64, MOST_THREADS = 1024 };
@@ -227,9 +226,9 @@ static inline Warp *warp() {
     return &b->warps[b->current / 32];
 }
 
-static inline void sync_warp() {
+static inline void sync_warp(bool orders = true) {
     Warp *w = warp();
-    barrier(&w->arrived, &w->alive, &w->generation);
+    barrier(&w->arrived, &w->alive, &w->generation, orders);
 }
 
 // every lane shows a value to its warp; returns all of them, by lane
@@ -239,7 +238,7 @@ template <class T> static inline const T *show(const T &value) {
     Warp *w = warp();
     T *slots = (T *)w->slots[w->generation % 2];
     memcpy(&slots[here()->current % 32], &value, sizeof(T));
-    barrier(&w->arrived, &w->alive, &w->generation, false);
+    sync_warp(false);
     return slots;
 }
 

@@ -797,7 +797,6 @@ static void time_layer(std::vector<char> &table, Layer &l, bool first) {
         double flops = product_flops(l, product), bound = least_bytes(l, product) / 3e9; // ms at 3 TB/s
         print_to(table, "%4d %4d %3d %-13s bytes %5.3f ms", c.d, c.F, c.E, product_names[product], bound);
         if (first) {
-            prepare(l, product);
             print_to(table, "  naive %.1f", flops / time_naive(l, product) * 1e-9);
         }
         for (Kernels kernels : rungs) {
