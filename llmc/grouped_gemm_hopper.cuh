@@ -29,13 +29,18 @@ nobody, it lets a part of 32 columns of the last tile leave at every step or two
     tensor cores   | tile 1: step 0 | 1 | 2 | ... | 11 | tile 2: step 0 | 1      | 2      | ...
     the consumer   |                                   | part 0 of 1    | part 1 | part 2 | ...
 
-Results leave by way of shared memory (stmatrix), from where TMA takes them; weight gradients, whose tiles
-are long, leave at once, and TMA adds them to what is in memory: one addition an element and launch, so there
-is no order to depend on.
+Results leave by way of shared memory (stmatrix), from where TMA takes them: up_forward's warp by warp, the
+others' when a consumer's four warps have met. Weight gradients, whose tiles are long, leave at once, and TMA
+adds them to what is in memory: one addition an element and launch, so there is no order to depend on.
 
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
 way: two tiles side by side, each block loads its own B. A stage is free when both blocks' consumers are done.
+up_forward's blocks stand alone: its epilogue is long, and four consumers that wait for each other lose more
+than half of B's loads cost (3 to 5 %).
+
+Shared memory sets the pace. It gives 128 bytes a cycle; at the tensor cores' full rate wgmma reads 80 (every
+64 rows of A all of B), the ring's copies write 48, and up_forward's epilogue, in and out again, takes 16.
 
     full[stage]    producer's arrivals and TMA's bytes: the stage may be read
     empty[stage]   8 consumer warps of each block of the cluster: the stage may be written
@@ -65,10 +70,8 @@ capture the launches.
 
 #ifndef PRECISION_FP32
 #include "hopper.cuh"
-
-#ifndef GROUPED_CLUSTER
-#define GROUPED_CLUSTER 2
-#endif
+#include <type_traits>
+// defines: std::conditional
 
 namespace hopper {
 
@@ -80,7 +83,6 @@ enum {
     GROUP_ROWS = 64, // rows of a consumer
     BLOCK_THREADS = 3 * GROUP_THREADS,
     CONSUMER_WARPS = 8,
-    CLUSTER = GROUPED_CLUSTER, // blocks: 1 or 2
     MOST_EXPERTS = 2048,
 };
 
@@ -90,9 +92,10 @@ template <int PRODUCT> struct Traits {
         GATHERS = WGRAD || PRODUCT == UP_FORWARD || PRODUCT == DOWN_BACKWARD, // A, by token
         A_ACROSS = WGRAD,                                                     // stored across k
         B_ACROSS = PRODUCT != UP_FORWARD && PRODUCT != DOWN_FORWARD,
-        B_WEIGHTS = !WGRAD,                    // B has a third dimension, the expert
-        H_IN_SLOTS = PRODUCT == DOWN_BACKWARD, // the epilogue's H
-        PRODUCER_REGISTERS = WGRAD ? 56 : 40,  // of 3 x 168 that the threads have at the start
+        B_WEIGHTS = !WGRAD,                      // B has a third dimension, the expert
+        H_IN_SLOTS = PRODUCT == DOWN_BACKWARD,   // the epilogue's H
+        CLUSTER = PRODUCT == UP_FORWARD ? 1 : 2, // blocks
+        PRODUCER_REGISTERS = WGRAD ? 56 : 40,    // of 3 x 168 that the threads have at the start
         CONSUMER_REGISTERS = WGRAD ? 224 : 232,
     };
 };
@@ -141,7 +144,9 @@ enum {
     SLOT_BYTES = 2 * GROUP_ROWS * SLOT_F * 2,
     PART_COLUMNS = 32, // of results that leave at a time
     PART_BYTES = GROUP_ROWS * PART_COLUMNS * 2,
-    PART_PLACES = 3, // of each consumer: G, U and gate A, or the last three of Y or dX'
+    PART_PLACES = 3, // of each consumer: the last three of Y or dX'
+    WARP_ROWS = 16,  // of up_forward's results that a warp lets leave: G, U and gate A
+    WARP_PART_BYTES = WARP_ROWS * 3 * PART_COLUMNS * 2,
     ADD_BYTES = GROUP_ROWS * PART_COLUMNS * 4,
     ADD_PLACES = 2,           // the last two of dW
     MOST_SHARED = 227 * 1024, // of a block
@@ -152,6 +157,7 @@ template <int PRODUCT> struct Epilogue {
     enum {
         BYTES = Traits<PRODUCT>::WGRAD        ? ADD_PLACES * ADD_BYTES
                 : Traits<PRODUCT>::H_IN_SLOTS ? SLOTS * SLOT_BYTES
+                : PRODUCT == UP_FORWARD       ? GROUP_ROWS / WARP_ROWS * WARP_PART_BYTES
                                               : PART_PLACES * PART_BYTES
     };
 };
@@ -210,7 +216,7 @@ template <int BN> struct Ring {
 template <int PRODUCT, int BN> __device__ __forceinline__ void init_barriers(Ring<BN> ring) {
     for (int stage = 0; stage < ring.stages; stage++) {
         barrier_init(ring.full(), Traits<PRODUCT>::GATHERS ? 1 + GROUP_THREADS : 1);
-        barrier_init(ring.empty(), CLUSTER * CONSUMER_WARPS);
+        barrier_init(ring.empty(), Traits<PRODUCT>::CLUSTER * CONSUMER_WARPS);
         ring.advance();
     }
     for (int slot = 0; Traits<PRODUCT>::H_IN_SLOTS && slot < 2 * SLOTS; slot++) {
@@ -238,15 +244,16 @@ struct Tile {
     bool coupled; // the cluster's blocks have the same B
 };
 
-template <bool WGRAD> __device__ __forceinline__ int plan_items(int rows, const Arguments &args) {
-    int m_tiles = WGRAD ? args.m_tiles : ceil_div<int>(rows, TILE_M);
+template <int PRODUCT> __device__ __forceinline__ int plan_items(int rows, const Arguments &args) {
+    const int CLUSTER = Traits<PRODUCT>::CLUSTER;
+    int m_tiles = Traits<PRODUCT>::WGRAD ? args.m_tiles : ceil_div<int>(rows, TILE_M);
     int coupled = m_tiles / CLUSTER * args.n_tiles;
     int alone = m_tiles % CLUSTER * ceil_div<int>(args.n_tiles, CLUSTER);
     return rows > 0 ? coupled + alone : 0;
 }
 
 // all threads of the block
-template <bool WGRAD> __device__ __forceinline__ void make_plan(Plan plan, const Arguments &args) {
+template <int PRODUCT> __device__ __forceinline__ void make_plan(Plan plan, const Arguments &args) {
     const RowChunk &chunk = args.chunk;
     int thread = threadIdx.x;
     int end = max(min(chunk.first + chunk.rows, chunk.offsets[chunk.experts]), chunk.first);
@@ -260,7 +267,7 @@ template <bool WGRAD> __device__ __forceinline__ void make_plan(Plan plan, const
     int before = 0;
     for (int e = thread; e - thread < chunk.experts; e += 32) {
         int rows = e < chunk.experts ? plan.row_start[e + 1] - plan.row_start[e] : 0;
-        int items = plan_items<WGRAD>(rows, args);
+        int items = plan_items<PRODUCT>(rows, args);
         for (int offset = 1; offset < 32; offset *= 2) {
             int below = __shfl_up_sync(0xffffffffu, items, offset);
             items += thread >= offset ? below : 0;
@@ -279,6 +286,7 @@ template <bool WGRAD> __device__ __forceinline__ void make_plan(Plan plan, const
 template <int PRODUCT, int BN>
 __device__ __forceinline__ bool find_tile(Tile &tile, int item, Plan plan, const Arguments &args) {
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
+    const int CLUSTER = Traits<PRODUCT>::CLUSTER;
     if (item >= plan.item_start[args.chunk.experts]) {
         return false;
     }
@@ -313,14 +321,14 @@ struct Walk {
 template <int PRODUCT, int BN> __device__ __forceinline__ Walk walk_begin(Plan plan, const Arguments &args) {
     Walk walk;
     walk.next.expert = 0;
-    walk.item = blockIdx.x / CLUSTER;
+    walk.item = blockIdx.x / Traits<PRODUCT>::CLUSTER;
     walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
     return walk;
 }
 
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void walk_on(Walk &walk, Plan plan, const Arguments &args) {
-    walk.item += gridDim.x / CLUSTER;
+    walk.item += gridDim.x / Traits<PRODUCT>::CLUSTER;
     walk.more = find_tile<PRODUCT, BN>(walk.next, walk.item, plan, args);
 }
 
@@ -370,7 +378,7 @@ __device__ __forceinline__ void load_piece_b(const CUtensorMap *map, Ring<BN> ri
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void load_b(const CUtensorMap *map, Ring<BN> ring, const Tile &tile, int first_k) {
     const int PIECES_B = Traits<PRODUCT>::B_ACROSS ? BN / 64 : 2;
-    bool both = CLUSTER == 2 && tile.coupled;
+    bool both = Traits<PRODUCT>::CLUSTER == 2 && tile.coupled;
     for (int piece = 0; piece < PIECES_B; piece++) {
         if (!both || (piece >= (PIECES_B + 1) / 2) == (int)cluster_rank()) {
             load_piece_b<PRODUCT>(map, ring, tile, first_k, piece, both);
@@ -504,6 +512,7 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
     };
     Tile tile;
     tile.expert = 0;
+    const int CLUSTER = Traits<PRODUCT>::CLUSTER;
     int item = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
     fetch_tokens(item, 0);
     for (; find_tile<PRODUCT, BN>(tile, item, plan, args); item += stride) {
@@ -539,9 +548,12 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
 // ----------------------------------------------------------------------------
 // consumers: the product
 
-__device__ __forceinline__ void release_stage(uint32_t empty) {
+template <int CLUSTER> __device__ __forceinline__ void release_stage(uint32_t empty) {
     uint32_t lane = threadIdx.x % 32;
-    if (lane < CLUSTER) {
+    if (CLUSTER == 1 && lane == 0) {
+        barrier_arrive(empty);
+    }
+    if (CLUSTER > 1 && lane < CLUSTER) {
         barrier_arrive(empty, lane);
     }
 }
@@ -571,7 +583,7 @@ template <int PRODUCT, int BN> struct Multiplier {
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
-            release_stage(last);
+            release_stage<Traits<PRODUCT>::CLUSTER>(last);
         }
         last = ring.empty();
         ring.advance();
@@ -600,7 +612,7 @@ template <int PRODUCT, int BN> struct Multiplier {
     __device__ __forceinline__ void done(float (&acc)[BN / 2]) const {
         wgmma_wait<0>();
         wgmma_results(acc);
-        release_stage(last);
+        release_stage<Traits<PRODUCT>::CLUSTER>(last);
     }
 };
 
@@ -707,11 +719,50 @@ struct Exit {
     }
 };
 
+// A warp's place in shared memory for up_forward's results, 16 rows x 32 columns of G, U and gate A at a time:
+// 64-byte lines, swizzled, three a row. One copy takes them, and the warp waits for no other
+struct WarpExit {
+    uint32_t memory;
+    uint32_t lane; // 8 j + r puts row r's, and row r + 8's, j-th 16 bytes
+    int row;       // the warp's first row in a tile
+    bool starts;   // this thread starts the copies
+
+    __device__ __forceinline__ WarpExit(uint32_t group_memory, int group) {
+        uint32_t warp = threadIdx.x % GROUP_THREADS / 32;
+        memory = group_memory + warp * WARP_PART_BYTES;
+        lane = threadIdx.x % 32;
+        row = group * GROUP_ROWS + (int)warp * WARP_ROWS;
+        starts = lane == 0;
+    }
+    // until the last copy has left
+    __device__ __forceinline__ void wait_free() const {
+        if (starts) {
+            tma_wait_read<0>();
+        }
+        __syncwarp();
+    }
+    // rows r + 8 half; which: G, U or gate A
+    __device__ __forceinline__ void put(uint32_t which, int half, const uint32_t (&v)[4]) const {
+        uint32_t line = 3 * (lane % 8) + which; // 24 lines further, row r + 8 is swizzled as row r
+        store_matrices(memory + half * (WARP_PART_BYTES / 2) + line * 64 + ((line / 2 ^ lane / 8) % 4 << 4),
+                       v);
+    }
+    // all lanes have put theirs
+    __device__ __forceinline__ void leave(const CUtensorMap *map, int column, int first_row) const {
+        fence_async_proxy();
+        __syncwarp();
+        if (starts) {
+            tma_store(map, memory, column, 0, first_row);
+            tma_commit();
+        }
+    }
+};
+
 // A part of up_forward's results: G, U, and gate silu(G) U of the rounded G and U; 32 columns take two parts
 template <int BN>
 __device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int part, const Arguments &args,
-                                           Exit &exit, const CUtensorMap *h_map, int h_first) {
-    int i = part / 2, half = part % 2, f = held.tile.n + PART_COLUMNS * i, row = held.tile.m + exit.row;
+                                           const WarpExit &exit, const CUtensorMap *h_map, int h_first) {
+    int i = part / 2, half = part % 2, f = held.tile.n + PART_COLUMNS * i;
     uint32_t g[4], u[4], a[4];
     if (f >= args.F) {
         return;
@@ -725,19 +776,13 @@ __device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int
             pack2(gate * low * sigmoid(low) * low_half(u[j]), gate * high * sigmoid(high) * high_half(u[j]));
     }
     if (half == 0) {
-        exit.wait_free<0>();
+        exit.wait_free();
     }
-    exit.put(exit.memory, half, g);
-    exit.put(exit.memory + PART_BYTES, half, u);
-    exit.put(exit.memory + 2 * PART_BYTES, half, a);
+    exit.put(0, half, g);
+    exit.put(1, half, u);
+    exit.put(2, half, a);
     if (half == 1) {
-        exit.full();
-        if (exit.starts) {
-            tma_store(h_map, exit.memory, f, 0, h_first + row);
-            tma_store(h_map, exit.memory + PART_BYTES, f, 1, h_first + row);
-            tma_store(h_map, exit.memory + 2 * PART_BYTES, f, 2, h_first + row);
-            tma_commit();
-        }
+        exit.leave(h_map, f, h_first + held.tile.m + exit.row);
     }
 }
 
@@ -988,9 +1033,10 @@ template <int PRODUCT, int BN>
 __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan, Ring<BN> ring, int group,
                                                 uint32_t exit_memory) {
     typedef Held<PRODUCT, BN> Results;
+    typedef typename std::conditional<PRODUCT == UP_FORWARD, WarpExit, Exit>::type ResultsExit;
     int which = 0, h_first = PRODUCT == UP_FORWARD ? (int)h_row(args, &which) : 0;
     const CUtensorMap *h_map = &args.h_out[which];
-    Exit exit(exit_memory, group);
+    ResultsExit exit(exit_memory, group);
     Multiplier<PRODUCT, BN> multiplier = {ring, group, 0};
     Walk walk = walk_begin<PRODUCT, BN>(plan, args);
     Results held;
@@ -1077,7 +1123,7 @@ __device__ __forceinline__ void consume_down_backward(const Arguments &args, Pla
 // the kernel
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define GROUPED_CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
+#define GROUPED_CLUSTER_DIMS __cluster_dims__(Traits<PRODUCT>::CLUSTER, 1, 1)
 #else
 #define GROUPED_CLUSTER_DIMS // compiled for an older GPU as well: no clusters there
 #endif
@@ -1099,9 +1145,11 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     if (threadIdx.x == 0) {
         init_barriers<PRODUCT>(ring);
     }
-    make_plan<Traits<PRODUCT>::WGRAD>(plan, args);
+    make_plan<PRODUCT>(plan, args);
     __syncthreads();
-    cluster_sync(); // the other block's barriers are there
+    if (Traits<PRODUCT>::CLUSTER > 1) {
+        cluster_sync(); // the other block's barriers are there
+    }
     // every warp's role must look the same to all its lanes
     int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP_THREADS, 0);
     if (group == 0) {
@@ -1123,7 +1171,9 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
             consume_rounded<PRODUCT>(args, plan, ring, group - 1, mine);
         }
     }
-    cluster_sync(); // the other block may still send here
+    if (Traits<PRODUCT>::CLUSTER > 1) {
+        cluster_sync(); // the other block may still send here
+    }
 #else
     (void)args;
     __trap(); // a build without sm_90a has no such kernel
@@ -1165,6 +1215,7 @@ static inline int row_tile(int N, int columns, int most = 256) {
 
 // BN for a weight gradient [E][M, N]: its tiles are few, so the last round of blocks counts
 static inline int64_t wgrad_cost(int E, int M, int N, int BN) {
+    const int CLUSTER = Traits<DOWN_WGRAD>::CLUSTER;
     int m_tiles = ceil_div<int>(M, TILE_M), n_tiles = ceil_div(N, BN);
     int64_t items = m_tiles / CLUSTER * n_tiles + m_tiles % CLUSTER * ceil_div<int>(n_tiles, CLUSTER);
     return ceil_div<int64_t>(E * items, num_sms() / CLUSTER) * tile_cost(BN);
@@ -1199,7 +1250,7 @@ static inline Arguments arguments(RowChunk chunk, int d, int F, int N, int k) {
 template <int PRODUCT, int BN> static void start_tiles(Arguments args, cudaStream_t stream) {
     args.n_tiles = ceil_div<int>(args.N, Columns<PRODUCT, BN>::N);
     args.stages = ring_stages<PRODUCT, BN>(args.chunk.experts);
-    int blocks = num_sms() / CLUSTER * CLUSTER;
+    int blocks = num_sms() / Traits<PRODUCT>::CLUSTER * Traits<PRODUCT>::CLUSTER;
     size_t shared = other_bytes<PRODUCT, BN>(args.chunk.experts) + args.stages * Stages<BN>::BYTES;
     void (*kernel)(Arguments) = grouped_kernel<PRODUCT, BN>;
     launch(kernel, blocks, BLOCK_THREADS, shared, stream, args);
@@ -1226,12 +1277,14 @@ static inline void h_maps(CUtensorMap maps[2], ChunkH h, int first, int columns,
     maps[1] = h.scratch != NULL ? tensor_map(h.scratch + first, columns, rows, 0, box_rows, 3 * F) : maps[0];
 }
 
-// H as an epilogue operand, [rows][3][F]: a box ends where G ends
-static inline void h_epilogue_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int columns) {
+// H as an epilogue operand, [rows][3][F], in boxes of `parts` of G, U and gate A: a box ends where G ends
+static inline void h_epilogue_maps(CUtensorMap maps[2], ChunkH h, int F, int rows, int box_rows, int parts,
+                                   int columns) {
     const int64_t any_length = 0x7fffffff;
     const floatX *store = h.store != NULL ? h.store : h.scratch;
-    maps[0] = tensor_map(store, false, F, 3, any_length, 1, GROUP_ROWS, columns);
-    maps[1] = h.scratch != NULL ? tensor_map(h.scratch, false, F, 3, rows, 1, GROUP_ROWS, columns) : maps[0];
+    maps[0] = tensor_map(store, false, F, 3, any_length, parts, box_rows, columns);
+    maps[1] =
+        h.scratch != NULL ? tensor_map(h.scratch, false, F, 3, rows, parts, box_rows, columns) : maps[0];
 }
 
 // results of the chunk's rows
@@ -1254,7 +1307,7 @@ static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, cons
     args.h = h;
     args.rows = x;
     args.again = again;
-    h_epilogue_maps(args.h_out, h, F, chunk.rows, PART_COLUMNS);
+    h_epilogue_maps(args.h_out, h, F, chunk.rows, WARP_ROWS, 3, PART_COLUMNS);
     args.b[0] = tensor_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
     start<UP_FORWARD>(args, BN, stream);
 }
@@ -1287,7 +1340,7 @@ static inline void grouped_down_backward(ChunkH h, float *dgate_partial, const f
     args.h = h;
     args.rows = dy;
     args.dgate_partial = dgate_partial;
-    h_epilogue_maps(args.h_out, h, F, chunk.rows, SLOT_F);
+    h_epilogue_maps(args.h_out, h, F, chunk.rows, GROUP_ROWS, 1, SLOT_F);
     args.b[0] = tensor_map(w_down, F, d, chunk.experts, BOX_ACROSS);
     start<DOWN_BACKWARD>(args, down_backward_tile(F), stream);
 }
