@@ -37,10 +37,11 @@ Two blocks make a cluster and, where possible, take two tiles of one column of t
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
 way: two tiles side by side, each block loads its own B. A stage is free when both blocks' consumers are done.
 up_forward's blocks stand alone: its epilogue is long, and four consumers that wait for each other lose more
-than half of B's loads cost (3 to 5 %).
+than loading all of B costs (1 to 5 %).
 
-Shared memory sets the pace. It gives 128 bytes a cycle; at the tensor cores' full rate wgmma reads 80 (every
-64 rows of A all of B), the ring's copies write 48, and up_forward's epilogue, in and out again, takes 16.
+By count shared memory sets the pace. It gives 128 bytes a cycle; at the tensor cores' full rate wgmma reads
+80 (all of B for every 64 rows of A), the ring's copies write 48, and up_forward's results, in and out again,
+are 16.
 
     full[stage]    producer's arrivals and TMA's bytes: the stage may be read
     empty[stage]   8 consumer warps of each block of the cluster: the stage may be written
@@ -578,7 +579,7 @@ template <int PRODUCT, int BN> struct Multiplier {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < STEP_K / 16; k++) {
-            wgmma<A_ACROSS, B_ACROSS>(acc, a + k * A_STEP, b + k * B_STEP, step + k > 0);
+            wgmma<A_ACROSS, B_ACROSS>(acc, a + k * A_STEP, b + k * B_STEP, k > 0 || step > 0);
         }
         wgmma_commit();
         if (step > 0) {
@@ -717,43 +718,53 @@ struct Exit {
         named_barrier(barrier, GROUP_THREADS);
         left++;
     }
+    __device__ __forceinline__ void finish() const {
+        if (starts) {
+            tma_wait_written(); // shared memory must outlive the copies
+        }
+    }
 };
 
-// A warp's place in shared memory for up_forward's results, 16 rows x 32 columns of G, U and gate A at a time:
-// 64-byte lines, swizzled, three a row. One copy takes them, and the warp waits for no other
+// A warp's place in shared memory for up_forward's results, 16 rows x 32 columns of G, U and gate A at a
+// time: 64-byte lines, swizzled, three a row. One copy takes them, and the warp waits for no other
 struct WarpExit {
-    uint32_t memory;
-    uint32_t lane; // 8 j + r puts row r's, and row r + 8's, j-th 16 bytes
-    int row;       // the warp's first row in a tile
-    bool starts;   // this thread starts the copies
+    uint32_t lines[3]; // of G, U, gate A: where lane 8 j + r puts row r's j-th 16 bytes
 
-    __device__ __forceinline__ WarpExit(uint32_t group_memory, int group) {
-        uint32_t warp = threadIdx.x % GROUP_THREADS / 32;
-        memory = group_memory + warp * WARP_PART_BYTES;
-        lane = threadIdx.x % 32;
-        row = group * GROUP_ROWS + (int)warp * WARP_ROWS;
-        starts = lane == 0;
+    __device__ __forceinline__ WarpExit(uint32_t group_memory, int) {
+        uint32_t warp = threadIdx.x % GROUP_THREADS / 32, lane = threadIdx.x % 32;
+        for (uint32_t i = 0; i < 3; i++) {
+            uint32_t line = 3 * (lane % 8) + i;
+            lines[i] = group_memory + warp * WARP_PART_BYTES + line * 64 + ((line / 2 ^ lane / 8) % 4 << 4);
+        }
+    }
+    // starts the copies; it has the first line. (Asked for anew each time: registers are few)
+    __device__ __forceinline__ bool first_lane() const {
+        return threadIdx.x % 32 == 0;
     }
     // until the last copy has left
     __device__ __forceinline__ void wait_free() const {
-        if (starts) {
+        if (first_lane()) {
             tma_wait_read<0>();
         }
         __syncwarp();
     }
-    // rows r + 8 half; which: G, U or gate A
-    __device__ __forceinline__ void put(uint32_t which, int half, const uint32_t (&v)[4]) const {
-        uint32_t line = 3 * (lane % 8) + which; // 24 lines further, row r + 8 is swizzled as row r
-        store_matrices(memory + half * (WARP_PART_BYTES / 2) + line * 64 + ((line / 2 ^ lane / 8) % 4 << 4),
-                       v);
+    // rows r + 8 half, 24 lines further: swizzled as row r; i: G, U, gate A
+    __device__ __forceinline__ void put(int i, int half, const uint32_t (&v)[4]) const {
+        store_matrices(lines[i] + half * (WARP_PART_BYTES / 2), v);
     }
-    // all lanes have put theirs
-    __device__ __forceinline__ void leave(const CUtensorMap *map, int column, int first_row) const {
+    // all lanes have put theirs: to columns f on of the warp's rows; the tile's begin at first_row of the map
+    __device__ __forceinline__ void leave(const CUtensorMap *map, int f, int first_row) const {
         fence_async_proxy();
         __syncwarp();
-        if (starts) {
-            tma_store(map, memory, column, 0, first_row);
+        if (first_lane()) {
+            int warp = (int)threadIdx.x / 32 - GROUP_THREADS / 32; // of the consumers' eight
+            tma_store(map, lines[0], f, 0, first_row + warp * WARP_ROWS);
             tma_commit();
+        }
+    }
+    __device__ __forceinline__ void finish() const {
+        if (first_lane()) {
+            tma_wait_written(); // shared memory must outlive the copies
         }
     }
 };
@@ -782,7 +793,7 @@ __device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int
     exit.put(1, half, u);
     exit.put(2, half, a);
     if (half == 1) {
-        exit.leave(h_map, f, h_first + held.tile.m + exit.row);
+        exit.leave(h_map, f, h_first + held.tile.m);
     }
 }
 
@@ -1023,9 +1034,7 @@ __device__ __forceinline__ void consume_at_once(const Arguments &args, Plan plan
             add_part<PRODUCT, BN>(acc, part, args, tile, exit);
         }
     }
-    if (exit.starts) {
-        tma_wait_written(); // shared memory must outlive the copies
-    }
+    exit.finish();
 }
 
 // up_forward, down_forward, up_backward: the last tile's results leave while the products of the next run
@@ -1068,9 +1077,7 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
             held.take(acc);
         }
     }
-    if (exit.starts) {
-        tma_wait_written(); // shared memory must outlive the copies
-    }
+    exit.finish();
 }
 
 // the same of down_backward
