@@ -551,10 +551,12 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
 
 template <int CLUSTER> __device__ __forceinline__ void release_stage(uint32_t empty) {
     uint32_t lane = threadIdx.x % 32;
-    if (CLUSTER == 1 && lane == 0) {
-        barrier_arrive(empty);
+    if (lane >= CLUSTER) {
+        return;
     }
-    if (CLUSTER > 1 && lane < CLUSTER) {
+    if (CLUSTER == 1) {
+        barrier_arrive(empty);
+    } else {
         barrier_arrive(empty, lane);
     }
 }
@@ -730,7 +732,7 @@ struct Exit {
 struct WarpExit {
     uint32_t lines[3]; // of G, U, gate A: where lane 8 j + r puts row r's j-th 16 bytes
 
-    __device__ __forceinline__ WarpExit(uint32_t group_memory, int) {
+    __device__ __forceinline__ WarpExit(uint32_t group_memory, int /* group */) {
         uint32_t warp = threadIdx.x % GROUP_THREADS / 32, lane = threadIdx.x % 32;
         for (uint32_t i = 0; i < 3; i++) {
             uint32_t line = 3 * (lane % 8) + i;
