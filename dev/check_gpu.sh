@@ -105,15 +105,15 @@ RACED='model:relu,model:topk,model:ec model:hash,model:dense,model:update model:
 # initcheck does not follow what is written through TMA, as the Hopper kernels' results are and cuBLASLt's: it gets the portable kernels
 # racecheck reports hazards within kernels of cuBLASLt's, nvjet_*: it gets ours alone
 sanitize() {
-    local name options=''
+    local name options='' filter=''
     name="$1_$(basename "$2")_${3//[:,]/_}"
     case $1:$3 in
     racecheck:* | *:router) options=--few ;;
     esac
     [ "$1" != initcheck ] || options+=' --portable'
-    [ "$1" != racecheck ] || set -- "$@" --kernel-name-exclude kernel_substring=nvjet
+    [ "$1" != racecheck ] || filter='--kernel-name-exclude kernel_substring=nvjet'
     while [ "$(jobs -rp | wc -l)" -ge "$SANITIZE_JOBS" ]; do wait -n; done
-    OMP_NUM_THREADS=1 timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" "${@:4}" --error-exitcode 9 "$2" $options ${3//,/ } >"$logs/$name.txt" 2>&1 &
+    OMP_NUM_THREADS=1 timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$1" $filter --error-exitcode 9 "$2" $options ${3//,/ } >"$logs/$name.txt" 2>&1 &
     pids+=($!)
     names+=("$name")
 }

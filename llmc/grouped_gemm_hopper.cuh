@@ -123,6 +123,13 @@ struct Arguments {
     int stages;           // of the ring
 };
 
+// An item is what a cluster takes at a time, a tile for each of its blocks: how many an expert has. First come
+// tiles of one column; in the rows of tiles that are left over, neighbours
+template <int PRODUCT> static __host__ __device__ __forceinline__ int items_of(int m_tiles, int n_tiles) {
+    const int CLUSTER = Traits<PRODUCT>::CLUSTER;
+    return m_tiles / CLUSTER * n_tiles + m_tiles % CLUSTER * ceil_div<int>(n_tiles, CLUSTER);
+}
+
 // ----------------------------------------------------------------------------
 // shared memory: the ring, its barriers, the plan
 
@@ -229,7 +236,7 @@ template <int PRODUCT, int BN> __device__ __forceinline__ void init_barriers(Rin
 // ----------------------------------------------------------------------------
 // the plan: which tiles there are, and whose
 
-// In shared memory. An item is what a cluster takes at a time: two tiles.
+// in shared memory
 struct Plan {
     int *item_start; // [E + 1] first item of each expert; the last: all items
     int *row_start;  // [E + 1] first row in the chunk
@@ -246,11 +253,8 @@ struct Tile {
 };
 
 template <int PRODUCT> __device__ __forceinline__ int plan_items(int rows, const Arguments &args) {
-    const int CLUSTER = Traits<PRODUCT>::CLUSTER;
     int m_tiles = Traits<PRODUCT>::WGRAD ? args.m_tiles : ceil_div<int>(rows, TILE_M);
-    int coupled = m_tiles / CLUSTER * args.n_tiles;
-    int alone = m_tiles % CLUSTER * ceil_div<int>(args.n_tiles, CLUSTER);
-    return rows > 0 ? coupled + alone : 0;
+    return rows > 0 ? items_of<PRODUCT>(m_tiles, args.n_tiles) : 0;
 }
 
 // all threads of the block
@@ -720,11 +724,6 @@ struct Exit {
         named_barrier(barrier, GROUP_THREADS);
         left++;
     }
-    __device__ __forceinline__ void finish() const {
-        if (starts) {
-            tma_wait_written(); // shared memory must outlive the copies
-        }
-    }
 };
 
 // A warp's place in shared memory for up_forward's results, 16 rows x 32 columns of G, U and gate A at a
@@ -762,11 +761,6 @@ struct WarpExit {
             int warp = (int)threadIdx.x / 32 - GROUP_THREADS / 32; // of the consumers' eight
             tma_store(map, lines[0], f, 0, first_row + warp * WARP_ROWS);
             tma_commit();
-        }
-    }
-    __device__ __forceinline__ void finish() const {
-        if (first_lane()) {
-            tma_wait_written(); // shared memory must outlive the copies
         }
     }
 };
@@ -1036,7 +1030,7 @@ __device__ __forceinline__ void consume_at_once(const Arguments &args, Plan plan
             add_part<PRODUCT, BN>(acc, part, args, tile, exit);
         }
     }
-    exit.finish();
+    tma_wait_written(); // who has started copies: shared memory must outlive them
 }
 
 // up_forward, down_forward, up_backward: the last tile's results leave while the products of the next run
@@ -1079,7 +1073,7 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
             held.take(acc);
         }
     }
-    exit.finish();
+    tma_wait_written(); // who has started copies: shared memory must outlive them
 }
 
 // the same of down_backward
@@ -1121,9 +1115,7 @@ __device__ __forceinline__ void consume_down_backward(const Arguments &args, Pla
             held.take(acc);
         }
     }
-    if (slots.starts) {
-        tma_wait_written(); // shared memory must outlive the copies
-    }
+    tma_wait_written(); // who has started copies: shared memory must outlive them
 }
 
 #endif
@@ -1224,10 +1216,8 @@ static inline int row_tile(int N, int columns, int most = 256) {
 
 // BN for a weight gradient [E][M, N]: its tiles are few, so the last round of blocks counts
 static inline int64_t wgrad_cost(int E, int M, int N, int BN) {
-    const int CLUSTER = Traits<DOWN_WGRAD>::CLUSTER;
-    int m_tiles = ceil_div<int>(M, TILE_M), n_tiles = ceil_div(N, BN);
-    int64_t items = m_tiles / CLUSTER * n_tiles + m_tiles % CLUSTER * ceil_div<int>(n_tiles, CLUSTER);
-    return ceil_div<int64_t>(E * items, num_sms() / CLUSTER) * tile_cost(BN);
+    int64_t items = items_of<DOWN_WGRAD>(ceil_div<int>(M, TILE_M), ceil_div(N, BN));
+    return ceil_div<int64_t>(E * items, num_sms() / Traits<DOWN_WGRAD>::CLUSTER) * tile_cost(BN);
 }
 
 static inline int wgrad_tile(int E, int M, int N) {
