@@ -29,15 +29,16 @@ nobody, it lets a part of 32 columns of the last tile leave at every step or two
     tensor cores   | tile 1: step 0 | 1 | 2 | ... | 11 | tile 2: step 0 | 1      | 2      | ...
     the consumer   |                                   | part 0 of 1    | part 1 | part 2 | ...
 
-Results leave by way of shared memory (stmatrix), from where TMA takes them: up_forward's warp by warp, the
-others' when a consumer's four warps have met. Weight gradients, whose tiles are long, leave at once, and TMA
-adds them to what is in memory: one addition an element and launch, so there is no order to depend on.
+Results leave by way of shared memory, from where TMA takes them: up_forward's warp by warp, 16 bytes a lane
+(paired_rows_map's order of B's rows makes them neighbours), the others' (stmatrix) when a consumer's four
+warps have met. Weight gradients, whose tiles are long, leave at once, and TMA adds them to what is in memory:
+one addition an element and launch, so there is no order to depend on.
 
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
 way: two tiles side by side, each block loads its own B. A stage is free when both blocks' consumers are done.
-up_forward's blocks stand alone: its epilogue is long, and four consumers that wait for each other lose more
-than loading all of B costs (1 to 5 %).
+up_forward's blocks stand alone unless W is big: its epilogue is long, and four consumers that wait for each
+other lose more than loading all of B costs (1 to 4 %); beyond what L2 holds near an SM, less (6 %).
 
 By count shared memory sets the pace. It gives 128 bytes a cycle; at the tensor cores' full rate wgmma reads
 80 (all of B for every 64 rows of A), the ring's copies write 48, and up_forward's results, in and out again,
@@ -76,7 +77,15 @@ capture the launches.
 
 namespace hopper {
 
-enum { UP_FORWARD, DOWN_FORWARD, DOWN_BACKWARD, UP_BACKWARD, DOWN_WGRAD, UP_WGRAD };
+enum {
+    UP_FORWARD,     // a block alone
+    UP_FORWARD_TWO, // two that share B
+    DOWN_FORWARD,
+    DOWN_BACKWARD,
+    UP_BACKWARD,
+    DOWN_WGRAD,
+    UP_WGRAD
+};
 
 enum {
     TILE_M = 128,
@@ -89,21 +98,22 @@ enum {
 
 template <int PRODUCT> struct Traits {
     enum {
+        UP = PRODUCT == UP_FORWARD || PRODUCT == UP_FORWARD_TWO,
         WGRAD = PRODUCT == DOWN_WGRAD || PRODUCT == UP_WGRAD,
-        GATHERS = WGRAD || PRODUCT == UP_FORWARD || PRODUCT == DOWN_BACKWARD, // A, by token
-        A_ACROSS = WGRAD,                                                     // stored across k
-        B_ACROSS = PRODUCT != UP_FORWARD && PRODUCT != DOWN_FORWARD,
-        B_WEIGHTS = !WGRAD,                      // B has a third dimension, the expert
-        H_IN_SLOTS = PRODUCT == DOWN_BACKWARD,   // the epilogue's H
-        CLUSTER = PRODUCT == UP_FORWARD ? 1 : 2, // blocks
-        PRODUCER_REGISTERS = WGRAD ? 56 : 40,    // of 3 x 168 that the threads have at the start
-        CONSUMER_REGISTERS = WGRAD ? 224 : 232,
+        GATHERS = WGRAD || UP || PRODUCT == DOWN_BACKWARD, // A, by token
+        A_ACROSS = WGRAD,                                  // stored across k
+        B_ACROSS = !UP && PRODUCT != DOWN_FORWARD,
+        B_WEIGHTS = !WGRAD,                         // B has a third dimension, the expert
+        H_IN_SLOTS = PRODUCT == DOWN_BACKWARD,      // the epilogue's H
+        CLUSTER = PRODUCT == UP_FORWARD ? 1 : 2,    // blocks
+        PRODUCER_REGISTERS = WGRAD || UP ? 56 : 40, // of 3 x 168 that the threads have at the start
+        CONSUMER_REGISTERS = WGRAD || UP ? 224 : 232,
     };
 };
 
 // columns of D's tile as the product counts them; up_forward counts f, its tile has gate and up of each
 template <int PRODUCT, int BN> struct Columns {
-    enum { N = PRODUCT == UP_FORWARD ? BN / 2 : BN };
+    enum { N = Traits<PRODUCT>::UP ? BN / 2 : BN };
 };
 
 struct Arguments {
@@ -165,7 +175,7 @@ template <int PRODUCT> struct Epilogue {
     enum {
         BYTES = Traits<PRODUCT>::WGRAD        ? ADD_PLACES * ADD_BYTES
                 : Traits<PRODUCT>::H_IN_SLOTS ? SLOTS * SLOT_BYTES
-                : PRODUCT == UP_FORWARD       ? GROUP_ROWS / WARP_ROWS * WARP_PART_BYTES
+                : Traits<PRODUCT>::UP         ? GROUP_ROWS / WARP_ROWS * WARP_PART_BYTES
                                               : PART_PLACES * PART_BYTES
     };
 };
@@ -347,12 +357,18 @@ __device__ __forceinline__ int64_t h_row(const Arguments &args, int *which) {
     return place < 0 ? 0 : place / (3 * args.F);
 }
 
-// a box of B, to this block or to both
+// a box of B, to this block or to both; row: of up_forward's paired rows a multiple of 8
 template <int PRODUCT>
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, uint32_t full, bool both,
                                          int column, int row, int sheet) {
     const uint16_t blocks = 3;
-    if (Traits<PRODUCT>::B_WEIGHTS) {
+    if (Traits<PRODUCT>::UP) {
+        if (both) {
+            tma_multicast_paired(to, map, full, blocks, column, row / 8, sheet);
+        } else {
+            tma_load_paired(to, map, full, column, row / 8, sheet);
+        }
+    } else if (Traits<PRODUCT>::B_WEIGHTS) {
         if (both) {
             tma_multicast(to, map, full, blocks, column, row, sheet);
         } else {
@@ -371,8 +387,8 @@ __device__ __forceinline__ void load_piece_b(const CUtensorMap *map, Ring<BN> ri
                                              int first_k, int piece, bool both) {
     if (!Traits<PRODUCT>::B_ACROSS) {
         uint32_t to = ring.b() + piece * (BN / 2) * 128;
-        int row = PRODUCT == UP_FORWARD ? tile.n : tile.n + piece * (BN / 2);
-        int sheet = PRODUCT == UP_FORWARD ? 2 * tile.expert + piece : tile.expert;
+        int row = Traits<PRODUCT>::UP ? tile.n : tile.n + piece * (BN / 2);
+        int sheet = Traits<PRODUCT>::UP ? 2 * tile.expert + piece : tile.expert;
         load_box<PRODUCT>(to, map, ring.full(), both, first_k, row, sheet);
     } else {
         uint32_t to = ring.b() + piece * BLOCK_BYTES;
@@ -447,13 +463,20 @@ __device__ __forceinline__ void gather_begin(RowGather &gather, const Arguments 
     }
 }
 
+// A copy's address is in use until the copy has left its queue, so each should have registers of its own (where
+// the compiler finds them): with one pair for all, eight waits in a row took as long as the step's products
 __device__ __forceinline__ void gather_step(const RowGather &gather, uint32_t a, int step) {
     uint32_t piece = gather.piece + (uint32_t)step * (STEP_K / 8);
     bool inside = piece < gather.pieces;
+    const uint4 *from[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         bool valid = inside && gather.source[i] != NO_ROW;
-        copy16(a + gather.to + i * 16 * 128, gather.rows + (valid ? gather.source[i] + piece : 0), valid);
+        from[i] = gather.rows + (valid ? gather.source[i] + piece : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        copy16(a + gather.to + i * 16 * 128, from[i], inside && gather.source[i] != NO_ROW);
     }
 }
 
@@ -536,15 +559,17 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
             }
             if (WGRAD) {
                 gather_step(by_column, ring.a());
+            } else {
+                gather_step(by_row, ring.a(), step);
+            }
+            barrier_arrive_after_copies(ring.full());
+            if (WGRAD) { // while the copies are on their way
                 if (step + 1 < tile.steps) {
                     gather_tokens(by_column, args, tile.row + (step + 1) * STEP_K);
                 } else {
                     fetch_tokens(item + stride, tile.expert);
                 }
-            } else {
-                gather_step(by_row, ring.a(), step);
             }
-            barrier_arrive_after_copies(ring.full());
             ring.advance();
         }
     }
@@ -673,6 +698,14 @@ template <int PRODUCT, int BN> struct Held {
             v[j] = pairs[(4 * i + j) * 2 + half];
         }
     }
+    // of up_forward's G (u 0) or U (1), whose columns are dealt out in pairs: the thread's 8 neighbours of
+    // columns 32 i .. 32 i + 31
+    __device__ __forceinline__ void get_paired(uint32_t (&v)[4], int u, int i, int half) const {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            v[j] = pairs[(BN / 16 * u + BN / 64 * j + i) * 2 + half];
+        }
+    }
 };
 
 template <int BN> struct Held<DOWN_BACKWARD, BN> {
@@ -729,13 +762,13 @@ struct Exit {
 // A warp's place in shared memory for up_forward's results, 16 rows x 32 columns of G, U and gate A at a
 // time: 64-byte lines, swizzled, three a row. One copy takes them, and the warp waits for no other
 struct WarpExit {
-    uint32_t lines[3]; // of G, U, gate A: where lane 8 j + r puts row r's j-th 16 bytes
+    uint32_t lines[3]; // of G, U, gate A: where lane 4 r + t puts row r's t-th 16 bytes
 
     __device__ __forceinline__ WarpExit(uint32_t group_memory, int /* group */) {
         uint32_t warp = threadIdx.x % GROUP_THREADS / 32, lane = threadIdx.x % 32;
         for (uint32_t i = 0; i < 3; i++) {
-            uint32_t line = 3 * (lane % 8) + i;
-            lines[i] = group_memory + warp * WARP_PART_BYTES + line * 64 + ((line / 2 ^ lane / 8) % 4 << 4);
+            uint32_t line = 3 * (lane / 4) + i;
+            lines[i] = group_memory + warp * WARP_PART_BYTES + line * 64 + ((line / 2 ^ lane) % 4 << 4);
         }
     }
     // starts the copies; it has the first line. (Asked for anew each time: registers are few)
@@ -751,7 +784,7 @@ struct WarpExit {
     }
     // rows r + 8 half, 24 lines further: swizzled as row r; i: G, U, gate A
     __device__ __forceinline__ void put(int i, int half, const uint32_t (&v)[4]) const {
-        store_matrices(lines[i] + half * (WARP_PART_BYTES / 2), v);
+        shared_store(lines[i] + half * (WARP_PART_BYTES / 2), v);
     }
     // all lanes have put theirs: to columns f on of the warp's rows; the tile's begin at first_row of the map
     __device__ __forceinline__ void leave(const CUtensorMap *map, int f, int first_row) const {
@@ -766,16 +799,16 @@ struct WarpExit {
 };
 
 // A part of up_forward's results: G, U, and gate silu(G) U of the rounded G and U; 32 columns take two parts
-template <int BN>
-__device__ __forceinline__ void leave_part(const Held<UP_FORWARD, BN> &held, int part, const Arguments &args,
+template <int PRODUCT, int BN>
+__device__ __forceinline__ void leave_part(const Held<PRODUCT, BN> &held, int part, const Arguments &args,
                                            const WarpExit &exit, const CUtensorMap *h_map, int h_first) {
     int i = part / 2, half = part % 2, f = held.tile.n + PART_COLUMNS * i;
     uint32_t g[4], u[4], a[4];
     if (f >= args.F) {
         return;
     }
-    held.get(g, i, half);
-    held.get(u, i + BN / 64, half);
+    held.get_paired(g, 0, i, half);
+    held.get_paired(u, 1, i, half);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         float low = low_half(g[j]), high = high_half(g[j]), gate = held.gate[half];
@@ -1038,8 +1071,9 @@ template <int PRODUCT, int BN>
 __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan, Ring<BN> ring, int group,
                                                 uint32_t exit_memory) {
     typedef Held<PRODUCT, BN> Results;
-    typedef typename std::conditional<PRODUCT == UP_FORWARD, WarpExit, Exit>::type ResultsExit;
-    int which = 0, h_first = PRODUCT == UP_FORWARD ? (int)h_row(args, &which) : 0;
+    const bool UP = Traits<PRODUCT>::UP;
+    typedef typename std::conditional<UP, WarpExit, Exit>::type ResultsExit;
+    int which = 0, h_first = UP ? (int)h_row(args, &which) : 0;
     const CUtensorMap *h_map = &args.h_out[which];
     ResultsExit exit(exit_memory, group);
     Multiplier<PRODUCT, BN> multiplier = {ring, group, 0};
@@ -1055,7 +1089,7 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
             if (!held.any) {
                 return;
             }
-            if constexpr (PRODUCT == UP_FORWARD) {
+            if constexpr (UP) {
                 leave_part(held, part, args, exit, h_map, h_first);
             } else {
                 leave_part(held, part, args, exit);
@@ -1064,7 +1098,7 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
         multiplier.template tile<Results::PARTS>(acc, steps, leave);
         held.any = mine;
         held.tile = tile;
-        if (PRODUCT == UP_FORWARD && mine) {
+        if (UP && mine) {
             load_gates(held.gate, args, tile, thread_place(group));
         }
         if (walk.more) {
@@ -1133,7 +1167,7 @@ template <int PRODUCT, int BN>
 static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     grouped_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (PRODUCT == UP_FORWARD && args.again && *args.h.place >= 0) {
+    if (Traits<PRODUCT>::UP && args.again && *args.h.place >= 0) {
         return; // backward asks for H again, and it is there
     }
     uint32_t address = shared_address(shared_memory());
@@ -1299,6 +1333,15 @@ static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t
 
 enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
 
+// W_gate_up of an expert up to which up_forward's blocks stand alone (measured at 1, 9 and 17 MB)
+enum {
+#ifdef EMULATED
+    ALONE_BYTES = 32 << 10 // so that tests meet both
+#else
+    ALONE_BYTES = 12 << 20
+#endif
+};
+
 static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, const floatX *w_gate_up,
                                       RowChunk chunk, int d, int F, cudaStream_t stream) {
     Arguments args = arguments(chunk, d, F, F, d);
@@ -1307,8 +1350,12 @@ static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, cons
     args.rows = x;
     args.again = again;
     h_epilogue_maps(args.h_out, h, F, chunk.rows, WARP_ROWS, 3, PART_COLUMNS);
-    args.b[0] = tensor_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
-    start<UP_FORWARD>(args, BN, stream);
+    args.b[0] = paired_rows_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
+    if (4 * (int64_t)d * F > ALONE_BYTES) {
+        start<UP_FORWARD_TWO>(args, BN, stream);
+    } else {
+        start<UP_FORWARD>(args, BN, stream);
+    }
 }
 
 static inline void grouped_down_forward(floatX *y, ChunkH h, const floatX *w_down, RowChunk chunk, int d,

@@ -65,37 +65,57 @@ static inline EncodeTiled tensor_map_encoder(void) {
     return (EncodeTiled)function;
 }
 
-// Tensor [sheets][rows][columns] of bf16 or fp32, rows `stride` elements apart (0: contiguous); sheets 0:
-// [rows][columns]. The box is [box_sheets][box_rows][box_columns]; its rows are of 128 bytes (64 bf16 or 32
-// fp32 numbers) or of 64, swizzled, or of 256, as they are.
+// Innermost dimension first; strides in bytes, that of the first is an element. Rows of a box are of 128 bytes
+// (64 bf16 or 32 fp32 numbers) or of 64, swizzled, or of 256, as they are. (No promotion: bigger pieces than
+// were asked for, brought to L2, cost 2 to 6 % of the experts' products.)
+static inline CUtensorMap tensor_map(const void *base, bool fp32, int dims, const cuuint64_t *sizes,
+                                     const cuuint64_t *strides, const cuuint32_t *box) {
+    CUtensorMap map;
+    const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+    cuuint32_t row_bytes = box[0] * (fp32 ? 4 : 2);
+    CUresult result = tensor_map_encoder()(
+        &map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (cuuint32_t)dims,
+        (void *)base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+        : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                          : CU_TENSOR_MAP_SWIZZLE_NONE,
+        CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+        die("cuTensorMapEncodeTiled: error %d for %d dimensions, %lld x %lld ..., at %p, box of %d x %d ...",
+            (int)result, dims, (long long)sizes[0], (long long)sizes[1], base, (int)box[0], (int)box[1]);
+    }
+    return map;
+}
+
+// Tensor [sheets][rows][columns], rows `stride` elements apart (0: contiguous); sheets 0: [rows][columns].
+// The box is [box_sheets][box_rows][box_columns]
 static inline CUtensorMap tensor_map(const void *base, bool fp32, int64_t columns, int64_t rows,
                                      int64_t sheets, int box_rows, int box_sheets, int box_columns,
                                      int64_t stride = 0) {
-    CUtensorMap map;
-    cuuint64_t size = fp32 ? 4 : 2;
+    stride = (stride > 0 ? stride : columns) * (fp32 ? 4 : 2);
     cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)sheets};
-    stride = stride > 0 ? stride : columns;
-    cuuint64_t strides[2] = {(cuuint64_t)stride * size, (cuuint64_t)(rows * stride) * size}; // bytes
+    cuuint64_t strides[2] = {(cuuint64_t)stride, (cuuint64_t)(rows * stride)};
     cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, (cuuint32_t)box_sheets};
-    cuuint32_t steps[3] = {1, 1, 1};
-    CUresult result = tensor_map_encoder()(
-        &map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sheets > 0 ? 3 : 2,
-        (void *)base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box_columns * size == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-        : box_columns * size == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                   : CU_TENSOR_MAP_SWIZZLE_NONE,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) {
-        die("cuTensorMapEncodeTiled: error %d for [%lld][%lld][%lld] at %p, box of %d x %d x %d", (int)result,
-            (long long)sheets, (long long)rows, (long long)columns, base, box_sheets, box_rows, box_columns);
-    }
-    return map;
+    return tensor_map(base, fp32, sheets > 0 ? 3 : 2, sizes, strides, box);
 }
 
 // of bf16, boxes of 64 columns
 static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
                                      int box_rows, int64_t stride = 0) {
     return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64, stride);
+}
+
+// A bf16 operand [sheets][rows][columns] along k, rows a multiple of 8, whose box has the rows in another order:
+// of each 8 first all rows 0 and 1, then all 2 and 3, ... (dimensions: column, 2 rows, groups of 8, 4 pairs,
+// sheet). Of wgmma's results thread t of a quad has columns 2t and 2t + 1 of each 8. If they are rows of this
+// box, row 2 (4q + t) + c of quarter j is 32 q + 8 t + 2 j + c: the thread's are 8 neighbours, 16 bytes
+static inline CUtensorMap paired_rows_map(const void *base, int64_t columns, int64_t rows, int64_t sheets,
+                                          int box_rows) {
+    cuuint64_t row = (cuuint64_t)columns * 2;
+    cuuint64_t sizes[5] = {(cuuint64_t)columns, 2, (cuuint64_t)rows / 8, 4, (cuuint64_t)sheets};
+    cuuint64_t strides[4] = {row, 8 * row, 2 * row, (cuuint64_t)rows * row};
+    cuuint32_t box[5] = {64, 2, (cuuint32_t)box_rows / 8, 4, 1};
+    return tensor_map(base, false, 5, sizes, strides, box);
 }
 
 // Describes a swizzled tile to wgmma: address, stride between blocks of 64 in m across k (along k: unused),
@@ -212,8 +232,7 @@ __device__ __forceinline__ uint32_t cluster_rank(void) {
 
 // 16 bytes from global to shared memory; zeros if !valid (the address must be in bounds all the same)
 __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
 }
 
@@ -240,6 +259,15 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, ui
                  : "memory");
 }
 
+// the box of rows in pairs (paired_rows_map) from row 8 group of the sheet on
+__device__ __forceinline__ void tma_load_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                                int column, int group, int sheet) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %6, %4, %6, %5}], [%2];" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(column), "r"(group), "r"(sheet), "r"(0)
+                 : "memory");
+}
+
 // to every block of the cluster whose bit is set in `blocks`
 __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier,
                                               uint16_t blocks, int column, int row) {
@@ -254,6 +282,14 @@ __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap *ma
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  ".multicast::cluster [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(to),
                  "l"(map), "r"(barrier), "h"(blocks), "r"(column), "r"(row), "r"(sheet)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tma_multicast_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                                     uint16_t blocks, int column, int group, int sheet) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%4, %7, %5, %7, %6}], [%2], %3;" ::"r"(to),
+                 "l"(map), "r"(barrier), "h"(blocks), "r"(column), "r"(group), "r"(sheet), "r"(0)
                  : "memory");
 }
 
@@ -323,6 +359,12 @@ __device__ __forceinline__ void shared_store(uint32_t to, float x) {
 
 __device__ __forceinline__ void shared_store(uint32_t to, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void shared_store(uint32_t to, const uint32_t (&v)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+                 "r"(v[3])
+                 : "memory");
 }
 
 // `id` is 1 .. 15: __syncthreads has 0

@@ -10,15 +10,17 @@ typedef enum { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE } CUresult;
 typedef enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 } CUtensorMapDataType;
 typedef enum { CU_TENSOR_MAP_INTERLEAVE_NONE } CUtensorMapInterleave;
 typedef enum { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B } CUtensorMapSwizzle;
-typedef enum { CU_TENSOR_MAP_L2_PROMOTION_L2_256B } CUtensorMapL2promotion;
+typedef enum { CU_TENSOR_MAP_L2_PROMOTION_NONE } CUtensorMapL2promotion;
 typedef enum { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE } CUtensorMapFloatOOBfill;
 
-struct CUtensorMap { // up to three dimensions, the innermost first
+enum { MOST_DIMS = 5 };
+
+struct CUtensorMap { // the innermost dimension first
     unsigned char *base;
     int size; // bytes of an element
     int dims;
-    int64_t sizes[3], strides[3]; // elements; bytes
-    int box[3];
+    int64_t sizes[MOST_DIMS], strides[MOST_DIMS]; // elements; bytes
+    int box[MOST_DIMS];
     int swizzle; // rows' bits 7 .. that are added to a 16-byte piece's number: 7, 3 or 0
 };
 
@@ -27,13 +29,13 @@ static inline CUresult emulator_encode_tiled(CUtensorMap *map, CUtensorMapDataTy
                                              const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-    bool wrong = (uintptr_t)base % 16 != 0 || dims < 2 || dims > 3;
+    bool wrong = (uintptr_t)base % 16 != 0 || dims < 2 || dims > MOST_DIMS;
     memset(map, 0, sizeof(*map));
     map->base = (unsigned char *)base;
     map->size = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
     map->dims = (int)dims;
     map->swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 7 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 3 : 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < MOST_DIMS; i++) {
         map->sizes[i] = i < map->dims ? (int64_t)sizes[i] : 1;
         map->strides[i] = i == 0 ? map->size : i < map->dims ? (int64_t)strides[i - 1] : 0;
         map->box[i] = i < map->dims ? (int)box[i] : 1;

@@ -36,14 +36,14 @@ struct Copy { // to shared memory; or an arrival behind such
     uint32_t to, barrier;
     const void *from; // NULL: zeros
     CUtensorMap map;
-    int at[3];
+    int at[MOST_DIMS];
     unsigned blocks; // bit 0: this block's shared memory, bit 1: its partner's
 };
 
 struct Store {
     CUtensorMap map;
     uint32_t from;
-    int at[3];
+    int at[MOST_DIMS];
     bool adds;
 };
 
@@ -111,26 +111,30 @@ static inline void meet(Meeting *meeting, int threads) {
 // ----------------------------------------------------------------------------
 // boxes of tensors
 
-// f(shared offset, address in the tensor or NULL) for each 16 bytes of the box; the last may be cut off
-template <class F> static void for_pieces(const CUtensorMap &map, const int at[3], uint32_t shared, F f) {
-    int row_bytes = map.box[0] * map.size;
-    for (int z = 0; z < map.box[2]; z++) {
-        for (int y = 0; y < map.box[1]; y++) {
-            for (int byte = 0; byte < row_bytes; byte += 16) {
-                uint32_t linear = shared + (uint32_t)((z * map.box[1] + y) * row_bytes + byte);
-                uint32_t place = linear ^ (linear >> 7 & (uint32_t)map.swizzle) << 4;
-                int64_t c = at[0] + byte / map.size, r = (int64_t)at[1] + y, s = (int64_t)at[2] + z;
-                bool inside = c >= 0 && c < map.sizes[0] && r >= 0 && r < map.sizes[1] && s >= 0 && s < map.sizes[2];
-                int64_t left = (map.sizes[0] - c) * map.size;
-                f(place, inside ? map.base + c * map.size + r * map.strides[1] + s * map.strides[2] : NULL,
-                  (size_t)(left < 16 ? left : 16));
-            }
-        }
+static inline int box_bytes(const CUtensorMap &map) {
+    int bytes = map.size;
+    for (int size : map.box) {
+        bytes *= size;
     }
+    return bytes;
 }
 
-static inline int box_bytes(const CUtensorMap &map) {
-    return map.box[0] * map.box[1] * map.box[2] * map.size;
+// f(shared offset, address in the tensor or NULL) for each 16 bytes of the box; the last may be cut off
+template <class F> static void for_pieces(const CUtensorMap &map, const int at[MOST_DIMS], uint32_t shared, F f) {
+    int row_bytes = map.box[0] * map.size, bytes = box_bytes(map);
+    for (int byte = 0; byte < bytes; byte += 16) {
+        uint32_t linear = shared + (uint32_t)byte;
+        uint32_t place = linear ^ (linear >> 7 & (uint32_t)map.swizzle) << 4;
+        int64_t column = at[0] + byte % row_bytes / map.size, left = (map.sizes[0] - column) * map.size;
+        bool inside = column >= 0 && left > 0;
+        int64_t offset = column * map.size;
+        for (int i = 1, row = byte / row_bytes; i < MOST_DIMS; row /= map.box[i], i++) {
+            int64_t place_of = (int64_t)at[i] + row % map.box[i];
+            inside &= place_of >= 0 && place_of < map.sizes[i];
+            offset += place_of * map.strides[i];
+        }
+        f(place, inside ? map.base + offset : NULL, (size_t)(left < 16 ? left : 16));
+    }
 }
 
 static inline void load_box(Block *b, const Copy &copy) {
@@ -408,22 +412,39 @@ static inline void copy16(uint32_t to, const void *from, bool valid) {
 static inline void fence_async_proxy(void) {
 }
 
-static inline void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks, int column,
-                                 int row, int sheet = 0) {
+static inline void add_box(uint32_t to, const CUtensorMap *map, uint32_t barrier, unsigned blocks,
+                           const int (&at)[MOST_DIMS]) {
     emulator::Copy copy = {};
     copy.kind = emulator::Copy::BOX;
     copy.to = to;
     copy.barrier = barrier;
     copy.map = *map;
-    copy.at[0] = column;
-    copy.at[1] = row;
-    copy.at[2] = sheet;
+    memcpy(copy.at, at, sizeof(at));
     copy.blocks = blocks;
     add_copy(copy);
 }
 
+static inline void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks, int column,
+                                 int row, int sheet = 0) {
+    add_box(to, map, barrier, blocks, {column, row, sheet});
+}
+
+static inline void tma_multicast_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks,
+                                        int column, int group, int sheet) {
+    add_box(to, map, barrier, blocks, {column, 0, group, 0, sheet});
+}
+
+static inline uint16_t own_block(void) {
+    return (uint16_t)(1 << emulator::here()->rank);
+}
+
 static inline void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column, int row, int sheet = 0) {
-    tma_multicast(to, map, barrier, (uint16_t)(1 << emulator::here()->rank), column, row, sheet);
+    tma_multicast(to, map, barrier, own_block(), column, row, sheet);
+}
+
+static inline void tma_load_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column, int group,
+                                   int sheet) {
+    tma_multicast_paired(to, map, barrier, own_block(), column, group, sheet);
 }
 
 static inline void add_store(const CUtensorMap *map, uint32_t from, int column, int row, int sheet, bool adds) {
@@ -477,6 +498,10 @@ static inline void shared_store(uint32_t to, float x) {
 static inline void shared_store(uint32_t to, float x, float y) {
     shared_store(to, x);
     shared_store(to + 4, y);
+}
+
+static inline void shared_store(uint32_t to, const uint32_t (&v)[4]) {
+    memcpy(emulator::shared_at(emulator::here(), to, 16), v, 16);
 }
 
 static inline void named_barrier(int id, int threads) {

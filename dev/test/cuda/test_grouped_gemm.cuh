@@ -507,6 +507,8 @@ static void test_grouped_many_experts(void) {
 static void test_grouped_large(void) {
     const int counts[] = {1024, 700, 1500, 3, 0, 2000, 1301, 1664}, chunks[] = {16384, 3072, 16384, 0};
     grouped_shape(768, 3072, 8, 8192, counts, chunks, true);
+    const int few[] = {700, 65};
+    grouped_shape(1024, 3200, 2, 512, few, chunks + 1, true); // up_forward's blocks share B
     enum { E = 1100 };
     int many[E];
     for (int e = 0; e < E; e++) {
