@@ -37,8 +37,8 @@ one addition an element and launch, so there is no order to depend on.
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
 way: two tiles side by side, each block loads its own B. A stage is free when both blocks' consumers are done.
-up_forward's blocks stand alone unless W is big: its epilogue is long, and four consumers that wait for each
-other lose more than loading all of B costs (1 to 4 %); beyond what L2 holds near an SM, less (6 %).
+up_forward's blocks stand alone: its epilogue is long, and four consumers that wait for each other lose more
+than loading all of B costs (1 to 4 %). But not where W is big: L2 is asked for less so (3 to 7 %).
 
 By count shared memory sets the pace. It gives 128 bytes a cycle; at the tensor cores' full rate wgmma reads
 80 (all of B for every 64 rows of A), the ring's copies write 48, and up_forward's results, in and out again,
@@ -1333,7 +1333,7 @@ static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t
 
 enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
 
-// W_gate_up of an expert up to which up_forward's blocks stand alone (measured at 1, 9 and 17 MB)
+// of an expert's W_gate_up: up to so many up_forward's blocks stand alone (measured at 1, 9 and 17 MB)
 enum {
 #ifdef EMULATED
     ALONE_BYTES = 32 << 10 // so that tests meet both
