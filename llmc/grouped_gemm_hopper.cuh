@@ -1333,14 +1333,11 @@ static inline CUtensorMap gradient_map(const float *dw, int64_t columns, int64_t
 
 enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
 
-// of an expert's W_gate_up: up to so many up_forward's blocks stand alone (measured at 1, 9 and 17 MB)
-enum {
-#ifdef EMULATED
-    ALONE_BYTES = 32 << 10 // so that tests meet both
-#else
-    ALONE_BYTES = 12 << 20
-#endif
-};
+// Up to so many bytes of an expert's W_gate_up do up_forward's blocks stand alone: measured at 1, 9 and 17 MB.
+// (Where a test has small shapes only, they should meet both)
+static inline int64_t alone_bytes(void) {
+    return emulated() ? 32 << 10 : 12 << 20;
+}
 
 static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, const floatX *w_gate_up,
                                       RowChunk chunk, int d, int F, cudaStream_t stream) {
@@ -1351,7 +1348,7 @@ static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, cons
     args.again = again;
     h_epilogue_maps(args.h_out, h, F, chunk.rows, WARP_ROWS, 3, PART_COLUMNS);
     args.b[0] = paired_rows_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
-    if (4 * (int64_t)d * F > ALONE_BYTES) {
+    if (4 * (int64_t)d * F > alone_bytes()) {
         start<UP_FORWARD_TWO>(args, BN, stream);
     } else {
         start<UP_FORWARD>(args, BN, stream);
