@@ -67,7 +67,7 @@ static inline EncodeTiled tensor_map_encoder(void) {
 
 // Innermost dimension first; strides in bytes, that of the first is an element. Rows of a box are of 128 bytes
 // (64 bf16 or 32 fp32 numbers) or of 64, swizzled, or of 256, as they are. (No promotion: bigger pieces than
-// were asked for, brought to L2, cost 2 to 6 % of the experts' products.)
+// were asked for, brought to L2, cost down_backward 2 to 6 %, others 3 % to nothing.)
 static inline CUtensorMap tensor_map(const void *base, bool fp32, int dims, const cuuint64_t *sizes,
                                      const cuuint64_t *strides, const cuuint32_t *box) {
     CUtensorMap map;
