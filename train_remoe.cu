@@ -101,7 +101,8 @@ struct Model {
     GemmPlans gemm;
     Profile profile;
     TensorTable table;
-    Weights weights, grads;                      // into params and grad, on the device
+    int fresh;              // nothing has been added to the experts' gradients yet: they are set
+    Weights weights, grads; // into params and grad, on the device
     float *params, *grad, *exp_avg, *exp_avg_sq; // [num_params] each; the last three NULL without training
     floatX *params_x;                            // [num_params] working copy; in the fp32 build params itself
     LayerActs *layers;                           // [L]
@@ -647,9 +648,9 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         rmsnorm_again(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, m->stream);
     }
     profile_mark(&m->profile, "experts backward", m->stream);
-    CombineChunk sums =
-        experts_backward(m->dgate, g->gate_up, g->down, m->dx, a->ffn_normed, working(m, w->gate_up),
-                         working(m, w->down), a->pairs, a->dispatch, &m->arena, l, N, d, c->ffn, m->stream);
+    CombineChunk sums = experts_backward(m->dgate, g->gate_up, g->down, m->fresh, m->dx, a->ffn_normed,
+                                         working(m, w->gate_up), working(m, w->down), a->pairs, a->dispatch,
+                                         &m->arena, l, N, d, c->ffn, m->stream);
     profile_mark(&m->profile, "router and dispatch", m->stream);
     const floatX *router = w->router != NULL ? working(m, w->router) : NULL;
     if (router != NULL) {
@@ -700,6 +701,7 @@ static void model_backward(Model *m, const Batch *batch, int B, int T, double re
     }
     profile_mark(&m->profile, "embedding", m->stream);
     embedding_backward(m->grads.embed, m->dx, batch->positions, (float *)m->scratch, N, d, m->stream);
+    m->fresh = 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -726,13 +728,26 @@ static void micro_step(Model *m, const Batch *batch, int B, int T, int micro_bat
     model_backward(m, batch, B, T, reg_weight / micro_batches);
 }
 
+// All but the experts', which are nearly all there are: the first micro-batch sets those. A layer's, gate_up and
+// down, lie together
+static void clear_gradients(Model *m) {
+    int64_t experts = 3 * (int64_t)m->arena.E * m->config.ffn * m->config.hidden;
+    float *from = m->grad;
+    for (int l = 0; l <= m->config.layers; l++) {
+        float *to = l < m->config.layers ? m->grads.layers[l].gate_up : m->grad + m->table.num_params;
+        CUDA_CHECK(cudaMemsetAsync(from, 0, (size_t)(to - from) * sizeof(float), m->stream));
+        from = to + experts;
+    }
+    m->fresh = 1;
+}
+
 static void begin_step(Model *m) {
     int64_t cells = (int64_t)m->config.layers * m->config.router.experts;
     profile_mark(&m->profile, "clearing gradients", m->stream);
     CUDA_CHECK(cudaMemsetAsync(m->sums, 0, sizeof(StepSums), m->stream));
     CUDA_CHECK(cudaMemsetAsync(m->counts, 0, (size_t)cells * sizeof(int64_t), m->stream));
     if (m->grad != NULL) {
-        CUDA_CHECK(cudaMemsetAsync(m->grad, 0, (size_t)m->table.num_params * sizeof(float), m->stream));
+        clear_gradients(m);
     }
     arena_begin_step(&m->arena, m->stream);
 }

@@ -207,6 +207,7 @@ static inline RowChunk arena_chunk(const Arena *arena, DeviceDispatch dispatch, 
     chunk.first = c * arena->chunk_rows;
     chunk.rows = arena->chunk_rows;
     chunk.kernels = arena->kernels;
+    chunk.fresh = 0;
     return chunk;
 }
 

@@ -7,13 +7,15 @@ experts_backward of experts.h; like there no expert's output and no gathered row
           gate                                  gate A, where A = silu(G) * U          swiglu_forward
       gate A ----------> grouped_down_forward   Y [R, d] = (gate A) W_down^T           matmul, scaled
       Y ---------------> dispatch_combine       y_t = residual_t + sum_p Y[row]        combine
-    backward, for each chunk
+    backward, if nothing has been added to the gradients yet (fresh): experts_clear_unused, dW = 0 of experts
+    without a row; then for each chunk
       x, unless H is kept: grouped_up_forward   H = [G | U | gate A] again, same bits
       dy [N, d] --rows-> grouped_down_backward  dA' = dO' W_down; in its epilogue      gather, matmul,
           G, U, gate                              dgate_p = <dA', A>, a tile's part    swiglu_backward
                                                   G <- dG, U <- dU
       dy, gate A ------> grouped_down_wgrad     dW_down += dO'^T (gate A)              matmul
       dG, dU, x -------> grouped_up_wgrad       dW_gate_up += [dG | dU]^T X'           gather, matmul
+                                                fresh: = for +=
       dG, dU ----------> grouped_up_backward    dX' [R, d] = [dG | dU] W_gate_up       matmul
       dX' -------------> dispatch_combine       dx_t = residual_t + sum_p dX'[row]     combine
       parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
@@ -22,7 +24,7 @@ where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), and
 the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
 has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
 combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F]
-floatX, their gradients fp32 and added to; dgate [P] fp32, in the pair list's order. d and F are multiples of
+floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of
 8. Before: dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.
 */
 #ifndef EXPERTS_CUH
@@ -64,14 +66,41 @@ static inline CombineChunk experts_forward(const floatX *x, const floatX *w_gate
     return experts_last_chunk(arena, pairs, dispatch, layer);
 }
 
-// dw += ...; dgate [P] is overwritten; H is spent. Returns what sums to the gradient of x
-static inline CombineChunk experts_backward(float *dgate, float *dw_gate_up, float *dw_down, const floatX *dy,
-                                            const floatX *x, const floatX *w_gate_up, const floatX *w_down,
-                                            DevicePairs pairs, DeviceDispatch dispatch, Arena *arena,
-                                            int layer, int N, int d, int F, cudaStream_t stream) {
+enum { CLEAR_THREADS = 256, CLEAR_BLOCKS = 32 }; // blocks: of an expert
+
+static __global__ void __launch_bounds__(CLEAR_THREADS)
+    clear_unused_kernel(float *dw, const int *offsets, int64_t size) {
+    int e = (int)blockIdx.y;
+    if (offsets[e] < offsets[e + 1]) {
+        return;
+    }
+    for (int64_t i = blockIdx.x * CLEAR_THREADS + threadIdx.x; i < size; i += CLEAR_BLOCKS * CLEAR_THREADS) {
+        dw[e * size + i] = 0.0f;
+    }
+}
+
+// dw [E][size] = 0 of the experts that have no row: no product sets it
+static inline void experts_clear_unused(float *dw, DeviceDispatch dispatch, int E, int64_t size,
+                                        cudaStream_t stream) {
+    launch(clear_unused_kernel, dim3(CLEAR_BLOCKS, (unsigned)E), CLEAR_THREADS, 0, stream, dw,
+           dispatch.offsets, size);
+}
+
+// dw += ...; fresh: dw = ..., whatever was there. dgate [P] is overwritten; H is spent. Returns what sums to the
+// gradient of x
+static inline CombineChunk experts_backward(float *dgate, float *dw_gate_up, float *dw_down, int fresh,
+                                            const floatX *dy, const floatX *x, const floatX *w_gate_up,
+                                            const floatX *w_down, DevicePairs pairs, DeviceDispatch dispatch,
+                                            Arena *arena, int layer, int N, int d, int F,
+                                            cudaStream_t stream) {
+    if (fresh) {
+        experts_clear_unused(dw_gate_up, dispatch, arena->E, 2 * (int64_t)F * d, stream);
+        experts_clear_unused(dw_down, dispatch, arena->E, (int64_t)F * d, stream);
+    }
     for (int c = 0; c < arena->planned[layer]; c++) {
         RowChunk chunk = arena_chunk(arena, dispatch, c);
         ChunkH h = arena_h(arena, layer, c);
+        chunk.fresh = fresh;
         float *partial = arena->dgate_partial;
         grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);         // H, if it has no place
         grouped_down_backward(h, partial, dy, w_down, chunk, d, F, stream);  // dG, dU, parts of <dA', A>

@@ -68,13 +68,13 @@ static inline void grouped_down_backward(ChunkH h, float *dgate_partial, const f
     GROUPED(chunk.kernels, grouped_down_backward(h, dgate_partial, dy, w_down, chunk, d, F, stream));
 }
 
-// dW_down[e] += dO'^T (gate A)
+// dW_down[e] += dO'^T (gate A); chunk.fresh: set, of the experts whose first row is in the chunk
 static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h, RowChunk chunk, int d,
                                       int F, cudaStream_t stream) {
     GROUPED(chunk.kernels, grouped_down_wgrad(dw_down, dy, h, chunk, d, F, stream));
 }
 
-// dW_gate_up[e] += [dG | dU]^T X'
+// dW_gate_up[e] += [dG | dU]^T X'; the same
 static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x, RowChunk chunk, int d,
                                     int F, cudaStream_t stream) {
     GROUPED(chunk.kernels, grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream));

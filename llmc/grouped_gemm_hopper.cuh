@@ -521,6 +521,8 @@ __device__ __forceinline__ void gather_step(const ColumnGather &gather, uint32_t
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan plan, Ring<BN> ring) {
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
+    const int ISSUERS =
+        Traits<PRODUCT>::CLUSTER == 2 ? GROUP_THREADS / 32 : 1; // warps that ask for B in turns
     int which = 0, h_first = WGRAD ? (int)h_row(args, &which) : 0;
     const CUtensorMap *map = &args.b[which];
     RowGather by_row;
@@ -553,7 +555,7 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
         }
         for (int step = 0; step < tile.steps; step++) {
             barrier_wait(ring.empty(), ring.parity ^ 1);
-            if (threadIdx.x == 0) {
+            if ((int)threadIdx.x == ring.stage % ISSUERS * 32) {
                 barrier_expect(ring.full(), Stages<BN>::B_BYTES);
                 load_b<PRODUCT>(map, ring, tile, first_k + step * STEP_K);
             }
@@ -708,12 +710,11 @@ template <int PRODUCT, int BN> struct Held {
     }
 };
 
-template <int BN> struct Held<DOWN_BACKWARD, BN> {
+// ... as they are: weight gradients
+template <int BN> struct HeldSums {
     enum { PARTS = BN / PART_COLUMNS };
     float sums[BN / 2];
-    float gate[2], dot[2]; // of rows row and row + 8
     Tile tile;
-    int pieces; // of H
     bool any;
 
     __device__ __forceinline__ void take(const float (&acc)[BN / 2]) {
@@ -722,6 +723,15 @@ template <int BN> struct Held<DOWN_BACKWARD, BN> {
             sums[i] = acc[i];
         }
     }
+};
+
+template <int BN> struct Held<DOWN_WGRAD, BN> : HeldSums<BN> {};
+template <int BN> struct Held<UP_WGRAD, BN> : HeldSums<BN> {};
+
+// ... down_backward's
+template <int BN> struct Held<DOWN_BACKWARD, BN> : HeldSums<BN> {
+    float gate[2], dot[2]; // of rows row and row + 8
+    int pieces;            // of H
 };
 
 // A consumer's places in shared memory for results that leave by TMA, 64 rows x 32 columns at a time
@@ -1002,6 +1012,15 @@ __device__ __forceinline__ void leave_part(Held<DOWN_BACKWARD, BN> &held, int pa
     }
 }
 
+__device__ __forceinline__ void tma_store_or_add(const CUtensorMap *map, uint32_t from, int column, int row,
+                                                 int sheet, bool store) {
+    if (store) {
+        tma_store(map, from, column, row, sheet);
+    } else {
+        tma_add(map, from, column, row, sheet);
+    }
+}
+
 // A part of a weight gradient's tile, dW[m][n] += D, or transposed, dW[n][m] += D. In shared memory rows are
 // of 32 numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
 template <int PRODUCT, int BN>
@@ -1033,14 +1052,27 @@ __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, c
     }
     exit.full();
     if (exit.starts) {
+        bool set = sets_gradient(args.chunk, tile.expert);
         if (PRODUCT == DOWN_WGRAD) {
-            tma_add(&args.out, place, n, m, tile.expert);
+            tma_store_or_add(&args.out, place, n, m, tile.expert, set);
         } else {
-            tma_add(&args.out, place, m, n, tile.expert);
-            tma_add(&args.out, place + ADD_BYTES / 2, m + 32, n, tile.expert);
+            tma_store_or_add(&args.out, place, m, n, tile.expert, set);
+            tma_store_or_add(&args.out, place + ADD_BYTES / 2, m + 32, n, tile.expert, set);
         }
         tma_commit();
     }
+}
+
+template <int BN>
+__device__ __forceinline__ void leave_part(const Held<DOWN_WGRAD, BN> &held, int part, const Arguments &args,
+                                           Exit &exit) {
+    add_part<DOWN_WGRAD, BN>(held.sums, part, args, held.tile, exit);
+}
+
+template <int BN>
+__device__ __forceinline__ void leave_part(const Held<UP_WGRAD, BN> &held, int part, const Arguments &args,
+                                           Exit &exit) {
+    add_part<UP_WGRAD, BN>(held.sums, part, args, held.tile, exit);
 }
 
 // weight gradients: a tile's sums are added when its products are done
@@ -1098,8 +1130,10 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
         multiplier.template tile<Results::PARTS>(acc, steps, leave);
         held.any = mine;
         held.tile = tile;
-        if (UP && mine) {
-            load_gates(held.gate, args, tile, thread_place(group));
+        if constexpr (UP) {
+            if (mine) {
+                load_gates(held.gate, args, tile, thread_place(group));
+            }
         }
         if (walk.more) {
             walk_on<PRODUCT, BN>(walk, plan, args);
@@ -1198,7 +1232,7 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     } else {
         take_registers<Traits<PRODUCT>::CONSUMER_REGISTERS>();
         uint32_t mine = base + (group - 1) * Epilogue<PRODUCT>::BYTES;
-        if constexpr (Traits<PRODUCT>::WGRAD) {
+        if constexpr (Traits<PRODUCT>::WGRAD && BN == 256) {
             consume_at_once<PRODUCT>(args, plan, ring, group - 1, mine);
         } else if constexpr (PRODUCT == DOWN_BACKWARD) {
             consume_down_backward(args, plan, ring, group - 1, mine);
@@ -1233,7 +1267,7 @@ static inline bool available(void) {
 // Narrow tiles load more a product, into shared memory and from it: so much longer for the same work (192:
 // measured), in 1/100
 static inline int tile_cost(int BN) {
-    return BN * (BN == 256 ? 100 : BN == 192 ? 115 : 130);
+    return BN * (BN == 256 ? 100 : BN == 192 ? 120 : 130);
 }
 
 // BN for a product over rows, with `columns` of N in a tile of 256; `most`: the largest there is
@@ -1248,16 +1282,19 @@ static inline int row_tile(int N, int columns, int most = 256) {
     return best;
 }
 
-// BN for a weight gradient [E][M, N]: its tiles are few, so the last round of blocks counts
-static inline int64_t wgrad_cost(int E, int M, int N, int BN) {
+// BN for a weight gradient [E][M, N]: its tiles are few, so the last round of blocks counts; and what a tile
+// takes besides its products, as long as so many of their steps (measured), where the experts have few rows
+static inline int64_t wgrad_cost(const RowChunk &chunk, int M, int N, int BN) {
     int64_t items = items_of<DOWN_WGRAD>(ceil_div<int>(M, TILE_M), ceil_div(N, BN));
-    return ceil_div<int64_t>(E * items, num_sms() / Traits<DOWN_WGRAD>::CLUSTER) * tile_cost(BN);
+    int64_t rounds = ceil_div<int64_t>(chunk.experts * items, num_sms() / Traits<DOWN_WGRAD>::CLUSTER);
+    int steps = ceil_div(chunk.rows, chunk.experts * STEP_K) + (BN == 256 ? 13 : 6);
+    return rounds * steps * tile_cost(BN);
 }
 
-static inline int wgrad_tile(int E, int M, int N) {
+static inline int wgrad_tile(const RowChunk &chunk, int M, int N) {
     int best = 256;
     for (int BN = 192; BN >= 128; BN -= 64) {
-        if (wgrad_cost(E, M, N, BN) < wgrad_cost(E, M, N, best)) {
+        if (wgrad_cost(chunk, M, N, BN) < wgrad_cost(chunk, M, N, best)) {
             best = BN;
         }
     }
@@ -1405,7 +1442,7 @@ static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h
     args.rows = dy;
     args.out = gradient_map(dw_down, F, d, chunk.experts, GROUP_ROWS);
     h_maps(args.b, h, 2 * F, F, F, chunk.rows, BOX_ACROSS);
-    start<DOWN_WGRAD>(args, wgrad_tile(chunk.experts, d, F), stream);
+    start<DOWN_WGRAD>(args, wgrad_tile(chunk, d, F), stream);
 }
 
 static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x, RowChunk chunk, int d,
@@ -1415,7 +1452,7 @@ static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x
     args.rows = x;
     args.out = gradient_map(dw_gate_up, d, 2 * F, chunk.experts, PART_COLUMNS);
     h_maps(args.b, h, 0, 2 * F, F, chunk.rows, BOX_ACROSS);
-    start<UP_WGRAD>(args, wgrad_tile(chunk.experts, d, 2 * F), stream);
+    start<UP_WGRAD>(args, wgrad_tile(chunk, d, 2 * F), stream);
 }
 
 } // namespace hopper

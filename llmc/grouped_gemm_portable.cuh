@@ -695,6 +695,7 @@ struct AddToWeights {
     enum { NEIGHBOURS_IN_A_LANE = 0, ROWS = Shape::WARP_M / 8, PAIRS = Shape::WARP_N / 8, AHEAD = 2 };
     float *dw;
     int M, N;
+    RowChunk chunk;
 
     __device__ __forceinline__ bool nothing_to_do() const {
         return false;
@@ -705,26 +706,27 @@ struct AddToWeights {
         return (float2 *)(dw + row * N + tile.n + 8 * j + 2 * (lane_id() % 4));
     }
 
-    __device__ __forceinline__ void load_row(float2 old[PAIRS], const Tile &tile, int m) const {
+    __device__ __forceinline__ void load_row(float2 old[PAIRS], const Tile &tile, int m, bool set) const {
 #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
             if (m < M && tile.n + 8 * j < N) {
-                old[j] = *at(tile, m, j);
+                old[j] = set ? make_float2(0.0f, 0.0f) : *at(tile, m, j);
             }
         }
     }
 
     __device__ __forceinline__ void store(const WarpSums &sums, const Tile &tile) const {
         int m0 = tile.m + lane_id() / 4;
+        bool set = sets_gradient(chunk, tile.expert);
         float2 old[AHEAD + 1][PAIRS];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            load_row(old[i], tile, m0 + 8 * i);
+            load_row(old[i], tile, m0 + 8 * i, set);
         }
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             if (i + AHEAD < ROWS) {
-                load_row(old[(i + AHEAD) % (AHEAD + 1)], tile, m0 + 8 * (i + AHEAD));
+                load_row(old[(i + AHEAD) % (AHEAD + 1)], tile, m0 + 8 * (i + AHEAD), set);
             }
 #pragma unroll
             for (int j = 0; j < PAIRS; j++) {
@@ -823,7 +825,7 @@ static inline void grouped_down_backward(ChunkH h, float *dgate_partial, const f
 // dW_down[e] += dO'^T (gate A)
 static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h, RowChunk chunk, int d,
                                       int F, cudaStream_t stream) {
-    AddToWeights epilogue = {dw_down, d, F};
+    AddToWeights epilogue = {dw_down, d, F, chunk};
     multiply_chunk(sizes_by_expert(chunk, d, F), rows_of_tokens<BY_STEP>(dy, d, chunk),
                    rows_of_a<BY_STEP>(h, F), epilogue, stream);
 }
@@ -831,7 +833,7 @@ static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h
 // dW_gate_up[e] += [dG | dU]^T X'
 static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x, RowChunk chunk, int d,
                                     int F, cudaStream_t stream) {
-    AddToWeights epilogue = {dw_gate_up, 2 * F, d};
+    AddToWeights epilogue = {dw_gate_up, 2 * F, d, chunk};
     multiply_chunk(sizes_by_expert(chunk, 2 * F, d), rows_of_dh<BY_STEP>(h, F),
                    rows_of_tokens<BY_STEP>(x, d, chunk), epilogue, stream);
 }

@@ -17,7 +17,13 @@ typedef struct {
     int experts;
     int first, rows;
     Kernels kernels;
+    int fresh; // weight gradients: there is nothing to add to yet
 } RowChunk;
+
+// is the expert's weight gradient set, not added to? In the chunk with its first row, if it is fresh
+__device__ __forceinline__ bool sets_gradient(const RowChunk &chunk, int expert) {
+    return chunk.fresh && chunk.offsets[expert] >= chunk.first;
+}
 
 // H of a chunk [R, 3F]: a row is G, U = its up-projection, and gate A, the down-projection's input, where A =
 // silu(G) U; backward turns G, U into dG, dU and reads gate A again

@@ -122,7 +122,8 @@ static Layer layer_new(Case c) {
                c.E,
                c.first,
                R,
-               KERNELS_HOPPER};
+               KERNELS_HOPPER,
+               0};
     int64_t wide = 2 * (int64_t)c.F, row = 3 * (int64_t)c.F;
     int64_t before = c.stored ? 3 : 0; // rows of the store before the chunk's
     std::vector<int64_t> place(1, c.stored ? before * row : -1);

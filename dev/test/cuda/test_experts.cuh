@@ -140,12 +140,13 @@ static void cuda_experts_forward(ExpertsCase *c, Arena *arena, cudaStream_t stre
     cuda_experts_combine(c->y, c, sums, stream);
 }
 
+// of fresh gradients, which hold NaN: all of them must be set (test_grouped_gemm.cuh has those that are added to)
 static void cuda_experts_backward(ExpertsCase *c, Arena *arena, cudaStream_t stream) {
     ExpertsShape s = c->shape;
-    CUDA_CHECK(cudaMemsetAsync(c->dgate_up, 0, (size_t)c->size[EXPERTS_DGATE_UP] * sizeof(float), stream));
-    CUDA_CHECK(cudaMemsetAsync(c->ddown, 0, (size_t)c->size[EXPERTS_DDOWN] * sizeof(float), stream));
+    CUDA_CHECK(cudaMemsetAsync(c->dgate_up, 0xff, (size_t)c->size[EXPERTS_DGATE_UP] * sizeof(float), stream));
+    CUDA_CHECK(cudaMemsetAsync(c->ddown, 0xff, (size_t)c->size[EXPERTS_DDOWN] * sizeof(float), stream));
     CombineChunk sums =
-        experts_backward(c->dgate, c->dgate_up, c->ddown, c->dy, c->x, c->gate_up, c->down, c->pairs.pairs,
+        experts_backward(c->dgate, c->dgate_up, c->ddown, 1, c->dy, c->x, c->gate_up, c->down, c->pairs.pairs,
                          c->pairs.dispatch, arena, EXPERTS_LAYER, s.N, s.d, s.F, stream);
     cuda_experts_combine(c->dx, c, sums, stream);
 }

@@ -396,7 +396,7 @@ static GroupedDevice grouped_run(const GroupedCase *c, int chunk_rows) {
         g.got[i] = NEW(float, c->rows *grouped_width(c, i));
     }
     for (int i = 0; i < chunks; i++) {
-        RowChunk chunk = {g.offsets, g.token, g.gate, c->E, i * chunk_rows, chunk_rows, test_kernels};
+        RowChunk chunk = {g.offsets, g.token, g.gate, c->E, i * chunk_rows, chunk_rows, test_kernels, 0};
         int64_t left = c->rows - (int64_t)i * chunk_rows;
         int64_t existing = left < 0 ? 0 : left < chunk_rows ? left : chunk_rows;
         grouped_run_forward(c, &g, chunk, existing, i % 2 == 0);
@@ -531,8 +531,8 @@ static void test_grouped_far(void) {
     const int counts[] = {ROWS};
     GroupedCase c = grouped_case(D, WIDTH, 1, 1000, counts);
     GroupedDevice g = grouped_upload(&c);
-    RowChunk all = {g.offsets, g.token, g.gate, 1, 0, ROWS, test_kernels},
-             end = {g.offsets, g.token, g.gate, 1, ROWS - LAST, LAST, test_kernels};
+    RowChunk all = {g.offsets, g.token, g.gate, 1, 0, ROWS, test_kernels, 0},
+             end = {g.offsets, g.token, g.gate, 1, ROWS - LAST, LAST, test_kernels, 0};
     int64_t wide = (int64_t)(ROWS - LAST) * WIDTH, tiles = grouped_dgate_tiles(WIDTH, test_kernels),
             x = sizeof(floatX);
     floatX *h_all = device_new<floatX>((int64_t)ROWS * 3 * WIDTH),
@@ -632,7 +632,8 @@ static void grouped_bench_rows(GroupedBench *b) {
                       s.E,
                       0,
                       s.rows,
-                      test_kernels};
+                      test_kernels,
+                      0};
     b->chunk = chunk;
     free(offsets);
     free(token);
