@@ -107,6 +107,7 @@ struct Model {
     floatX *params_x;                            // [num_params] working copy; in the fp32 build params itself
     LayerActs *layers;                           // [L]
     Arena arena;                                 // what the experts keep, and work in
+    int *recent_rows;                            // [L] of the arena in the last steps, on the host
     float *rope;                                 // [T, hd]
     floatX *x;                                   // [N, d] the residual stream after the last layer
     floatX *normed;                              // [N, d] final norm
@@ -119,7 +120,7 @@ struct Model {
     float *dgate;                       // [P]
     float *forced;                      // [N, E] an active set to replace the router's (dump)
     void *scratch;                      // of routing, norms, attention, sums: each in turn
-    floatX *router_scratch;             // the router's weights in parts
+    floatX *router_parts;               // the router's weights in three parts
     StepSums *sums;                     // one
     int64_t *counts;                    // [L, E] of the step
     Batch *batches;                     // [micro-batches] of the step, kept until it is done
@@ -213,6 +214,7 @@ static int64_t scratch_bytes(const Model *m) {
     int N = m->B * m->T, E = c->router.experts;
     int64_t bytes = (int64_t)router_scratch_bytes(c->router, N);
     bytes = larger(bytes, (int64_t)dispatch_scratch_bytes(N, E));
+    bytes = larger(bytes, router_has_weights(c->router.method) ? 4 * router_sums_floats(N, E) : 0);
     bytes = larger(bytes, 4 * rmsnorm_scratch_floats(c->hidden));
     bytes = larger(bytes, 4 * (int64_t)attention_scratch_floats(m->B, m->T, c->heads));
     bytes = larger(bytes, 4 * partial_rows_most(N) * c->hidden);
@@ -238,7 +240,7 @@ static void allocate_activations(Model *m) {
         take<floatX>(memory, SEGMENT_WORKSPACE, classifier_most_rows(N, c->vocab_size) * c->vocab_size);
     m->losses = take<float>(memory, SEGMENT_WORKSPACE, N);
     m->scratch = take<unsigned char>(memory, SEGMENT_WORKSPACE, scratch_bytes(m));
-    m->router_scratch = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? 3 * E * d : 0);
+    m->router_parts = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? 3 * E * d : 0);
     m->sums = take<StepSums>(memory, SEGMENT_WORKSPACE, 1);
     m->counts = take<int64_t>(memory, SEGMENT_WORKSPACE, c->layers * E);
     if (m->purpose != FOR_INFERENCE) {
@@ -461,6 +463,7 @@ Model *model_open(const Config *config, const Options *o, Purpose purpose) {
     m->recompute = o->recompute && purpose != FOR_INFERENCE;
     m->layers = NEW(LayerActs, config->layers);
     m->host_logits = NEW(float, config->vocab_size);
+    m->recent_rows = NEW(int, config->layers);
     open_device(m);
     m->kernels = choose_kernels(o);
     int64_t available = available_bytes();
@@ -489,6 +492,7 @@ void model_close(Model *m) {
     free(m->id_places);
     free(m->layers);
     free(m->host_logits);
+    free(m->recent_rows);
     free(m->table.tensors);
     free(m->weights.layers);
     free(m->grads.layers);
@@ -555,7 +559,8 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
     profile_mark(&m->profile, "norms", m->stream);
     if (w->router != NULL) { // z = W x, W from its fp32 master
         rmsnorm_router_forward(a->ffn_normed, a->ffn_rstd, a->router_logits, a->mid, w->ffn_norm, w->router,
-                               N, d, E, (float)c->norm_eps, m->router_scratch, &m->gemm, m->stream);
+                               N, d, E, (float)c->norm_eps, m->router_parts, (float *)m->scratch, &m->gemm,
+                               m->stream);
     } else {
         rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
@@ -785,7 +790,8 @@ static int read_step(Model *m, int64_t tokens, StepStats *s) {
         for (int i = 0; i < L * E; i++) {
             s->counts[i] += counts[i];
         }
-        arena_plan(&m->arena, rows);
+        arena_remember(m->recent_rows, rows, L);
+        arena_plan(&m->arena, m->recent_rows);
     }
     free(counts);
     free(rows);

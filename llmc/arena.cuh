@@ -23,16 +23,17 @@ budget decides what is computed twice, and no bit of what:
     store    | layer 0, chunk 0 | layer 0, chunk 1 | layer 1, chunk 0 | ... cursor ->      | end
     scratch  | any chunk that did not fit |
 
-The host launches planned[l] chunks of layer l, as many as the last step's rows and a margin ask for; a chunk
-beyond offsets[E] finds no rows, and its kernels exit. If the margin was too small, *overflow is set: the
+The host launches planned[l] chunks of layer l, as many as the rows of the last steps and a margin ask for; a
+chunk beyond offsets[E] finds no rows, and its kernels exit. If the margin was too small, *overflow is set: the
 step's results are then worthless (the update must look at the flag), and the step is repeated with a larger
-plan. A step:
+plan. lambda swings S about its target: with many experts k goes up and down by a half within ten steps, so
+what a layer needed fades slowly; a chunk too many is cheaper than a step. A step:
 
-    arena_plan(rows of the last step)         host; arena_grow(rows) instead if that step overflowed
+    arena_plan(recent rows)                   host; arena_grow(rows) instead if the last step overflowed
     arena_begin_step                          overflow, most_rows = 0
       a micro-batch: arena_begin_micro_batch  the store is empty
         a layer: dispatch_sort, arena_place, experts_forward (experts.cuh)
-    read *overflow and most_rows [L]
+    read *overflow and most_rows [L], arena_remember(recent rows, most_rows)
 
 Errors: none at run time; memory.cuh reports what does not fit the device.
 */
@@ -93,7 +94,15 @@ static inline int arena_chunks(const Arena *arena, int64_t rows) {
     return (int)ceil_div<int64_t>(bounded, arena->chunk_rows); // at least 1: the combine must run
 }
 
-// rows [L], on the host: each layer's most rows in the last step; NULL: nothing is known, the worst case
+// recent [L] = the most rows of the last steps, of older ones less: a sixteenth a step of what was too many
+static inline void arena_remember(int *recent, const int *rows, int L) {
+    for (int l = 0; l < L; l++) {
+        int faded = recent[l] - (recent[l] - rows[l]) / 16;
+        recent[l] = rows[l] > faded ? rows[l] : faded;
+    }
+}
+
+// rows [L], on the host: each layer's most rows lately; NULL: nothing is known, the worst case
 static inline void arena_plan(Arena *arena, const int *rows) {
     for (int l = 0; l < arena->L; l++) {
         arena->planned[l] = rows != NULL ? arena_chunks(arena, rows[l]) : arena->max_chunks;

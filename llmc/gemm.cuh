@@ -28,8 +28,9 @@ fp32 number. So, without any error (short of underflow below 2^-126),
 
     w = hi + mid + lo,   hi = bf16(w),  mid = bf16(w - hi),  lo = bf16(w - hi - mid)
 
-and three products, each of exact terms summed in fp32, make the logits what one product in fp32 would be. The
-least is added first. It is worth its cost, as a logit that crosses 0 or another one changes the route.
+and three products, each of exact terms summed in fp32, make the logits what one product in fp32 would be. (One
+call computes them, of [hi; mid; lo], 3E outputs.) The least is added first. It is worth its cost, as a logit
+that crosses 0 or another one changes the route.
 
 Shapes: N tokens, C inputs, OC outputs, E experts. Errors: a failed call ends the program with its status. The
 workspace serves one stream at a time.
@@ -219,11 +220,17 @@ static inline void matmul_backward(floatX *dinp, float *dweight, const floatX *d
 // ----------------------------------------------------------------------------
 // the router's logits
 
+// floats that router_logits wants: a row's of three parts, for as many rows as stay in L2
+static inline int64_t router_sums_floats(int64_t N, int E) {
+    const int64_t most = 6 << 20, row = 3 * (int64_t)E;
+    return row * std::min<int64_t>(N, std::max<int64_t>(most / row / 256 * 256, 256));
+}
+
 #ifdef PRECISION_FP32
-// logits[N, E] = x[N, d] w[E, d]^T; scratch is not used
+// logits[N, E] = x[N, d] w[E, d]^T; parts and sums are not used
 static inline void router_logits(float *logits, const floatX *x, const float *w, int64_t N, int d, int E,
-                                 floatX *scratch, GemmPlans *plans, cudaStream_t stream) {
-    (void)scratch;
+                                 floatX *parts, float *sums, GemmPlans *plans, cudaStream_t stream) {
+    (void)parts, (void)sums;
     gemm(plans, 0, 1, N, E, d, x, d, w, d, logits, E, NULL, stream);
 }
 #else
@@ -240,13 +247,26 @@ static __global__ void __launch_bounds__(256) split_weights_kernel(floatX *parts
     }
 }
 
-// logits[N, E] = x[N, d] w[E, d]^T with w in fp32; scratch [3 E d]
+// logits[n, e] = the sum over the parts of sums[n, part E + e], the least first
+static __global__ void __launch_bounds__(256)
+    add_parts_kernel(float *logits, const float *sums, int64_t N, int E) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < N * E) {
+        const float *first = sums + i / E * 3 * E + i % E;
+        logits[i] = first[2 * E] + first[E] + first[0];
+    }
+}
+
+// logits[N, E] = x[N, d] w[E, d]^T with w in fp32; parts [3 E d], sums [router_sums_floats]
 static inline void router_logits(float *logits, const floatX *x, const float *w, int64_t N, int d, int E,
-                                 floatX *scratch, GemmPlans *plans, cudaStream_t stream) {
-    int64_t n = (int64_t)E * d;
-    launch(split_weights_kernel, dim3((unsigned)ceil_div<int64_t>(n, 256)), 256, 0, stream, scratch, w, n);
-    for (int part = 2; part >= 0; part--) {
-        gemm(plans, 0, 1, N, E, d, x, d, scratch + part * n, d, logits, E, part < 2 ? logits : NULL, stream);
+                                 floatX *parts, float *sums, GemmPlans *plans, cudaStream_t stream) {
+    int64_t n = (int64_t)E * d, most = router_sums_floats(N, E) / (3 * E);
+    launch(split_weights_kernel, dim3((unsigned)ceil_div<int64_t>(n, 256)), 256, 0, stream, parts, w, n);
+    for (int64_t first = 0; first < N; first += most) { // x is read once
+        int64_t rows = std::min(N - first, most);
+        gemm(plans, 0, 1, rows, 3 * E, d, x + first * d, d, parts, d, sums, 3 * E, NULL, stream);
+        launch(add_parts_kernel, dim3((unsigned)ceil_div<int64_t>(rows * E, 256)), 256, 0, stream,
+               logits + first * E, sums, rows, E);
     }
 }
 #endif

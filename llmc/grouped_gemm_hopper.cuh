@@ -710,11 +710,12 @@ template <int PRODUCT, int BN> struct Held {
     }
 };
 
-// ... as they are: weight gradients
-template <int BN> struct HeldSums {
+template <int BN> struct Held<DOWN_BACKWARD, BN> {
     enum { PARTS = BN / PART_COLUMNS };
     float sums[BN / 2];
+    float gate[2], dot[2]; // of rows row and row + 8
     Tile tile;
+    int pieces; // of H
     bool any;
 
     __device__ __forceinline__ void take(const float (&acc)[BN / 2]) {
@@ -723,15 +724,6 @@ template <int BN> struct HeldSums {
             sums[i] = acc[i];
         }
     }
-};
-
-template <int BN> struct Held<DOWN_WGRAD, BN> : HeldSums<BN> {};
-template <int BN> struct Held<UP_WGRAD, BN> : HeldSums<BN> {};
-
-// ... down_backward's
-template <int BN> struct Held<DOWN_BACKWARD, BN> : HeldSums<BN> {
-    float gate[2], dot[2]; // of rows row and row + 8
-    int pieces;            // of H
 };
 
 // A consumer's places in shared memory for results that leave by TMA, 64 rows x 32 columns at a time
@@ -1063,18 +1055,6 @@ __device__ __forceinline__ void add_part(const float (&acc)[BN / 2], int part, c
     }
 }
 
-template <int BN>
-__device__ __forceinline__ void leave_part(const Held<DOWN_WGRAD, BN> &held, int part, const Arguments &args,
-                                           Exit &exit) {
-    add_part<DOWN_WGRAD, BN>(held.sums, part, args, held.tile, exit);
-}
-
-template <int BN>
-__device__ __forceinline__ void leave_part(const Held<UP_WGRAD, BN> &held, int part, const Arguments &args,
-                                           Exit &exit) {
-    add_part<UP_WGRAD, BN>(held.sums, part, args, held.tile, exit);
-}
-
 // weight gradients: a tile's sums are added when its products are done
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void consume_at_once(const Arguments &args, Plan plan, Ring<BN> ring, int group,
@@ -1130,10 +1110,8 @@ __device__ __forceinline__ void consume_rounded(const Arguments &args, Plan plan
         multiplier.template tile<Results::PARTS>(acc, steps, leave);
         held.any = mine;
         held.tile = tile;
-        if constexpr (UP) {
-            if (mine) {
-                load_gates(held.gate, args, tile, thread_place(group));
-            }
+        if (UP && mine) {
+            load_gates(held.gate, args, tile, thread_place(group));
         }
         if (walk.more) {
             walk_on<PRODUCT, BN>(walk, plan, args);
@@ -1232,7 +1210,7 @@ static __global__ void GROUPED_CLUSTER_DIMS __launch_bounds__(BLOCK_THREADS, 1)
     } else {
         take_registers<Traits<PRODUCT>::CONSUMER_REGISTERS>();
         uint32_t mine = base + (group - 1) * Epilogue<PRODUCT>::BYTES;
-        if constexpr (Traits<PRODUCT>::WGRAD && BN == 256) {
+        if constexpr (Traits<PRODUCT>::WGRAD) {
             consume_at_once<PRODUCT>(args, plan, ring, group - 1, mine);
         } else if constexpr (PRODUCT == DOWN_BACKWARD) {
             consume_down_backward(args, plan, ring, group - 1, mine);
@@ -1267,7 +1245,7 @@ static inline bool available(void) {
 // Narrow tiles load more a product, into shared memory and from it: so much longer for the same work (192:
 // measured), in 1/100
 static inline int tile_cost(int BN) {
-    return BN * (BN == 256 ? 100 : BN == 192 ? 120 : 130);
+    return BN * (BN == 256 ? 100 : BN == 192 ? 115 : 130);
 }
 
 // BN for a product over rows, with `columns` of N in a tile of 256; `most`: the largest there is
@@ -1282,19 +1260,16 @@ static inline int row_tile(int N, int columns, int most = 256) {
     return best;
 }
 
-// BN for a weight gradient [E][M, N]: its tiles are few, so the last round of blocks counts; and what a tile
-// takes besides its products, as long as so many of their steps (measured), where the experts have few rows
-static inline int64_t wgrad_cost(const RowChunk &chunk, int M, int N, int BN) {
+// BN for a weight gradient [E][M, N]: its tiles are few, so the last round of blocks counts
+static inline int64_t wgrad_cost(int E, int M, int N, int BN) {
     int64_t items = items_of<DOWN_WGRAD>(ceil_div<int>(M, TILE_M), ceil_div(N, BN));
-    int64_t rounds = ceil_div<int64_t>(chunk.experts * items, num_sms() / Traits<DOWN_WGRAD>::CLUSTER);
-    int steps = ceil_div(chunk.rows, chunk.experts * STEP_K) + (BN == 256 ? 13 : 6);
-    return rounds * steps * tile_cost(BN);
+    return ceil_div<int64_t>(E * items, num_sms() / Traits<DOWN_WGRAD>::CLUSTER) * tile_cost(BN);
 }
 
-static inline int wgrad_tile(const RowChunk &chunk, int M, int N) {
+static inline int wgrad_tile(int E, int M, int N) {
     int best = 256;
     for (int BN = 192; BN >= 128; BN -= 64) {
-        if (wgrad_cost(chunk, M, N, BN) < wgrad_cost(chunk, M, N, best)) {
+        if (wgrad_cost(E, M, N, BN) < wgrad_cost(E, M, N, best)) {
             best = BN;
         }
     }
@@ -1442,7 +1417,7 @@ static inline void grouped_down_wgrad(float *dw_down, const floatX *dy, ChunkH h
     args.rows = dy;
     args.out = gradient_map(dw_down, F, d, chunk.experts, GROUP_ROWS);
     h_maps(args.b, h, 2 * F, F, F, chunk.rows, BOX_ACROSS);
-    start<DOWN_WGRAD>(args, wgrad_tile(chunk, d, F), stream);
+    start<DOWN_WGRAD>(args, wgrad_tile(chunk.experts, d, F), stream);
 }
 
 static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x, RowChunk chunk, int d,
@@ -1452,7 +1427,7 @@ static inline void grouped_up_wgrad(float *dw_gate_up, ChunkH h, const floatX *x
     args.rows = x;
     args.out = gradient_map(dw_gate_up, d, 2 * F, chunk.experts, PART_COLUMNS);
     h_maps(args.b, h, 0, 2 * F, F, chunk.rows, BOX_ACROSS);
-    start<UP_WGRAD>(args, wgrad_tile(chunk, d, 2 * F), stream);
+    start<UP_WGRAD>(args, wgrad_tile(chunk.experts, d, 2 * F), stream);
 }
 
 } // namespace hopper

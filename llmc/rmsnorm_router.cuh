@@ -16,7 +16,8 @@ tiles:
     lane 4 g + t   x[n + g][32 j + 8 t + 0 .. 7], j = 0, 1, ..   tile 2 j: columns 0 .. 3, 2 j + 1: 4 .. 7
                    parts[32 j + 8 t + 0 .. 7][e + g]             in shared memory, in the order of the lanes
 
-x, out [N, d] floatX, w [d], router [E, d], rstd [N], logits [N, E] fp32; scratch [3 E d]. d a multiple of 8.
+x, out [N, d] floatX, w [d], router [E, d], rstd [N], logits [N, E] fp32; parts [3 E d] and
+sums [router_sums_floats] are for use within the call. d a multiple of 8.
 Errors: none.
 */
 #ifndef RMSNORM_ROUTER_CUH
@@ -145,7 +146,8 @@ static inline size_t rmsnorm_router_shared_bytes(int d, int E) {
 
 static inline void rmsnorm_router_forward(floatX *out, float *rstd, float *logits, const floatX *x,
                                           const float *w, const float *router, int64_t N, int d, int E,
-                                          float eps, floatX *scratch, GemmPlans *plans, cudaStream_t stream) {
+                                          float eps, floatX *parts, float *sums, GemmPlans *plans,
+                                          cudaStream_t stream) {
 #ifndef PRECISION_FP32
     size_t shared = rmsnorm_router_shared_bytes(d, E);
     if (rmsnorm_fits_warp(d) && shared <= RMSNORM_ROUTER_SHARED_BYTES) {
@@ -161,7 +163,7 @@ static inline void rmsnorm_router_forward(floatX *out, float *rstd, float *logit
     }
 #endif
     rmsnorm_forward(out, rstd, x, w, N, d, eps, stream);
-    router_logits(logits, out, router, N, d, E, scratch, plans, stream);
+    router_logits(logits, out, router, N, d, E, parts, sums, plans, stream);
 }
 
 #endif

@@ -190,20 +190,20 @@ static void bench_layer(GemmPlans *plans, int64_t N, int C, int OC) {
 // the norm before the experts with the router's logits
 static void bench_router_logits(GemmPlans *plans, int64_t N, int d, int E) {
     floatX *x = bench_new<floatX>(N * d), *normed = device_new<floatX>(N * d),
-           *scratch = device_new<floatX>(3ll * E * d);
+           *parts = device_new<floatX>(3ll * E * d);
     float *router = bench_new<float>((int64_t)E * d), *w = bench_new<float>(d), *rstd = device_new<float>(N),
-          *logits = device_new<float>(N * E);
+          *logits = device_new<float>(N * E), *sums = device_new<float>(router_sums_floats(N, E));
     const double logit_bytes = 4.0 * (double)N * E, x_bytes = (double)N * d * sizeof(floatX);
     char name[64];
     snprintf(name, sizeof(name), "router logits, d %d, E %d", d, E);
     bench_gb(name, x_bytes + logit_bytes, // x once: what one product would move
-             device_ms([&] { router_logits(logits, x, router, N, d, E, scratch, plans, 0); }));
+             device_ms([&] { router_logits(logits, x, router, N, d, E, parts, sums, plans, 0); }));
     snprintf(name, sizeof(name), "rmsnorm_router, d %d, E %d", d, E);
     bench_gb(name, 2 * x_bytes + logit_bytes, device_ms([&] {
-                 rmsnorm_router_forward(normed, rstd, logits, x, w, router, N, d, E, 1e-5f, scratch, plans,
-                                        0);
+                 rmsnorm_router_forward(normed, rstd, logits, x, w, router, N, d, E, 1e-5f, parts, sums,
+                                        plans, 0);
              }));
-    const void *taken[] = {x, normed, scratch, router, w, rstd, logits};
+    const void *taken[] = {x, normed, parts, sums, router, w, rstd, logits};
     for (const void *p : taken) {
         device_release(p);
     }

@@ -367,6 +367,15 @@ static void test_cuda_experts_fixed(void) {
     CHECK(arena.planned[0] == 4);
     arena_plan(&arena, &sparse);
     CHECK(arena.planned[0] == 1);
+    int recent = 0, steps = 0; // a dense step is planned for a while longer
+    arena_remember(&recent, &dense, 1);
+    CHECK(recent == dense);
+    do {
+        arena_remember(&recent, &sparse, 1);
+        arena_plan(&arena, &recent);
+        steps++;
+    } while (arena.planned[0] > 1 && steps < 1000);
+    CHECK(steps > 10 && steps < 60);
     arena_free(&arena);
 }
 

@@ -102,18 +102,19 @@ static void gemm_layer_case(GemmPlans *plans, int64_t N, int C, int OC) {
 static void router_logits_case(GemmPlans *plans, int64_t N, int d, int E) {
     float *x = host_random(N * d, 1, 1.0f), *w = NEW(float, (int64_t)E *d), *logits = NEW(float, N *E);
     fill_uniform(w, (size_t)E * d, 2, 0.01f);
-    floatX *d_x = device_x(x, N * d), *scratch = device_new<floatX>(3ll * E * d);
-    float *d_w = device_f(w, (int64_t)E * d), *d_logits = device_new<float>(N * E);
+    floatX *d_x = device_x(x, N * d), *d_parts = device_new<floatX>(3ll * E * d);
+    float *d_w = device_f(w, (int64_t)E * d), *d_logits = device_new<float>(N * E),
+          *sums = device_new<float>(router_sums_floats(N, E));
     matmul_forward(logits, x, w, N, d, E);
-    router_logits(d_logits, d_x, d_w, N, d, E, scratch, plans, 0);
+    router_logits(d_logits, d_x, d_w, N, d, E, d_parts, sums, plans, 0);
     check_device("router logits", d_logits, logits, N * E, 1e-5);
-    float *parts = fetch(scratch, is_fp32() ? 0 : 3ll * E * d);
+    float *parts = fetch(d_parts, is_fp32() ? 0 : 3ll * E * d);
     int inexact = 0;
     for (int64_t i = 0; i < (int64_t)E * d && !is_fp32(); i++) {
         inexact += parts[i] + (parts[E * d + i] + parts[2 * E * d + i]) != w[i];
     }
     CHECK(inexact == 0);
-    const void *taken[] = {d_x, scratch, d_w, d_logits};
+    const void *taken[] = {d_x, d_parts, sums, d_w, d_logits};
     for (const void *p : taken) {
         device_release(p);
     }
@@ -134,11 +135,12 @@ static void router_least_part_case(GemmPlans *plans) {
         want += w[c] + w[c + 1];
         x[c] = x[c + 1] = 1.0f;
     }
-    floatX *d_x = device_x(x, D), *scratch = device_new<floatX>(3 * D);
-    float *d_w = device_f(w, D), *logit = device_new<float>(1);
-    router_logits(logit, d_x, d_w, 1, D, 1, scratch, plans, 0);
+    floatX *d_x = device_x(x, D), *parts = device_new<floatX>(3 * D);
+    float *d_w = device_f(w, D), *logit = device_new<float>(1),
+          *sums = device_new<float>(router_sums_floats(1, 1));
+    router_logits(logit, d_x, d_w, 1, D, 1, parts, sums, plans, 0);
     check_device("router's least part", logit, &want, 1, 1e-5);
-    const void *taken[] = {d_x, scratch, d_w, logit};
+    const void *taken[] = {d_x, parts, sums, d_w, logit};
     for (const void *p : taken) {
         device_release(p);
     }
@@ -186,6 +188,7 @@ static void test_cuda_gemm(void) {
         gemm_layer_case(plans, 4096, 768, 1280);
         gemm_layer_case(plans, 1000, 768, 50257);
         router_logits_case(plans, 4096, 768, 8);
+        router_logits_case(plans, 5000, 64, 1024); // its sums in three pieces
     }
     gemm_test_close(plans);
     gemm_plans_case();

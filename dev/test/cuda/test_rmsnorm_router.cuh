@@ -23,11 +23,11 @@ static void rmsnorm_router_case(GemmPlans *plans, int64_t N, int d, int E) {
     fill_uniform(w, (size_t)d, 2, 1.5f);
     fill_uniform(router, (size_t)E * d, 3, 0.01f);
     floatX *d_x = device_x(x, size), *d_out = device_new<floatX>(size), *again = device_new<floatX>(size),
-           *scratch = device_new<floatX>(3ll * E * d);
+           *parts = device_new<floatX>(3ll * E * d);
     float *d_w = device_f(w, d), *d_router = device_f(router, (int64_t)E * d), *d_rstd = device_new<float>(N),
-          *d_logits = device_new<float>(N * E);
+          *d_logits = device_new<float>(N * E), *sums = device_new<float>(router_sums_floats(N, E));
     rmsnorm_forward(out, rstd, x, w, N, d, eps);
-    rmsnorm_router_forward(d_out, d_rstd, d_logits, d_x, d_w, d_router, N, d, E, eps, scratch, plans, 0);
+    rmsnorm_router_forward(d_out, d_rstd, d_logits, d_x, d_w, d_router, N, d, E, eps, parts, sums, plans, 0);
     rmsnorm_again(again, d_rstd, d_x, d_w, N, d, 0);
     check_device("rmsnorm_router out", d_out, out, size, tolerance(1e-5, 2e-3));
     check_device("rmsnorm_router rstd", d_rstd, rstd, N, 1e-5);
@@ -35,7 +35,7 @@ static void rmsnorm_router_case(GemmPlans *plans, int64_t N, int d, int E) {
     matmul_forward(logits, normed, router, N, d, E);
     check_device("rmsnorm_router logits", d_logits, logits, N * E, 1e-5);
     CHECK(device_hash(d_out, size * sizeof(floatX)) == device_hash(again, size * sizeof(floatX)));
-    const void *taken[] = {d_x, d_out, again, scratch, d_w, d_router, d_rstd, d_logits};
+    const void *taken[] = {d_x, d_out, again, parts, sums, d_w, d_router, d_rstd, d_logits};
     for (const void *p : taken) {
         device_release(p);
     }
@@ -57,12 +57,12 @@ static void rmsnorm_router_least_part_case(GemmPlans *plans) {
         want += router[c] + router[c + 1];
         x[c] = x[c + 1] = w[c] = w[c + 1] = 1.0f;
     }
-    floatX *d_x = device_x(x, D), *out = device_new<floatX>(D), *scratch = device_new<floatX>(3 * D);
+    floatX *d_x = device_x(x, D), *out = device_new<floatX>(D), *parts = device_new<floatX>(3 * D);
     float *d_w = device_f(w, D), *d_router = device_f(router, D), *rstd = device_new<float>(1),
-          *logit = device_new<float>(1);
-    rmsnorm_router_forward(out, rstd, logit, d_x, d_w, d_router, 1, D, 1, 1e-5f, scratch, plans, 0);
+          *logit = device_new<float>(1), *sums = device_new<float>(router_sums_floats(1, 1));
+    rmsnorm_router_forward(out, rstd, logit, d_x, d_w, d_router, 1, D, 1, 1e-5f, parts, sums, plans, 0);
     check_device("router's least part", logit, &want, 1, 1e-5);
-    const void *taken[] = {d_x, out, scratch, d_w, d_router, rstd, logit};
+    const void *taken[] = {d_x, out, parts, sums, d_w, d_router, rstd, logit};
     for (const void *p : taken) {
         device_release(p);
     }
