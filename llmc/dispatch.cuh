@@ -27,7 +27,10 @@ wants are population counts, whatever order the threads came in:
 Combine and dgate work on a chunk of rows at a time (rows first .. first + chunk_rows - 1; arena.cuh says
 why). A token's rows ascend with its pairs, so those in the chunk are neighbours in its list. The sum is
 carried from chunk to chunk in fp32 and rounded once, after the last: the same additions in the same order,
-however many chunks there are. Backward: gather's is the combine; combine's is in experts.cuh.
+however many chunks there are. More of them may be planned than have rows, and the sum's way through memory is
+long: the last call takes the rows of the last chunk that has any, which are still in the buffer that all chunks
+share, and those of the calls before it that would have had them, or none, do nothing. Backward: gather's is the
+combine; combine's is in experts.cuh.
 
 Shapes: x, y, residual [N, d] floatX, y may be residual; Y [chunk_rows, d], indexed from the chunk's first
 row; sum [N, d] fp32; d a multiple of 8. Equals dispatch_sort and dispatch_combine (without gates) of
@@ -204,6 +207,11 @@ __device__ __forceinline__ int first_pair_from(const int *row_of_pair, int begin
     return begin;
 }
 
+// first row of the last chunk that has any, if it is not beyond the one that begins at `first`; num_rows: offsets[E]
+__device__ __forceinline__ int last_chunk_first(const int *num_rows, int first, int chunk_rows) {
+    return first > 0 ? min(first, max(*num_rows - 1, 0) / chunk_rows * chunk_rows) : 0;
+}
+
 enum { COMBINE_THREADS = 256 };
 
 // y = residual + sum, rounded once; residual NULL: 0
@@ -228,8 +236,14 @@ __device__ __forceinline__ void add_row(Floats &total, float scale, const Floats
 // loads do not depend on each other, and four are under way at a time.
 static __global__ void __launch_bounds__(COMBINE_THREADS)
     dispatch_combine_kernel(floatX *y, float *sum, const floatX *residual, const floatX *rows,
-                            DevicePairs pairs, DeviceDispatch dispatch, int N, int d, int first,
+                            DevicePairs pairs, DeviceDispatch dispatch, int N, int E, int d, int first,
                             int chunk_rows, int last_chunk) {
+    const int *num_rows = dispatch.offsets + E;
+    if (last_chunk) {
+        first = last_chunk_first(num_rows, first, chunk_rows);
+    } else if ((int64_t)first + chunk_rows >= *num_rows) {
+        return; // the last call's
+    }
     unsigned packs = (unsigned)d / PACK_X; // a token
     unsigned index = blockIdx.x * COMBINE_THREADS + threadIdx.x;
     unsigned t = index / packs;
@@ -260,14 +274,15 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
     }
 }
 
-// Adds the chunk's rows to sum, from 0 when first == 0; with last_chunk writes y = residual + sum instead.
-// sum is not touched (may be NULL) when the chunk is both. residual NULL: 0
+// Adds the chunk's rows to sum, from 0 when first == 0; with last_chunk writes y = residual + sum instead, and
+// the rows may be of an earlier chunk, see above. sum is not touched (may be NULL) when the chunk is both.
+// residual NULL: 0
 static inline void dispatch_combine(floatX *y, float *sum, const floatX *residual, const floatX *rows,
-                                    DevicePairs pairs, DeviceDispatch dispatch, int N, int d, int first,
-                                    int chunk_rows, int last_chunk, cudaStream_t stream) {
+                                    DevicePairs pairs, DeviceDispatch dispatch, int N, int E, int d,
+                                    int first, int chunk_rows, int last_chunk, cudaStream_t stream) {
     int64_t threads = (int64_t)N * (d / PACK_X); // less than 2^31, or y alone would be 32 GB
     launch(dispatch_combine_kernel, (unsigned)ceil_div<int64_t>(threads, COMBINE_THREADS), COMBINE_THREADS, 0,
-           stream, y, sum, residual, rows, pairs, dispatch, N, d, first, chunk_rows, last_chunk);
+           stream, y, sum, residual, rows, pairs, dispatch, N, E, d, first, chunk_rows, last_chunk);
 }
 
 // ----------------------------------------------------------------------------

@@ -31,11 +31,12 @@ enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 };
 
 // the rows that a combine has to add last, and what those of earlier chunks came to
 typedef struct {
-    const floatX *rows; // [chunk_rows, d]
-    float *sum;         // [N, d] of the chunks before; not read when first == 0
-    int first, chunk_rows;
+    const floatX *rows;    // [chunk_rows, d], of the last chunk that has any
+    float *sum;            // [N, d] of the chunks before; not read when there is none
+    int first, chunk_rows; // the last chunk's
     DevicePairs pairs;
     DeviceDispatch dispatch;
+    int E;
 } CombineChunk;
 
 // total = the token's sum over all chunks; a lane's packs of it
@@ -43,13 +44,14 @@ template <int PACKS>
 __device__ __forceinline__ void combine_token(Floats (&total)[PACKS], const CombineChunk &chunk, int64_t t,
                                               int d) {
     int lane = (int)threadIdx.x % 32, end = chunk.pairs.row_start[t + 1];
+    int first = last_chunk_first(chunk.dispatch.offsets + chunk.E, chunk.first, chunk.chunk_rows);
     for (int i = 0; i < PACKS; i++) {
         int c = (lane + i * 32) * PACK_X;
-        total[i] = chunk.first > 0 && c < d ? load_floats(chunk.sum + t * d + c) : Floats{};
+        total[i] = first > 0 && c < d ? load_floats(chunk.sum + t * d + c) : Floats{};
     }
     for (int begin = chunk.pairs.row_start[t]; begin < end; begin += 32) {
         int p = begin + lane;
-        int row = p < end ? chunk.dispatch.row_of_pair[p] - chunk.first : -1;
+        int row = p < end ? chunk.dispatch.row_of_pair[p] - first : -1;
         unsigned here = __ballot_sync(0xffffffffu, row >= 0 && row < chunk.chunk_rows);
         for (; here != 0; here &= here - 1) {
             int next = __ffs((int)here) - 1;
@@ -102,8 +104,8 @@ static inline void dispatch_combine_rmsnorm_forward(floatX *y, floatX *normed, f
                                                     const float *w, int N, int d, float eps,
                                                     cudaStream_t stream) {
     if (!rmsnorm_fits_warp(d)) {
-        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.pairs, chunk.dispatch, N, d, chunk.first,
-                         chunk.chunk_rows, 1, stream);
+        dispatch_combine(y, chunk.sum, residual, chunk.rows, chunk.pairs, chunk.dispatch, N, chunk.E, d,
+                         chunk.first, chunk.chunk_rows, 1, stream);
         rmsnorm_forward(normed, rstd, y, w, N, d, eps, stream);
         return;
     }
@@ -169,8 +171,8 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
                                                      GemmPlans *plans, cudaStream_t stream) {
     int fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
     if (!fits) {
-        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, d, chunk.first,
-                         chunk.chunk_rows, 1, stream);
+        dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, E, d,
+                         chunk.first, chunk.chunk_rows, 1, stream);
     }
     if (dz != NULL && !(fits && few)) {
         gemm(plans, 0, 0, N, d, E, dz, E, router, d, dnormed, d, fits ? NULL : dnormed, stream);

@@ -40,15 +40,15 @@ floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F 
 static inline void experts_combine(const Arena *arena, DevicePairs pairs, DeviceDispatch dispatch,
                                    RowChunk chunk, int last, int N, int d, cudaStream_t stream) {
     if (!last) {
-        dispatch_combine((floatX *)NULL, arena->sum, NULL, arena->rows, pairs, dispatch, N, d, chunk.first,
-                         chunk.rows, 0, stream); // (Eq. 1)
+        dispatch_combine((floatX *)NULL, arena->sum, NULL, arena->rows, pairs, dispatch, N, arena->E, d,
+                         chunk.first, chunk.rows, 0, stream); // (Eq. 1)
     }
 }
 
 static inline CombineChunk experts_last_chunk(const Arena *arena, DevicePairs pairs, DeviceDispatch dispatch,
                                               int layer) {
     int first = (arena->planned[layer] - 1) * arena->chunk_rows;
-    CombineChunk chunk = {arena->rows, arena->sum, first, arena->chunk_rows, pairs, dispatch};
+    CombineChunk chunk = {arena->rows, arena->sum, first, arena->chunk_rows, pairs, dispatch, arena->E};
     return chunk;
 }
 

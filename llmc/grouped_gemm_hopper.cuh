@@ -37,8 +37,8 @@ one addition an element and launch, so there is no order to depend on.
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
 way: two tiles side by side, each block loads its own B. A stage is free when both blocks' consumers are done.
-up_forward's blocks stand alone: its epilogue is long, and four consumers that wait for each other lose more
-than loading all of B costs (1 to 4 %). But not where W is big: L2 is asked for less so (3 to 7 %).
+up_forward's blocks stand alone where W is small: its epilogue is long, and four consumers that wait for each
+other lose more than loading all of B costs (1 to 4 %). Where W is big, L2 is asked for less so (1 to 7 %).
 
 By count shared memory sets the pace. It gives 128 bytes a cycle; at the tensor cores' full rate wgmma reads
 80 (all of B for every 64 rows of A), the ring's copies write 48, and up_forward's results, in and out again,
@@ -521,8 +521,8 @@ __device__ __forceinline__ void gather_step(const ColumnGather &gather, uint32_t
 template <int PRODUCT, int BN>
 __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan plan, Ring<BN> ring) {
     const bool WGRAD = Traits<PRODUCT>::WGRAD;
-    const int ISSUERS =
-        Traits<PRODUCT>::CLUSTER == 2 ? GROUP_THREADS / 32 : 1; // warps that ask for B in turns
+    // warps that ask for B in turns, which makes one late: 1 % (blocks alone, or with tokens to fetch: nothing)
+    const int ISSUERS = Traits<PRODUCT>::CLUSTER == 2 && !WGRAD ? GROUP_THREADS / 32 : 1;
     int which = 0, h_first = WGRAD ? (int)h_row(args, &which) : 0;
     const CUtensorMap *map = &args.b[which];
     RowGather by_row;
@@ -1348,7 +1348,7 @@ enum { BOX_ACROSS = 64 }; // k of a box of an operand stored across k
 // Up to so many bytes of an expert's W_gate_up do up_forward's blocks stand alone: measured at 1, 9 and 17 MB.
 // (Where a test has small shapes only, they should meet both)
 static inline int64_t alone_bytes(void) {
-    return emulated() ? 32 << 10 : 12 << 20;
+    return emulated() ? 32 << 10 : 8 << 20;
 }
 
 static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, const floatX *w_gate_up,

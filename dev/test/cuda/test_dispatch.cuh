@@ -174,12 +174,22 @@ static void cuda_dispatch_check_sort(const PairsCase *c) {
 // ----------------------------------------------------------------------------
 // combine and dgate, over chunks of R rows
 
+// what the buffer that all chunks of R rows share holds at chunk i: its rows, or those of the last one that has any
+static const floatX *rows_at_chunk(const floatX *rows, const PairsCase *c, int d, int R, int i) {
+    int64_t total = 0;
+    for (int e = 0; e < c->E; e++) {
+        total += padded_rows((int)(c->host_dispatch.offsets[e + 1] - c->host_dispatch.offsets[e]));
+    }
+    int64_t last = total > 0 ? (total - 1) / R : 0;
+    return rows + (i < last ? i : last) * R * d;
+}
+
 // y from `chunks` chunks of R rows; what has no chunk is left out, so chunks R must reach the last row
 static void cuda_dispatch_combine(floatX *y, float *sum, const floatX *residual, const floatX *rows,
                                   const PairsCase *c, int d, int R, int chunks) {
     for (int i = 0; i < chunks; i++) {
-        dispatch_combine(y, sum, residual, rows + (int64_t)i * R * d, c->pairs, c->dispatch, c->N, d, i * R,
-                         R, i == chunks - 1, NULL);
+        dispatch_combine(y, sum, residual, rows_at_chunk(rows, c, d, R, i), c->pairs, c->dispatch, c->N, c->E,
+                         d, i * R, R, i == chunks - 1, NULL);
     }
 }
 

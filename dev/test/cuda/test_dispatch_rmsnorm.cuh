@@ -49,11 +49,17 @@ static void combine_case_free(CombineCase *c) {
 static CombineChunk combine_last_chunk(const CombineCase *c) {
     int last = c->chunks - 1;
     for (int i = 0; i < last; i++) {
-        dispatch_combine((floatX *)NULL, c->sum, NULL, c->rows + (int64_t)i * c->R * c->d, c->pairs.pairs,
-                         c->pairs.dispatch, c->pairs.N, c->d, i * c->R, c->R, 0, NULL);
+        dispatch_combine((floatX *)NULL, c->sum, NULL, rows_at_chunk(c->rows, &c->pairs, c->d, c->R, i),
+                         c->pairs.pairs, c->pairs.dispatch, c->pairs.N, c->pairs.E, c->d, i * c->R, c->R, 0,
+                         NULL);
     }
-    CombineChunk chunk = {
-        c->rows + (int64_t)last * c->R * c->d, c->sum, last * c->R, c->R, c->pairs.pairs, c->pairs.dispatch};
+    CombineChunk chunk = {rows_at_chunk(c->rows, &c->pairs, c->d, c->R, last),
+                          c->sum,
+                          last * c->R,
+                          c->R,
+                          c->pairs.pairs,
+                          c->pairs.dispatch,
+                          c->pairs.E};
     return chunk;
 }
 
@@ -165,13 +171,14 @@ static void combine_rmsnorm_case(PairLoad load, int N, int E, int d, int chunks,
 static void combine_rmsnorm_overflow_case(void) {
     enum { N = 70, E = 8, D = 24 };
     CombineCase c = combine_case(LOAD_ALL, N, E, D, 3);
-    CombineChunk chunk = {c.rows, NULL, 0, c.R, c.pairs.pairs, c.pairs.dispatch};
+    CombineChunk chunk = {c.rows, NULL, 0, c.R, c.pairs.pairs, c.pairs.dispatch, E};
     float *residual = host_random(N * D, 2, 1.0f), *w = host_random(D, 3, 1.0f);
     floatX *d_residual = device_x(residual, N * D), *y[2], *normed = device_new<floatX>(N * D);
     float *d_w = device_f(w, D), *rstd = device_new<float>(N);
     y[0] = device_new<floatX>(N * D);
     y[1] = device_new<floatX>(N * D);
-    dispatch_combine(y[0], NULL, d_residual, c.rows, c.pairs.pairs, c.pairs.dispatch, N, D, 0, c.R, 1, NULL);
+    dispatch_combine(y[0], NULL, d_residual, c.rows, c.pairs.pairs, c.pairs.dispatch, N, E, D, 0, c.R, 1,
+                     NULL);
     dispatch_combine_rmsnorm_forward(y[1], normed, rstd, d_residual, chunk, d_w, N, D, 1e-5f, NULL);
     CHECK(device_hash(y[0], N * D * sizeof(floatX)) == device_hash(y[1], N * D * sizeof(floatX)));
     const void *taken[] = {d_residual, y[0], y[1], normed, d_w, rstd};
@@ -226,7 +233,7 @@ static void bench_combine_rmsnorm_of(PairLoad load, int N, int E, int d, GemmPla
         }
     }
     floatX *dz = device_x(dz_host, (int64_t)N * E), *router = device_new<floatX>((int64_t)E * d);
-    CombineChunk chunk = {Y, NULL, 0, rows, c.pairs, c.dispatch};
+    CombineChunk chunk = {Y, NULL, 0, rows, c.pairs, c.dispatch, E};
     printf("  N %d, E %d, d %d: %.0f pairs\n", N, E, d, P);
     double ms =
         device_ms([&] { dispatch_combine_rmsnorm_forward(y, normed, rstd, x, chunk, w, N, d, 1e-5f, 0); });

@@ -124,8 +124,8 @@ static void cuda_experts_arena_free(Arena *arena, DeviceMemory *memory) {
 
 // what experts_forward and experts_backward leave to do: to = residual + the sums
 static void cuda_experts_combine(floatX *to, const ExpertsCase *c, CombineChunk sums, cudaStream_t stream) {
-    dispatch_combine(to, sums.sum, c->residual, sums.rows, sums.pairs, sums.dispatch, c->shape.N, c->shape.d,
-                     sums.first, sums.chunk_rows, 1, stream);
+    dispatch_combine(to, sums.sum, c->residual, sums.rows, sums.pairs, sums.dispatch, c->shape.N, sums.E,
+                     c->shape.d, sums.first, sums.chunk_rows, 1, stream);
 }
 
 // both layers are placed, so that the one that is computed does not begin at the store's beginning
