@@ -101,8 +101,8 @@ struct Model {
     GemmPlans gemm;
     Profile profile;
     TensorTable table;
-    int fresh;              // nothing has been added to the experts' gradients yet: they are set
-    Weights weights, grads; // into params and grad, on the device
+    Weights weights, grads;                      // into params and grad, on the device
+    int fresh;                                   // the experts' gradients have nothing yet: they are set
     float *params, *grad, *exp_avg, *exp_avg_sq; // [num_params] each; the last three NULL without training
     floatX *params_x;                            // [num_params] working copy; in the fp32 build params itself
     LayerActs *layers;                           // [L]

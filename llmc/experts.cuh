@@ -24,8 +24,8 @@ where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), and
 the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
 has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
 combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F]
-floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of
-8. Before: dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.
+floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of 8. Before:
+dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.
 */
 #ifndef EXPERTS_CUH
 #define EXPERTS_CUH
@@ -70,11 +70,12 @@ enum { CLEAR_THREADS = 256, CLEAR_BLOCKS = 32 }; // blocks: of an expert
 
 static __global__ void __launch_bounds__(CLEAR_THREADS)
     clear_unused_kernel(float *dw, const int *offsets, int64_t size) {
-    int e = (int)blockIdx.y;
+    int e = (int)blockIdx.x / CLEAR_BLOCKS;
     if (offsets[e] < offsets[e + 1]) {
         return;
     }
-    for (int64_t i = blockIdx.x * CLEAR_THREADS + threadIdx.x; i < size; i += CLEAR_BLOCKS * CLEAR_THREADS) {
+    int64_t first = blockIdx.x % CLEAR_BLOCKS * CLEAR_THREADS + threadIdx.x;
+    for (int64_t i = first; i < size; i += CLEAR_BLOCKS * CLEAR_THREADS) {
         dw[e * size + i] = 0.0f;
     }
 }
@@ -82,8 +83,8 @@ static __global__ void __launch_bounds__(CLEAR_THREADS)
 // dw [E][size] = 0 of the experts that have no row: no product sets it
 static inline void experts_clear_unused(float *dw, DeviceDispatch dispatch, int E, int64_t size,
                                         cudaStream_t stream) {
-    launch(clear_unused_kernel, dim3(CLEAR_BLOCKS, (unsigned)E), CLEAR_THREADS, 0, stream, dw,
-           dispatch.offsets, size);
+    launch(clear_unused_kernel, (unsigned)E * CLEAR_BLOCKS, CLEAR_THREADS, 0, stream, dw, dispatch.offsets,
+           size);
 }
 
 // dw += ...; fresh: dw = ..., whatever was there. dgate [P] is overwritten; H is spent. Returns what sums to the

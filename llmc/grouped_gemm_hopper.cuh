@@ -31,8 +31,9 @@ nobody, it lets a part of 32 columns of the last tile leave at every step or two
 
 Results leave by way of shared memory, from where TMA takes them: up_forward's warp by warp, 16 bytes a lane
 (paired_rows_map's order of B's rows makes them neighbours), the others' (stmatrix) when a consumer's four
-warps have met. Weight gradients, whose tiles are long, leave at once, and TMA adds them to what is in memory:
-one addition an element and launch, so there is no order to depend on.
+warps have met. Weight gradients, whose tiles are long, leave at once, and TMA adds them to what is in memory
+(or stores them, where there is nothing yet): one addition an element and launch, so there is no order to depend
+on.
 
 Two blocks make a cluster and, where possible, take two tiles of one column of tiles: they need the same B, so
 each loads half of it, for both. Where an expert has an odd number of row tiles, the last is shared the other
