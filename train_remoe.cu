@@ -666,7 +666,7 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     profile_mark(&m->profile, "combine and norms", m->stream);
     dispatch_combine_rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed, sums,
                                       router != NULL ? m->drouter : NULL, router, a->mid, w->ffn_norm,
-                                      a->ffn_rstd, N, d, E, (float *)m->scratch, &m->gemm, m->stream);
+                                      a->ffn_rstd, N, d, (float *)m->scratch, &m->gemm, m->stream);
 }
 
 static void attention_block_backward(Model *m, int l, int B, int T) {

@@ -126,15 +126,14 @@ struct CombinedRows {
     const floatX *product; // [N, d]; NULL: none
     const floatX *dz;      // [N, E]; NULL: none
     const floatX *router;  // [E, d], here or, after prepare(), in shared memory
-    int E;
-    size_t bytes; // of router
+    size_t bytes;          // of router
 
     size_t shared_bytes() const {
         return dz != NULL ? bytes : 0;
     }
 
     __device__ __forceinline__ void prepare(void *shared, int d) {
-        for (int i = (int)threadIdx.x * PACK_X; dz != NULL && i < E * d;
+        for (int i = (int)threadIdx.x * PACK_X; dz != NULL && i < chunk.E * d;
              i += RMSNORM_BACKWARD_THREADS * PACK_X) {
             store_pack((floatX *)shared + i, load_pack(router + i));
         }
@@ -143,7 +142,7 @@ struct CombinedRows {
 
     template <int PACKS> __device__ __forceinline__ void load(Floats (&row)[PACKS], int64_t t, int d) const {
         int lane = (int)threadIdx.x % 32;
-        float mine = dz != NULL && lane < E ? to_float(dz[t * E + lane]) : 0.0f;
+        float mine = dz != NULL && lane < chunk.E ? to_float(dz[t * chunk.E + lane]) : 0.0f;
         Bits packs[PACKS];
         combine_token(row, chunk, t, d);
         if (product != NULL) {
@@ -167,9 +166,9 @@ struct CombinedRows {
 static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floatX *dnormed,
                                                      CombineChunk chunk, const floatX *dz,
                                                      const floatX *router, const floatX *x, const float *w,
-                                                     const float *rstd, int N, int d, int E, float *scratch,
+                                                     const float *rstd, int N, int d, float *scratch,
                                                      GemmPlans *plans, cudaStream_t stream) {
-    int fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
+    int E = chunk.E, fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
     if (!fits) {
         dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, E, d,
                          chunk.first, chunk.chunk_rows, 1, stream);
@@ -182,7 +181,7 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
         return;
     }
     const floatX *product = dz != NULL && !few ? dnormed : NULL;
-    CombinedRows rows = {chunk, product, few ? dz : NULL, router, E, sizeof(floatX) * (size_t)E * d};
+    CombinedRows rows = {chunk, product, few ? dz : NULL, router, sizeof(floatX) * (size_t)E * d};
     rmsnorm_backward_of(dx, dw, rows, x, w, rstd, N, d, scratch, stream);
 }
 

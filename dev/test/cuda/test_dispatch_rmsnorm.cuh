@@ -136,7 +136,7 @@ static void combine_rmsnorm_backward_case(const CombineCase *c, CombineRouter ki
     for (int i = 0; i < 2; i++) {
         dispatch_combine_rmsnorm_backward(d_dx[i], d_dw[i], dnormed, combine_last_chunk(c),
                                           kind != ROUTER_NONE ? d_dz : NULL, d_router, d_x, d_w, d_rstd, N, d,
-                                          E, scratch, plans, NULL);
+                                          scratch, plans, NULL);
     }
     double rounded = rmsnorm_fits_warp(d) && E <= COMBINE_RMSNORM_MOST_EXPERTS ? 0.0 : 2e-3; // dnormed, dz W
     check_device("combine_rmsnorm dx", d_dx[0], dx, size, tolerance(1e-5, 2e-3 + 2.0 * rounded));
@@ -239,8 +239,8 @@ static void bench_combine_rmsnorm_of(PairLoad load, int N, int E, int d, GemmPla
         device_ms([&] { dispatch_combine_rmsnorm_forward(y, normed, rstd, x, chunk, w, N, d, 1e-5f, 0); });
     bench_cuda_dispatch_line("combine_rmsnorm forward", ms, 4.0 * N + 4.0 * P + (P + 3.0 * N) * vector);
     ms = device_ms([&] {
-        dispatch_combine_rmsnorm_backward(y, dw, normed, chunk, dz, router, x, w, rstd, N, d, E, scratch,
-                                          plans, 0);
+        dispatch_combine_rmsnorm_backward(y, dw, normed, chunk, dz, router, x, w, rstd, N, d, scratch, plans,
+                                          0);
     });
     bench_cuda_dispatch_line("combine_rmsnorm backward", ms,
                              8.0 * N + 4.0 * P + 2.0 * N * E + (P + 3.0 * N) * vector);
