@@ -664,9 +664,9 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         matmul_backward(NULL, g->router, m->drouter, a->ffn_normed, router, N, d, E, &m->gemm, m->stream);
     }
     profile_mark(&m->profile, "combine and norms", m->stream);
-    dispatch_combine_rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed, sums,
-                                      router != NULL ? m->drouter : NULL, router, a->mid, w->ffn_norm,
-                                      a->ffn_rstd, N, d, (float *)m->scratch, &m->gemm, m->stream);
+    dispatch_combine_rmsnorm_backward(
+        m->dx, g->ffn_norm, m->dnormed, sums, router != NULL ? m->drouter : NULL, router, a->mid, w->ffn_norm,
+        a->ffn_rstd, c->router.method == ROUTER_RELU, N, d, (float *)m->scratch, &m->gemm, m->stream);
 }
 
 static void attention_block_backward(Model *m, int l, int B, int T) {

@@ -8,9 +8,9 @@ registers. Each equals calls of dispatch.cuh, gemm.cuh and rmsnorm.cuh (and the 
         dnormed, the gradient of what the experts and the router read, is not stored, nor rounded
 
 A warp owns a token: its lanes fetch the numbers of the token's rows and then add up row after row, in the
-order of dispatch_combine. The rest of backward is rmsnorm.cuh's, which is told to get its rows here: the
-router's weights are in shared memory, and of dz W only the terms with dz != 0 are computed (with the ReLU
-router, those of the active experts). With more than 16 experts the product comes from a GEMM, and its
+order of dispatch_combine. The rest of backward is rmsnorm.cuh's, which is told to get its rows here: of
+dz W only the terms with dz != 0 are computed (with the ReLU router, those of the active experts), from the
+rows of W, which L1 keeps. With another router and more than 16 experts the product comes from a GEMM, and its
 result is read.
 
 Rows that a warp cannot hold (d > 1536 in bf16) take the separate calls.
@@ -125,64 +125,66 @@ struct CombinedRows {
     CombineChunk chunk;
     const floatX *product; // [N, d]; NULL: none
     const floatX *dz;      // [N, E]; NULL: none
-    const floatX *router;  // [E, d], here or, after prepare(), in shared memory
-    size_t bytes;          // of router
+    const floatX *router;  // [E, d]
 
-    size_t shared_bytes() const {
-        return dz != NULL ? bytes : 0;
+    // of token t, dz of the lane's among the 32 experts from first on
+    __device__ __forceinline__ float dz_of(int64_t t, int first) const {
+        int e = first + (int)threadIdx.x % 32;
+        return dz != NULL && e < chunk.E ? to_float(dz[t * chunk.E + e]) : 0.0f;
     }
 
-    __device__ __forceinline__ void prepare(void *shared, int d) {
-        for (int i = (int)threadIdx.x * PACK_X; dz != NULL && i < chunk.E * d;
-             i += RMSNORM_BACKWARD_THREADS * PACK_X) {
-            store_pack((floatX *)shared + i, load_pack(router + i));
-        }
-        router = (const floatX *)shared;
-    }
-
-    template <int PACKS> __device__ __forceinline__ void load(Floats (&row)[PACKS], int64_t t, int d) const {
-        int lane = (int)threadIdx.x % 32;
-        float mine = dz != NULL && lane < chunk.E ? to_float(dz[t * chunk.E + lane]) : 0.0f;
+    // row += dz W of these experts
+    template <int PACKS>
+    __device__ __forceinline__ void add_router(Floats (&row)[PACKS], float dz_e, int first, int d) const {
         Bits packs[PACKS];
-        combine_token(row, chunk, t, d);
-        if (product != NULL) {
-            load_packs(packs, product + t * d, lane * PACK_X, 32 * PACK_X, d);
-            for (int i = 0; i < PACKS; i++) {
-                add_row(row[i], 1.0f, widen(packs[i]));
-            }
-        }
-        for (unsigned here = __ballot_sync(0xffffffffu, mine != 0.0f); here != 0; here &= here - 1) {
-            int e = __ffs((int)here) - 1;
-            float scale = __shfl_sync(0xffffffffu, mine, e);
-            load_packs(packs, router + e * d, lane * PACK_X, 32 * PACK_X, d);
+        for (unsigned here = __ballot_sync(0xffffffffu, dz_e != 0.0f); here != 0; here &= here - 1) {
+            int next = __ffs((int)here) - 1;
+            float scale = __shfl_sync(0xffffffffu, dz_e, next);
+            load_packs(packs, router + (first + next) * d, (int)threadIdx.x % 32 * PACK_X, 32 * PACK_X, d);
             for (int i = 0; i < PACKS; i++) {
                 add_row(row[i], scale, widen(packs[i]));
             }
         }
     }
+
+    template <int PACKS> __device__ __forceinline__ void load(Floats (&row)[PACKS], int64_t t, int d) const {
+        float dz_e = dz_of(t, 0); // on its way while the experts' rows are summed
+        Bits packs[PACKS];
+        combine_token(row, chunk, t, d);
+        if (product != NULL) {
+            load_packs(packs, product + t * d, (int)threadIdx.x % 32 * PACK_X, 32 * PACK_X, d);
+            for (int i = 0; i < PACKS; i++) {
+                add_row(row[i], 1.0f, widen(packs[i]));
+            }
+        }
+        add_router(row, dz_e, 0, d);
+        for (int first = 32; first < chunk.E; first += 32) {
+            add_router(row, dz_of(t, first), first, d);
+        }
+    }
 };
 
-// dz NULL: the experts alone have read the norm's output
+// dz NULL: the experts alone have read the norm's output; sparse: dz is 0 but for a token's active experts
 static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floatX *dnormed,
                                                      CombineChunk chunk, const floatX *dz,
                                                      const floatX *router, const floatX *x, const float *w,
-                                                     const float *rstd, int N, int d, float *scratch,
-                                                     GemmPlans *plans, cudaStream_t stream) {
-    int E = chunk.E, fits = rmsnorm_fits_warp(d), few = E <= COMBINE_RMSNORM_MOST_EXPERTS;
+                                                     const float *rstd, int sparse, int N, int d,
+                                                     float *scratch, GemmPlans *plans, cudaStream_t stream) {
+    int E = chunk.E, fits = rmsnorm_fits_warp(d);
+    int by_token = fits && (sparse || E <= COMBINE_RMSNORM_MOST_EXPERTS);
     if (!fits) {
         dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, E, d,
                          chunk.first, chunk.chunk_rows, 1, stream);
     }
-    if (dz != NULL && !(fits && few)) {
+    if (dz != NULL && !by_token) {
         gemm(plans, 0, 0, N, d, E, dz, E, router, d, dnormed, d, fits ? NULL : dnormed, stream);
     }
-    if (!fits) {
+    if (fits) {
+        CombinedRows rows = {chunk, by_token || dz == NULL ? NULL : dnormed, by_token ? dz : NULL, router};
+        rmsnorm_backward_of(dx, dw, rows, x, w, rstd, N, d, scratch, stream);
+    } else {
         rmsnorm_backward(dx, dw, dnormed, x, w, rstd, N, d, scratch, stream);
-        return;
     }
-    const floatX *product = dz != NULL && !few ? dnormed : NULL;
-    CombinedRows rows = {chunk, product, few ? dz : NULL, router, sizeof(floatX) * (size_t)E * d};
-    rmsnorm_backward_of(dx, dw, rows, x, w, rstd, N, d, scratch, stream);
 }
 
 #endif

@@ -35,7 +35,7 @@ enum {
 
 // blocks that a processor holds in backward: what the registers allow
 constexpr int rmsnorm_backward_occupancy(int packs) {
-    return packs <= 4 ? 4 : 3;
+    return packs <= 3 ? 5 : packs == 4 ? 4 : 3;
 }
 
 static inline bool rmsnorm_fits_warp(int d) {
@@ -276,12 +276,6 @@ __device__ __forceinline__ void rmsnorm_backward_row(floatX *dx, float *sums, co
 // The rows of dout as they are in memory. (dispatch_rmsnorm.cuh has others, which are made on the way.)
 struct StoredRows {
     const floatX *dout;
-    size_t shared_bytes() const {
-        return 0;
-    }
-    __device__ __forceinline__ void prepare(void *shared, int d) { // by all threads of a block
-        (void)shared, (void)d;
-    }
     template <int PACKS> __device__ __forceinline__ void load(Floats (&row)[PACKS], int64_t n, int d) const {
         Bits packs[PACKS];
         load_packs(packs, dout + n * d, (int)(threadIdx.x % 32) * PACK_X, 32 * PACK_X, d);
@@ -304,7 +298,6 @@ static __global__ void __launch_bounds__(RMSNORM_BACKWARD_THREADS, rmsnorm_backw
             store_pack(sums + i * COLUMNS + c, Pack<float>{});
         }
     }
-    rows.prepare(w_shared + COLUMNS, d);
     __syncthreads();
     for (int64_t n = (int64_t)blockIdx.x * WARPS + warp; n < N; n += (int64_t)gridDim.x * WARPS) {
         rmsnorm_backward_row<PACKS>(dx, sums + warp * COLUMNS, rows, x, w_shared, rstd[n], n, d);
@@ -380,9 +373,9 @@ static inline void rmsnorm_backward_of(floatX *dx, float *dw, Rows rows, const f
         const int PACKS = decltype(packs)::value, WARPS = RMSNORM_BACKWARD_THREADS / 32;
         int blocks = RMSNORM_BACKWARD_BLOCKS * rmsnorm_backward_occupancy(PACKS);
         blocks = (int)std::min<int64_t>(blocks, ceil_div<int64_t>(N, WARPS));
-        size_t own = (size_t)((WARPS + 1) * PACKS * 32 * PACK_X) * sizeof(float); // sums of dw, and w
-        launch(rmsnorm_backward_kernel<PACKS, Rows>, blocks, RMSNORM_BACKWARD_THREADS,
-               own + rows.shared_bytes(), stream, dx, scratch, rows, x, w, rstd, N, d);
+        size_t shared = (size_t)((WARPS + 1) * PACKS * 32 * PACK_X) * sizeof(float); // sums of dw, and w
+        launch(rmsnorm_backward_kernel<PACKS, Rows>, blocks, RMSNORM_BACKWARD_THREADS, shared, stream, dx,
+               scratch, rows, x, w, rstd, N, d);
         rmsnorm_join_blocks(dw, scratch, blocks, d, stream);
     });
 }
