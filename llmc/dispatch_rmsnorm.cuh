@@ -27,7 +27,7 @@ Errors: none.
 #include "rmsnorm.cuh"
 // defines: DevicePairs, DeviceDispatch, dispatch_combine, add_row; gemm; rmsnorm_*, with_warp_packs
 
-enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 };
+enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 }; // for a warp to add all of a token's dz W, none of them 0
 
 // the rows that a combine has to add last, and what those of earlier chunks came to
 typedef struct {
@@ -176,11 +176,14 @@ static inline void dispatch_combine_rmsnorm_backward(floatX *dx, float *dw, floa
         dispatch_combine(dnormed, chunk.sum, NULL, chunk.rows, chunk.pairs, chunk.dispatch, N, E, d,
                          chunk.first, chunk.chunk_rows, 1, stream);
     }
+    const floatX *product = NULL;
     if (dz != NULL && !by_token) {
         gemm(plans, 0, 0, N, d, E, dz, E, router, d, dnormed, d, fits ? NULL : dnormed, stream);
+        product = dnormed;
+        dz = NULL;
     }
     if (fits) {
-        CombinedRows rows = {chunk, by_token || dz == NULL ? NULL : dnormed, by_token ? dz : NULL, router};
+        CombinedRows rows = {chunk, product, dz, router};
         rmsnorm_backward_of(dx, dw, rows, x, w, rstd, N, d, scratch, stream);
     } else {
         rmsnorm_backward(dx, dw, dnormed, x, w, rstd, N, d, scratch, stream);

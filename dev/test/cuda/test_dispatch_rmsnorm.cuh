@@ -205,7 +205,8 @@ static void test_cuda_dispatch_rmsnorm(void) {
         combine_rmsnorm_case(LOAD_ALL, 70, 8, 768, chunks, plans);
         combine_rmsnorm_case(LOAD_EIGHTH, 70, 40, 768, chunks, plans);
         combine_rmsnorm_case(LOAD_NONE, 17, 3, 24, chunks, plans);
-        combine_rmsnorm_case(LOAD_MIXED, 39, 128, 24, chunks, plans); // more rows than lanes
+        // more rows than lanes; of a single rounding's error 9 tokens make no average
+        combine_rmsnorm_case(LOAD_MIXED, 39, 128, 24, chunks, plans);
         combine_rmsnorm_case(LOAD_MIXED, 9, 5, 2056, chunks, plans);
     }
     combine_rmsnorm_case(LOAD_EIGHTH, 2200, 3, 24, 2, plans); // a warp goes over several tokens
