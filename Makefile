@@ -4,7 +4,7 @@
 CC ?= cc
 # fp-contract and the two no- flags let loops use fused multiply-adds and vector selects; none of them reorders a sum
 CFLAGS ?= -O3 -march=native
-override CFLAGS += -std=c11 -D_GNU_SOURCE -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+override CFLAGS += -std=c11 -D_GNU_SOURCE -I. -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
 LDLIBS += -lm -lpthread
 
 # OpenMP is used where the compiler has it (OPENMP=0 leaves it out); the loops' SIMD hints need no library
@@ -32,7 +32,7 @@ GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 CUDA_ARCHS ?= $(or $(GPU_ARCHS),80 90a)
 gencode = '-gencode=arch=compute_$(1),code=$(if $(filter %a,$(1)),sm_$(1),[sm_$(1),compute_$(1)])'
 NVCCFLAGS ?= -O3 -Xcompiler -march=native
-override NVCCFLAGS += -std=c++17 -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
+override NVCCFLAGS += -std=c++17 -I. -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
 # the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers. (What may be
 # uninitialised for gcc is guarded by another variable)
 EMULATED := -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas \
@@ -47,8 +47,8 @@ endif
 %_fp32: private PRECISION_FLAG := -DPRECISION_FP32
 $(if $(filter-out bf16,$(PRECISION)),$(error instead of PRECISION=$(PRECISION), make train_remoecu_fp32 or test_remoecu_fp32))
 
-HEADERS := $(wildcard llmc/*.h data/*.h)
-CUDA_HEADERS := $(HEADERS) $(wildcard llmc/*.cuh)
+HEADERS := $(wildcard llmc/*.h llmc/*/*.h data/*.h)
+CUDA_HEADERS := $(HEADERS) $(wildcard llmc/*.cuh llmc/*/*.cuh)
 CUDA_TESTS := $(wildcard dev/test/*.h dev/test/cuda/*.cuh)
 EMULATOR := $(wildcard dev/emulator/*)
 SAMPLE := build/sample/manifest.json
@@ -97,7 +97,7 @@ build/test_remoecu_races: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(
 
 build/%: data/%.c $(HEADERS) Makefile
 	@mkdir -p build
-	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS)
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
 
 .PHONY: data-tools
 data-tools: build/train_tokenizer build/tokenize
@@ -145,7 +145,7 @@ compare: train_remoe $(notdir $(GPU)) build/compare_dumps $(SAMPLE)
 
 build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
 	@mkdir -p build
-	$(CC) $(CFLAGS) -Illmc $< -o $@ $(LDLIBS) -ldl
+	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS) -ldl
 
 build/bench_tokenizer: dev/bench/bench_tokenizer.c $(HEADERS) Makefile
 	@mkdir -p build
@@ -158,7 +158,7 @@ bench: build/bench_matmul train_remoe $(SAMPLE)
 build/ladder_%: private override CUDA_ARCHS := 90a
 build/ladder_%: dev/ladder/%.cu dev/ladder/ladder.cuh $(CUDA_HEADERS) Makefile
 	@mkdir -p build
-	$(nvcc_build) -I.
+	$(nvcc_build)
 
 # GPT2_DATA='shards of GPT-2 tokens'; ROWS='small g8' for some rows alone, PEER=script.py for a PyTorch trainer beside them
 bench-gpu:
@@ -169,7 +169,7 @@ TARGET ?= fuzz_json
 FUZZ_SECONDS ?= 60
 fuzz:
 	@mkdir -p build/fuzz/$(TARGET)
-	clang -g -O1 -march=native -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas -I. -Illmc \
+	clang -g -O1 -march=native -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas -I. \
 		dev/fuzz/$(TARGET).c -o build/$(TARGET) -lm -lpthread
 	build/$(TARGET) -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=2 -max_len=65536 -detect_leaks=0 -rss_limit_mb=4096 \
 		-artifact_prefix=build/fuzz/ build/fuzz/$(TARGET) $(wildcard dev/fuzz/corpus/$(TARGET:fuzz_%=%))

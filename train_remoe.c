@@ -3,7 +3,7 @@ train_remoe.c: the CPU reference trainer of ReMoE (mixture-of-experts language m
 fp32, OpenMP.
 
 One file, read top to bottom: the model's memory, forward, backward, update, and last what a run asks of them.
-The run itself (options, lambda, log, checkpoints, sampling) is llmc/run.h, and the mathematics of each step
+The run itself (options, lambda, log, checkpoints, sampling) is llmc/run/run.h, and the mathematics of each step
 stands in its own header under llmc/; the CUDA trainer has the same order and the same names.
 
     tokens -> embedding -> L layers -> RMSNorm -> lm_head -> cross entropy -> loss, and back
@@ -26,11 +26,11 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/check.h"
 // defines: Config, config_params, config_qkv_width; Options
 #include "llmc/config.h"
-#include "llmc/options.h"
+#include "llmc/run/options.h"
 // defines: TensorTable, Weights, LayerWeights, model_tensors
 #include "llmc/model.h"
 // defines: Prefetcher, prefetch_next
-#include "llmc/prefetch.h"
+#include "llmc/files/prefetch.h"
 // defines: matmul_forward, matmul_backward, sgemm
 #include "llmc/matmul.h"
 // defines: embedding_*, rmsnorm_*, rope_*, attention_* (forward, backward)
@@ -48,9 +48,9 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: adamw_update, sum_of_squares
 #include "llmc/adamw.h"
 // defines: seconds_now, peak_memory_gb
-#include "llmc/logger.h"
+#include "llmc/files/logger.h"
 // defines: run_main, and what it asks of a model: Purpose, ModelBuffer, StepStats, model_*
-#include "llmc/run.h"
+#include "llmc/run/run.h"
 
 // ----------------------------------------------------------------------------
 // the model's memory

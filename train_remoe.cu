@@ -2,7 +2,7 @@
 train_remoe.cu: the CUDA trainer of ReMoE (mixture-of-experts language models with a ReLU router), for one GPU.
 
 The same model as train_remoe.c, in the same order and with the same names: memory, forward, backward, update,
-and then what a run (llmc/run.h, shared by both) asks of it. The mathematics of each step stands in its own
+and then what a run (llmc/run/run.h, shared by both) asks of it. The mathematics of each step stands in its own
 header under llmc/: X.h in C, X.cuh in CUDA.
 
     tokens -> embedding -> L layers -> RMSNorm -> lm_head -> cross entropy -> loss, and back
@@ -27,31 +27,31 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include <stdlib.h>
 #include <string.h>
 // defines: die, warn, NEW; Options, Config, TensorTable, Weights; Run, run_main and the interface of a trainer
-#include "llmc/run.h"
+#include "llmc/run/run.h"
 // defines: floatX, launch, CUDA_CHECK; DeviceMemory, take
-#include "llmc/cuda_common.cuh"
-#include "llmc/memory.cuh"
+#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/gpu/memory.cuh"
 // defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
-#include "llmc/gemm.cuh"
+#include "llmc/matmul.cuh"
 // defines: embedding_*, rmsnorm_*, attention_* (forward, backward), rope_forward; rmsnorm_router_forward
 #include "llmc/attention.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/rmsnorm.cuh"
-#include "llmc/rmsnorm_router.cuh"
+#include "llmc/gpu/rmsnorm_router.cuh"
 #include "llmc/rope.cuh"
 #include "llmc/rope.h"
 // defines: DevicePairs, router_forward, router_loss, router_backward; DeviceDispatch, dispatch_sort; Arena;
 // experts_forward, experts_backward; CombineChunk, dispatch_combine_rmsnorm_forward, ..._backward
-#include "llmc/arena.cuh"
+#include "llmc/gpu/arena.cuh"
 #include "llmc/dispatch.cuh"
-#include "llmc/dispatch_rmsnorm.cuh"
+#include "llmc/gpu/dispatch_rmsnorm.cuh"
 #include "llmc/experts.cuh"
 #include "llmc/router.cuh"
 // defines: crossentropy_forward_backward, sum_losses; adamw_update, sum_of_squares, round_copy
 #include "llmc/adamw.cuh"
 #include "llmc/crossentropy.cuh"
 // defines: Profile, profile_mark
-#include "llmc/profile.cuh"
+#include "llmc/gpu/profile.cuh"
 
 const char *const program_name = "./train_remoecu";
 
@@ -855,7 +855,7 @@ void model_update(Model *m, double lr, double weight_decay, float grad_scale, in
 }
 
 // ----------------------------------------------------------------------------
-// what a run asks for (llmc/run.h)
+// what a run asks for (llmc/run/run.h)
 
 const TensorTable *model_table(const Model *m) {
     return &m->table;

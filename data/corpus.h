@@ -16,8 +16,8 @@ the caller's to count.
 #ifndef CORPUS_H
 #define CORPUS_H
 
-#include "../llmc/check.h"
-#include "../llmc/json.h"
+#include "llmc/check.h"
+#include "llmc/files/json.h"
 #include <ctype.h>
 #include <fcntl.h>
 #include <sys/stat.h>

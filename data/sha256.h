@@ -8,7 +8,7 @@ Shapes: none. Errors: a file that cannot be read.
 #ifndef SHA256_H
 #define SHA256_H
 
-#include "../llmc/check.h"
+#include "llmc/check.h"
 
 typedef struct {
     uint32_t state[8];

@@ -1,5 +1,5 @@
 /*
-Trains a byte-level BPE vocabulary: text in, vocab.json and merges.txt out, for llmc/tokenizer.h and for
+Trains a byte-level BPE vocabulary: text in, vocab.json and merges.txt out, for llmc/files/tokenizer.h and for
 Hugging Face's tokenizers (GPT2Tokenizer) alike.
 
     build/train_tokenizer --vocab-size 4096 --out build/my_vocabulary my_text.jsonl ...
@@ -14,9 +14,9 @@ Source: Sennrich et al. 2016, algorithm 1; GPT-2's files. The result does not de
 
 Shapes: none. Errors: exit 1, 2 for usage. Records that are no documents are counted and reported.
 */
-#include "../llmc/newfile.h"
-#include "../llmc/tokenizer.h"
-#include "corpus.h"
+#include "llmc/files/newfile.h"
+#include "llmc/files/tokenizer.h"
+#include "data/corpus.h"
 #include <getopt.h>
 // defines: getopt_long
 

@@ -1,5 +1,5 @@
 /*
-compare_dumps: two dumps (llmc/dump.h) of the same micro-batch side by side, the CPU trainer's and the CUDA
+compare_dumps: two dumps (llmc/files/dump.h) of the same micro-batch side by side, the CPU trainer's and the CUDA
 trainer's: losses, logits, gates, and the gradient of every tensor.
 
     build/compare_dumps 2e-2 CPU.safetensors GPU.safetensors           the GPU took the CPU's routes
@@ -12,8 +12,8 @@ be within the tolerance. Free, a logit near 0 may fall on either side: at most 1
 pairs may, and the language model's loss must agree to 2e-3; gradients are left out, as a pair that is on in
 one of them alone has a gradient there alone. Exit 1 when something is beyond its bound.
 */
-#include "../llmc/check.h"
-#include "../llmc/safetensors.h"
+#include "llmc/check.h"
+#include "llmc/files/safetensors.h"
 #include <math.h>
 // defines: sqrt, strtod
 

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 rows() {
     printf '| Equation of the paper | What | Where |\n|---|---|---|\n'
     while IFS='|' read -r number what; do
-        places=$(grep -nE "\(Eq\. ([0-9]+, )*$number(, [0-9]+)*\)" llmc/*.h train_remoe.c |
+        places=$(grep -nE "\(Eq\. ([0-9]+, )*$number(, [0-9]+)*\)" llmc/*.h llmc/run/*.h train_remoe.c |
             sed -E 's/^([^:]*):([0-9]+):.*/[\1:\2](\1#L\2)/' | head -n 4 | paste -sd ' ' -)
         echo "| $number | $what | $places |"
     done <<'ROWS'

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes llmc/unicode_classes.h: what GPT-2's pre-tokenization takes for letters, numbers and space.
+"""Writes llmc/files/unicode_classes.h: what GPT-2's pre-tokenization takes for letters, numbers and space.
 
     pip install unicodedata2==16.0.0      # or a Python whose unicodedata is 16.0.0
     python3 dev/make_unicode_classes.py
@@ -17,7 +17,7 @@ except ImportError:
 
 VERSION = "16.0.0"
 CLASSES = ["OTHER", "LETTER", "NUMBER", "SPACE"]
-PATH = "llmc/unicode_classes.h"
+PATH = "llmc/files/unicode_classes.h"
 
 HEADER = """/*
 Unicode classes of GPT-2's pre-tokenization: \\p{{L}} (letter), \\p{{N}} (number), \\s (White_Space), rest.

@@ -18,8 +18,8 @@ w, m, v, grad [n] fp32, w_x [n] floatX. Equals adamw_update, sum_of_squares of a
 #ifndef ADAMW_CUH
 #define ADAMW_CUH
 
-#include "adamw.h"
-#include "floats.cuh"
+#include "llmc/adamw.h"
+#include "llmc/gpu/floats.cuh"
 // defines: AdamW, NORM_BLOCK; Floats, load_floats, store_floats, narrow
 
 enum { ADAMW_THREADS = 256, NORM_THREADS = 512 };

@@ -11,7 +11,7 @@ threads or sharding.
 #ifndef ADAMW_H
 #define ADAMW_H
 
-#include "check.h"
+#include "llmc/check.h"
 #include <math.h>
 // defines: sqrtf, pow
 

@@ -16,9 +16,9 @@ rope_table [T, hd] of rope.h. Errors: a head size that is no multiple of 8 or ab
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
 
-#include "attention_backward_hopper.cuh"
-#include "attention_hopper.cuh"
-#include "attention_portable.cuh"
+#include "llmc/gpu/attention_backward_hopper.cuh"
+#include "llmc/gpu/attention_hopper.cuh"
+#include "llmc/gpu/attention_portable.cuh"
 
 static inline size_t attention_scratch_floats(int B, int T, int H) {
     return portable::attention_scratch_floats(B, T, H);

@@ -16,9 +16,9 @@ kept.
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
-#include "check.h"
-#include "fast_exp.h"
-#include "matmul.h"
+#include "llmc/check.h"
+#include "llmc/fast_exp.h"
+#include "llmc/matmul.h"
 #include <math.h>
 // defines: sqrtf, logf
 

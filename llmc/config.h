@@ -11,9 +11,9 @@ Errors: an impossible or unsupported shape is refused by the name of its key or 
 #ifndef CONFIG_H
 #define CONFIG_H
 
-#include "json.h"
-#include "options.h"
-#include "router.h"
+#include "llmc/files/json.h"
+#include "llmc/run/options.h"
+#include "llmc/router.h"
 
 typedef struct {
     int vocab_size; // V

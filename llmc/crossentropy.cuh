@@ -27,7 +27,7 @@ crossentropy.h. Errors: none; a logit that is not finite makes the loss not fini
 #ifndef CROSSENTROPY_CUH
 #define CROSSENTROPY_CUH
 
-#include "floats.cuh"
+#include "llmc/gpu/floats.cuh"
 #include <math.h>
 // defines: Floats, widen, narrow, power_of_2; INFINITY
 

@@ -10,7 +10,7 @@ are (evaluation). All V rows take part in the softmax, the padded ones too (DESI
 #ifndef CROSSENTROPY_H
 #define CROSSENTROPY_H
 
-#include "fast_exp.h"
+#include "llmc/fast_exp.h"
 #include <math.h>
 #include <stdint.h>
 // defines: logf, int64_t

@@ -40,9 +40,9 @@ must fit a block.
 #ifndef DISPATCH_CUH
 #define DISPATCH_CUH
 
-#include "cuda_common.cuh"
-#include "floats.cuh"
-#include "pairs.cuh"
+#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/gpu/floats.cuh"
+#include "llmc/pairs.cuh"
 // defines: launch, floatX, Floats, load_pack, DevicePairs, block_exclusive_sum
 
 enum { ROW_ALIGN = 64 };

@@ -14,7 +14,7 @@ x, y [N, d]; X', Y [P, d]. The sums have a fixed order, so the result does not d
 #ifndef DISPATCH_H
 #define DISPATCH_H
 
-#include "pairs.h"
+#include "llmc/pairs.h"
 
 typedef struct {
     int64_t *offsets;      // [E + 1] rows of expert e: offsets[e] .. offsets[e + 1] - 1

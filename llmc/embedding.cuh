@@ -18,8 +18,8 @@ embedding_forward, embedding_backward of embedding.h up to the order of the sums
 #ifndef EMBEDDING_CUH
 #define EMBEDDING_CUH
 
-#include "floats.cuh"
-#include "positions.h"
+#include "llmc/gpu/floats.cuh"
+#include "llmc/files/positions.h"
 // defines: Floats, widen; EmbeddingPlan, partial_rows_most
 
 enum { EMBEDDING_THREADS = 256, EMBEDDING_COLUMNS = 32 * PACK_X }; // columns: of one warp

@@ -30,10 +30,10 @@ dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow 
 #ifndef EXPERTS_CUH
 #define EXPERTS_CUH
 
-#include "arena.cuh"
-#include "dispatch.cuh"
-#include "dispatch_rmsnorm.cuh"
-#include "grouped_gemm.cuh"
+#include "llmc/gpu/arena.cuh"
+#include "llmc/dispatch.cuh"
+#include "llmc/gpu/dispatch_rmsnorm.cuh"
+#include "llmc/gpu/grouped_gemm.cuh"
 // defines: RowChunk, ChunkH, arena_chunk, arena_h; dispatch_combine; CombineChunk; grouped_*
 
 // Adds the chunk's rows (Y or dX') to their tokens' sums; the last chunk's are left

@@ -16,9 +16,9 @@ routing (one expert, every gate 1) this is the dense SwiGLU layer.
 #ifndef EXPERTS_H
 #define EXPERTS_H
 
-#include "dispatch.h"
-#include "fast_exp.h"
-#include "matmul.h"
+#include "llmc/dispatch.h"
+#include "llmc/fast_exp.h"
+#include "llmc/matmul.h"
 
 // a[P, F] = silu(h[:, :F]) * h[:, F:]
 static inline void swiglu_forward(float *a, const float *h, int64_t P, int F) {

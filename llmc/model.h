@@ -22,8 +22,8 @@ matmul computes all three), and so are gate and up.
 #ifndef MODEL_H
 #define MODEL_H
 
-#include "config.h"
-#include "rng.h"
+#include "llmc/config.h"
+#include "llmc/rng.h"
 
 typedef struct {
     char name[80];

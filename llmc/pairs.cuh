@@ -26,8 +26,8 @@ N tokens, E experts, P pairs. N * E < 2^31 (indices are int; products of sizes a
 #ifndef PAIRS_CUH
 #define PAIRS_CUH
 
-#include "cuda_common.cuh"
-#include "pairs.h"
+#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/pairs.h"
 // defines: launch, floatX, ceil_div, PairList
 
 typedef struct {

@@ -10,7 +10,7 @@ N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membe
 #ifndef PAIRS_H
 #define PAIRS_H
 
-#include "check.h"
+#include "llmc/check.h"
 
 typedef struct {
     int64_t tokens;     // N

@@ -21,7 +21,7 @@ rmsnorm.h up to the order of the sums. Errors: none.
 #ifndef RMSNORM_CUH
 #define RMSNORM_CUH
 
-#include "floats.cuh"
+#include "llmc/gpu/floats.cuh"
 #include <type_traits>
 // defines: Floats, Bits, load_floats, widen, narrow; std::integral_constant
 

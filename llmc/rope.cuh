@@ -16,7 +16,7 @@ rope_forward, rope_backward of rope.h, rounded once. Errors: none.
 #ifndef ROPE_CUH
 #define ROPE_CUH
 
-#include "floats.cuh"
+#include "llmc/gpu/floats.cuh"
 // defines: Floats, load_floats, widen, narrow
 
 enum { ROPE_THREADS = 256 };

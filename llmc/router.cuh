@@ -15,11 +15,11 @@ used only within a call.
 #ifndef ROUTER_CUH
 #define ROUTER_CUH
 
-#include "router.h"
-#include "router_ec.cuh"
-#include "router_hash.cuh"
-#include "router_relu.cuh"
-#include "router_topk.cuh"
+#include "llmc/router.h"
+#include "llmc/router_ec.cuh"
+#include "llmc/router_hash.cuh"
+#include "llmc/router_relu.cuh"
+#include "llmc/router_topk.cuh"
 
 typedef struct {
     uint32_t *mask;      // [N, W]

@@ -19,10 +19,10 @@ own value, z for relu.
 #ifndef ROUTER_H
 #define ROUTER_H
 
-#include "router_ec.h"
-#include "router_hash.h"
-#include "router_relu.h"
-#include "router_topk.h"
+#include "llmc/router_ec.h"
+#include "llmc/router_hash.h"
+#include "llmc/router_relu.h"
+#include "llmc/router_topk.h"
 
 typedef enum { ROUTER_RELU, ROUTER_TOPK, ROUTER_EC, ROUTER_HASH, ROUTER_DENSE, ROUTER_COUNT } RouterMethod;
 

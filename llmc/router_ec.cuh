@@ -20,8 +20,8 @@ The backward is that of TopK without its loss.
 #ifndef ROUTER_EC_CUH
 #define ROUTER_EC_CUH
 
-#include "router_ec.h"
-#include "router_topk.cuh"
+#include "llmc/router_ec.h"
+#include "llmc/router_topk.cuh"
 
 enum { TRANSPOSE_TILE = 32, SELECT_THREADS = 1024 };
 

@@ -15,7 +15,7 @@ logits [N, E] fp32 become s in place.
 #ifndef ROUTER_EC_H
 #define ROUTER_EC_H
 
-#include "router_topk.h"
+#include "llmc/router_topk.h"
 
 typedef struct {
     float score;

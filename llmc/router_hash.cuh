@@ -9,8 +9,8 @@ ids [N] >= 0.
 #ifndef ROUTER_HASH_CUH
 #define ROUTER_HASH_CUH
 
-#include "pairs.cuh"
-#include "router_hash.h"
+#include "llmc/pairs.cuh"
+#include "llmc/router_hash.h"
 
 struct ActiveIfHashed {
     const int *ids;

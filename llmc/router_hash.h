@@ -8,7 +8,7 @@ The dense layer is the special case of one expert that everybody uses (router_de
 #ifndef ROUTER_HASH_H
 #define ROUTER_HASH_H
 
-#include "pairs.h"
+#include "llmc/pairs.h"
 
 static inline void router_hash_forward(PairList *pairs, const int *ids, int64_t N, int E, int k) {
     pairs_reserve(pairs, N, N * k);

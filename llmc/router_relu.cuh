@@ -12,8 +12,8 @@ tokens; counts == NULL means f = 1 (no load balance). logits, dlogits [tokens, E
 #ifndef ROUTER_RELU_CUH
 #define ROUTER_RELU_CUH
 
-#include "pairs.cuh"
-#include "router_relu.h"
+#include "llmc/pairs.cuh"
+#include "llmc/router_relu.h"
 
 struct ActiveIfPositive {
     const float *logits;

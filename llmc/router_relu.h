@@ -16,7 +16,7 @@ logits [N, E] fp32; E = E_tot experts, k = k_tot; n_e = counts[e] over the N tok
 #ifndef ROUTER_RELU_H
 #define ROUTER_RELU_H
 
-#include "pairs.h"
+#include "llmc/pairs.h"
 
 static inline void router_relu_forward(PairList *pairs, const float *logits, int64_t N, int E) {
     int64_t count = 0;

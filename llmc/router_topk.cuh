@@ -21,8 +21,8 @@ s [N, E] fp32; counts [E]: tokens of each expert in the global micro-batch of N 
 #ifndef ROUTER_TOPK_CUH
 #define ROUTER_TOPK_CUH
 
-#include "pairs.cuh"
-#include "router_topk.h"
+#include "llmc/pairs.cuh"
+#include "llmc/router_topk.h"
 
 // by a group: row [experts] becomes its softmax. A lane reads and writes its own experts alone
 __device__ __forceinline__ void group_softmax(float *row, int experts, int lanes) {

@@ -14,8 +14,8 @@ paper's section 3.1).
 #ifndef ROUTER_TOPK_H
 #define ROUTER_TOPK_H
 
-#include "fast_exp.h"
-#include "pairs.h"
+#include "llmc/fast_exp.h"
+#include "llmc/pairs.h"
 
 // z[N, E] becomes softmax(z) in place
 static inline void router_softmax(float *z, int64_t N, int E) {

@@ -21,8 +21,8 @@ minutes.
 #include <unistd.h>
 // defines: opendir, dlopen, log, sched_setaffinity, printf, setenv, strstr, clock_gettime, execv, usleep
 
-#include "../../llmc/check.h"
-#include "../../llmc/matmul.h"
+#include "llmc/check.h"
+#include "llmc/matmul.h"
 
 typedef void (*BlasSgemm)(int order, int trans_a, int trans_b, int M, int N, int K, float alpha,
                           const float *A, int lda, const float *B, int ldb, float beta, float *C, int ldc);

@@ -7,9 +7,9 @@ of the ids as uint16.
 
 dev/bench/bench_tokenizer.py runs it in turns with tiktoken.
 */
-#include "../../data/corpus.h"
-#include "../../data/sha256.h"
-#include "../../llmc/tokenizer.h"
+#include "data/corpus.h"
+#include "data/sha256.h"
+#include "llmc/files/tokenizer.h"
 #include <time.h>
 // defines: clock_gettime
 

@@ -1,7 +1,7 @@
 /*
 emulator: runs remoe.c's CUDA sources on a CPU, for machines without a GPU and for debuggers.
 
-It stands in the include path where NVIDIA's cuda_runtime.h would be; llmc/cuda_common.cuh's launch() calls
+It stands in the include path where NVIDIA's cuda_runtime.h would be; llmc/gpu/cuda_common.cuh's launch() calls
 emulator::run(), and memory is the host's. A block's threads are fibers on one stack each: they take turns, one
 going on until it meets a barrier or a warp's exchange (__syncthreads, __syncwarp, __shfl_*, __ballot_sync,
 mma), and blocks are shared out over OpenMP threads. So a kernel computes here what it computes on a GPU as

@@ -1,6 +1,6 @@
 // json.h: any bytes are parsed or refused; what is parsed, written and parsed again is the same.
 #include "fuzz.h"
-#include "../../llmc/json.h"
+#include "llmc/files/json.h"
 
 static void print_value(FILE *out, const Json *value) {
     const char *const words[] = {"null", value->boolean ? "true" : "false"};

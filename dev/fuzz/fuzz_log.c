@@ -1,7 +1,7 @@
 // logger.h: any log.jsonl is cut back to a step without an error: its whole rows of earlier steps stay, byte for byte, and no others.
 #include "fuzz.h"
 #include "fuzz_document.h"
-#include "../../llmc/logger.h"
+#include "llmc/files/logger.h"
 
 enum { FIRST_STEP = 3 }; // that a resumed run will write
 

@@ -1,6 +1,6 @@
 // safetensors.h: any file is opened or refused; what is opened can be found and read within the file.
 #include "fuzz.h"
-#include "../../llmc/safetensors.h"
+#include "llmc/files/safetensors.h"
 
 static float values[1 << 20];
 

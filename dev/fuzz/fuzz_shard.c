@@ -1,6 +1,6 @@
 // dataloader.h: any file is a shard or refused, every window of it lies within; any list of globs is cut up.
 #include "fuzz.h"
-#include "../../llmc/dataloader.h"
+#include "llmc/files/dataloader.h"
 
 static void read_windows(const uint8_t *data, size_t size) {
     static int inputs[16], targets[16], mix_source[MIX_PERIOD];

@@ -1,7 +1,7 @@
 // checkpoint.h: any state.json is read or refused with exit 1; what is read is in range, and is written back as itself.
 #include "fuzz.h"
 #include "fuzz_document.h"
-#include "../../llmc/checkpoint.h"
+#include "llmc/files/checkpoint.h"
 
 // all that a state and its options hold, as text
 static char *describe(const RunState *s, const Options *options) {

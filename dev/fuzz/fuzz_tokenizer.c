@@ -43,7 +43,7 @@ static void fuzz_free(void *p) {
 #define calloc fuzz_calloc
 #define realloc fuzz_realloc
 #define free fuzz_free
-#include "../../llmc/tokenizer.h"
+#include "llmc/files/tokenizer.h"
 #undef calloc
 #undef realloc
 #undef free

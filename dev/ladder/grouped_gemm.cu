@@ -2,8 +2,8 @@
 The grouped GEMM, from the simplest version to the fastest, each checked and timed:
 
     naive      one thread an element of the result: the reference of the checks (below)
-    mma.sync   llmc/grouped_gemm_portable.cuh: tiles by cp.async, epilogues in registers
-    wgmma      llmc/grouped_gemm_hopper.cuh: TMA, producer and consumers, the epilogue behind the next tile
+    mma.sync   llmc/gpu/grouped_gemm_portable.cuh: tiles by cp.async, epilogues in registers
+    wgmma      llmc/gpu/grouped_gemm_hopper.cuh: TMA, producer and consumers, the epilogue behind the next tile
     dense      cuBLASLt's dense product of the same size: the best of its first 8 heuristics
 
     grouped_gemm check [p2]       every product on small and odd shapes, every element
@@ -19,7 +19,7 @@ better of one product over all rows and a batch of E. FLOPs are those of the pai
 */
 
 #include "ladder.cuh"
-#include "llmc/grouped_gemm.cuh"
+#include "llmc/gpu/grouped_gemm.cuh"
 #include <cublasLt.h>
 // defines: random_new, poisoned_new, milliseconds, median, failures; grouped_*; cublasLtMatmul
 

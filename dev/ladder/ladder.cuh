@@ -7,7 +7,7 @@ and so the clock; zeros would run faster. Times are CUDA events' in the default 
 #ifndef LADDER_CUH
 #define LADDER_CUH
 
-#include "../../llmc/cuda_common.cuh"
+#include "llmc/gpu/cuda_common.cuh"
 #include <algorithm>
 #include <math.h>
 #include <vector>

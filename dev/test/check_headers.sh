@@ -2,13 +2,13 @@
 # Every header of llmc/ compiles alone, as C11 and as C++17, by gcc and by clang, with and without OpenMP, without a warning.
 # usage: dev/test/check_headers.sh [HEADER...]
 cd "$(dirname "$0")/../.." || exit 1
-headers=${*:-llmc/*.h}
-flags="-O1 -D_GNU_SOURCE -Wall -Wextra -Werror -Illmc -c -o /dev/null"
+headers=${*:-llmc/*.h llmc/*/*.h}
+flags="-O1 -D_GNU_SOURCE -Wall -Wextra -Werror -I. -c -o /dev/null"
 compiled=0
 failed=0
 
 compile() { # compiler, language, standard, OpenMP flags, header
-    if ! printf '#include "%s"\n' "$5" | $1 -x "$2" -std="$3" $4 $flags -I. -; then
+    if ! printf '#include "%s"\n' "$5" | $1 -x "$2" -std="$3" $4 $flags -; then
         echo "FAILED $5: $1 -std=$3 $4"
         failed=$((failed + 1))
     fi

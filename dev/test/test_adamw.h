@@ -5,7 +5,7 @@ clipping, and equal bits whatever the threads.
 #ifndef TEST_ADAMW_H
 #define TEST_ADAMW_H
 
-#include "../../llmc/adamw.h"
+#include "llmc/adamw.h"
 #include "harness.h"
 
 enum { ADAMW_N = 1003 };

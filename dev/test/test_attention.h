@@ -5,7 +5,7 @@ differences; and a key/value cache (start > 0), whose rows must be those of the 
 #ifndef TEST_ATTENTION_H
 #define TEST_ATTENTION_H
 
-#include "../../llmc/attention.h"
+#include "llmc/attention.h"
 #include "harness.h"
 
 enum { ATTENTION_MOST = 25000, ATTENTION_MOST_T = 400 };

@@ -8,7 +8,7 @@ removes the right ones; folders made by others load; missing, truncated and fore
 #include <signal.h>
 #include <sys/resource.h>
 // defines: signal, setrlimit
-#include "../../llmc/checkpoint.h"
+#include "llmc/files/checkpoint.h"
 #include "harness.h"
 
 #define CHECKPOINT_OUT "build/test/checkpoint"

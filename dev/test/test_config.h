@@ -5,7 +5,7 @@ back, configurations that others write, and everything that is refused.
 #ifndef TEST_CONFIG_H
 #define TEST_CONFIG_H
 
-#include "../../llmc/config.h"
+#include "llmc/config.h"
 #include "harness.h"
 
 #define CONFIG_PATH "build/test/config.json"

@@ -4,7 +4,7 @@ crossentropy.h: losses and gradients against double, logits of any size, and eva
 #ifndef TEST_CROSSENTROPY_H
 #define TEST_CROSSENTROPY_H
 
-#include "../../llmc/crossentropy.h"
+#include "llmc/crossentropy.h"
 #include "harness.h"
 
 enum { CROSSENTROPY_MOST = 2100 };

@@ -9,8 +9,8 @@ ahead.
 #include <signal.h>
 #include <sys/resource.h>
 // defines: signal, kill, setrlimit
-#include "../../llmc/dataloader.h"
-#include "../../llmc/prefetch.h"
+#include "llmc/files/dataloader.h"
+#include "llmc/files/prefetch.h"
 #include "harness.h"
 
 #define DL_FOLDER "build/test/shards/"

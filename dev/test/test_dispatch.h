@@ -5,7 +5,7 @@ combine against sums in double, and loads from none to all on one expert.
 #ifndef TEST_DISPATCH_H
 #define TEST_DISPATCH_H
 
-#include "../../llmc/dispatch.h"
+#include "llmc/dispatch.h"
 #include "harness.h"
 
 enum { DISPATCH_N = 37, DISPATCH_E = 6, DISPATCH_D = 11, DISPATCH_CELLS = DISPATCH_N * DISPATCH_E };

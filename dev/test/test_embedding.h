@@ -4,7 +4,7 @@ embedding.h: rows copied, their gradients summed in the order of the tokens, wha
 #ifndef TEST_EMBEDDING_H
 #define TEST_EMBEDDING_H
 
-#include "../../llmc/embedding.h"
+#include "llmc/embedding.h"
 #include "harness.h"
 
 static void embedding_check(int N, int V, int d) {

@@ -5,7 +5,7 @@ differences, for x, both weights and the gates, against the backward. From all e
 #ifndef TEST_EXPERTS_H
 #define TEST_EXPERTS_H
 
-#include "../../llmc/experts.h"
+#include "llmc/experts.h"
 #include "harness.h"
 
 enum { EXPERTS_N = 9, EXPERTS_D = 6, EXPERTS_MOST_F = 5, EXPERTS_MOST_E = 4 };

@@ -5,7 +5,7 @@ maximum of a row.
 #ifndef TEST_FAST_EXP_H
 #define TEST_FAST_EXP_H
 
-#include "../../llmc/fast_exp.h"
+#include "llmc/fast_exp.h"
 #include "harness.h"
 
 // `steps` points from `least` to `most`

@@ -7,7 +7,7 @@ JSONTestSuite's rules), values read back, errors placed, an arena used again, an
 
 #include <glob.h>
 // defines: glob
-#include "../../llmc/json.h"
+#include "llmc/files/json.h"
 #include "harness.h"
 
 typedef struct {

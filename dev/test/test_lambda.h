@@ -5,7 +5,7 @@ drawn by hand.
 #ifndef TEST_LAMBDA_H
 #define TEST_LAMBDA_H
 
-#include "../../llmc/lambda.h"
+#include "llmc/lambda.h"
 #include "harness.h"
 
 static void test_lambda_sign(void) {

@@ -5,7 +5,7 @@ a resumed run, whatever state it was left in.
 #ifndef TEST_LOGGER_H
 #define TEST_LOGGER_H
 
-#include "../../llmc/logger.h"
+#include "llmc/files/logger.h"
 #include "harness.h"
 
 #define LOGGER_PATH "build/test/log.jsonl"

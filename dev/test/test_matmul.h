@@ -7,8 +7,8 @@ neighbours.
 #ifndef TEST_MATMUL_H
 #define TEST_MATMUL_H
 
-#include "../../llmc/check.h"
-#include "../../llmc/matmul.h"
+#include "llmc/check.h"
+#include "llmc/matmul.h"
 #include "harness.h"
 
 enum { MATMUL_PAD = 5 }; // leading dimensions are this much larger than the width

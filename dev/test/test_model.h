@@ -5,7 +5,7 @@ weights: mean and deviation a tensor, and some exact bits.
 #ifndef TEST_MODEL_H
 #define TEST_MODEL_H
 
-#include "../../llmc/model.h"
+#include "llmc/model.h"
 #include "harness.h"
 
 typedef struct {

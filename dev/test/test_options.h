@@ -5,7 +5,7 @@ checkpoint and back.
 #ifndef TEST_OPTIONS_H
 #define TEST_OPTIONS_H
 
-#include "../../llmc/options.h"
+#include "llmc/run/options.h"
 #include "harness.h"
 
 #define OPTIONS_PATH "build/test/options.json"

@@ -4,7 +4,7 @@ pairs.h: the compressed rows against a mask read entry by entry, lists reused an
 #ifndef TEST_PAIRS_H
 #define TEST_PAIRS_H
 
-#include "../../llmc/pairs.h"
+#include "llmc/pairs.h"
 #include "harness.h"
 
 // a token with all experts, one with none, the rest mixed; the last active pair in the last cell

@@ -15,45 +15,45 @@ Prints a line a component and last "N passed, N failed"; exit 1 if any failed. T
 whole, and the CPU trainer in a namespace of its own: the reference that everything is compared with.
 */
 #define main train_remoecu_main
-#include "../../train_remoe.cu"
+#include "train_remoe.cu"
 #undef main
 
 // the reference's own components; all that it includes stands above already or here
-#include "../../llmc/attention.h"
-#include "../../llmc/crossentropy.h"
-#include "../../llmc/dispatch.h"
-#include "../../llmc/embedding.h"
-#include "../../llmc/experts.h"
-#include "../../llmc/matmul.h"
-#include "../../llmc/rmsnorm.h"
-#include "../../llmc/rope.h"
-#include "../../llmc/router.h"
+#include "llmc/attention.h"
+#include "llmc/crossentropy.h"
+#include "llmc/dispatch.h"
+#include "llmc/embedding.h"
+#include "llmc/experts.h"
+#include "llmc/matmul.h"
+#include "llmc/rmsnorm.h"
+#include "llmc/rope.h"
+#include "llmc/router.h"
 
 namespace cpu {
 #define main train_remoe_main
-#include "../../train_remoe.c"
+#include "train_remoe.c"
 #undef main
 } // namespace cpu
 
-#include "cuda/harness.cuh"
-#include "cuda/test_adamw.cuh"
-#include "cuda/test_attention.cuh"
-#include "cuda/test_crossentropy.cuh"
-#include "cuda/test_dispatch.cuh"
-#include "cuda/test_dispatch_rmsnorm.cuh"
-#include "cuda/bench_elementwise.cuh"
-#include "cuda/test_embedding.cuh"
-#include "cuda/test_experts.cuh"
-#include "cuda/test_gemm.cuh"
-#include "cuda/test_grouped_gemm.cuh"
-#include "cuda/test_mma.cuh"
-#include "cuda/test_model.cuh"
-#include "cuda/test_pairs.cuh"
-#include "cuda/test_repeat.cuh"
-#include "cuda/test_rmsnorm.cuh"
-#include "cuda/test_rmsnorm_router.cuh"
-#include "cuda/test_rope.cuh"
-#include "cuda/test_router.cuh"
+#include "dev/test/cuda/harness.cuh"
+#include "dev/test/cuda/test_adamw.cuh"
+#include "dev/test/cuda/test_attention.cuh"
+#include "dev/test/cuda/test_crossentropy.cuh"
+#include "dev/test/cuda/test_dispatch.cuh"
+#include "dev/test/cuda/test_dispatch_rmsnorm.cuh"
+#include "dev/test/cuda/bench_elementwise.cuh"
+#include "dev/test/cuda/test_embedding.cuh"
+#include "dev/test/cuda/test_experts.cuh"
+#include "dev/test/cuda/test_matmul.cuh"
+#include "dev/test/cuda/test_grouped_gemm.cuh"
+#include "dev/test/cuda/test_mma.cuh"
+#include "dev/test/cuda/test_model.cuh"
+#include "dev/test/cuda/test_pairs.cuh"
+#include "dev/test/cuda/test_repeat.cuh"
+#include "dev/test/cuda/test_rmsnorm.cuh"
+#include "dev/test/cuda/test_rmsnorm_router.cuh"
+#include "dev/test/cuda/test_rope.cuh"
+#include "dev/test/cuda/test_router.cuh"
 
 typedef struct {
     const char *name;

@@ -4,7 +4,7 @@ rmsnorm.h: forward against double, backward against central differences; rows wh
 #ifndef TEST_RMSNORM_H
 #define TEST_RMSNORM_H
 
-#include "../../llmc/rmsnorm.h"
+#include "llmc/rmsnorm.h"
 #include "harness.h"
 
 enum { RMSNORM_MOST = 1000, RMSNORM_MOST_D = 150 };

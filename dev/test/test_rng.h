@@ -6,7 +6,7 @@ ever.
 #ifndef TEST_RNG_H
 #define TEST_RNG_H
 
-#include "../../llmc/rng.h"
+#include "llmc/rng.h"
 #include "harness.h"
 
 // ----------------------------------------------------------------------------

@@ -5,8 +5,8 @@ the backward as the forward's transpose.
 #ifndef TEST_ROPE_H
 #define TEST_ROPE_H
 
-#include "../../llmc/check.h"
-#include "../../llmc/rope.h"
+#include "llmc/check.h"
+#include "llmc/rope.h"
 #include "harness.h"
 
 enum { ROPE_MOST = 12000 };

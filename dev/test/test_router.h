@@ -5,7 +5,7 @@ forced active set replaces the method's.
 #ifndef TEST_ROUTER_H
 #define TEST_ROUTER_H
 
-#include "../../llmc/router.h"
+#include "llmc/router.h"
 #include "harness.h"
 
 enum { ROUTER_TOKENS = 12, ROUTER_E = 4, ROUTER_K = 2, ROUTER_CELLS = ROUTER_TOKENS * ROUTER_E };

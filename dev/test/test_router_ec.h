@@ -5,7 +5,7 @@ gradient against central differences.
 #ifndef TEST_ROUTER_EC_H
 #define TEST_ROUTER_EC_H
 
-#include "../../llmc/router_ec.h"
+#include "llmc/router_ec.h"
 #include "harness.h"
 
 enum { EC_MOST_CELLS = 400 };

@@ -4,7 +4,7 @@ router_hash.h: experts (id k + j) mod E against that formula, in ascending order
 #ifndef TEST_ROUTER_HASH_H
 #define TEST_ROUTER_HASH_H
 
-#include "../../llmc/router_hash.h"
+#include "llmc/router_hash.h"
 #include "harness.h"
 
 static void router_hash_check(int E, int k) {

@@ -5,7 +5,7 @@ and regulariser against central differences.
 #ifndef TEST_ROUTER_RELU_H
 #define TEST_ROUTER_RELU_H
 
-#include "../../llmc/router_relu.h"
+#include "llmc/router_relu.h"
 #include "harness.h"
 
 static void test_router_relu_active(void) {

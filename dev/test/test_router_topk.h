@@ -5,7 +5,7 @@ loss, and the gradient against central differences.
 #ifndef TEST_ROUTER_TOPK_H
 #define TEST_ROUTER_TOPK_H
 
-#include "../../llmc/router_topk.h"
+#include "llmc/router_topk.h"
 #include "harness.h"
 
 enum { TOPK_TOKENS = 23, TOPK_E = 6, TOPK_CELLS = TOPK_TOKENS * TOPK_E };

@@ -10,7 +10,7 @@ beyond 4 GB, every kind of damaged or hostile header, and a disk that fills up.
 #include <signal.h>
 #include <sys/resource.h>
 // defines: glob, ldexp, isnan, isinf, nextafter, signal, setrlimit
-#include "../../llmc/safetensors.h"
+#include "llmc/files/safetensors.h"
 #include "harness.h"
 
 #define ST_PATH "build/test/test.safetensors"

@@ -4,7 +4,7 @@ sampler.h: which tokens can come out, how often, and what no logit may do.
 #ifndef TEST_SAMPLER_H
 #define TEST_SAMPLER_H
 
-#include "../../llmc/sampler.h"
+#include "llmc/run/sampler.h"
 #include "harness.h"
 
 enum { SAMPLER_V = 6, SAMPLER_DRAWS = 20000 };

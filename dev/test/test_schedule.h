@@ -4,7 +4,7 @@ schedule.h: DESIGN's values at the corners of the curve, its shape between them,
 #ifndef TEST_SCHEDULE_H
 #define TEST_SCHEDULE_H
 
-#include "../../llmc/schedule.h"
+#include "llmc/schedule.h"
 #include "harness.h"
 
 static int schedule_near(double got, double want) {

@@ -10,9 +10,9 @@ five other implementations agree (../shared/data, where it is present); and the 
 #include <sys/stat.h>
 #include <time.h>
 // defines: glob, mkdir, clock
-#include "../../data/corpus.h"
-#include "../../data/sha256.h"
-#include "../../llmc/tokenizer.h"
+#include "data/corpus.h"
+#include "data/sha256.h"
+#include "llmc/files/tokenizer.h"
 #include "harness.h"
 
 #define TK_FOLDER "build/test/vocabulary"

@@ -9,13 +9,13 @@ zeros would cost the multipliers less power and run faster. Medians of 10.
 #ifndef BENCH_ELEMENTWISE_CUH
 #define BENCH_ELEMENTWISE_CUH
 
-#include "../../../llmc/adamw.cuh"
-#include "../../../llmc/crossentropy.cuh"
-#include "../../../llmc/embedding.cuh"
-#include "../../../llmc/gemm.cuh"
-#include "../../../llmc/rmsnorm.cuh"
-#include "../../../llmc/rmsnorm_router.cuh"
-#include "../../../llmc/rope.cuh"
+#include "llmc/adamw.cuh"
+#include "llmc/crossentropy.cuh"
+#include "llmc/embedding.cuh"
+#include "llmc/matmul.cuh"
+#include "llmc/rmsnorm.cuh"
+#include "llmc/gpu/rmsnorm_router.cuh"
+#include "llmc/rope.cuh"
 #include "harness.cuh"
 
 enum { BENCH_N = 65536, BENCH_D = 768, BENCH_V = 51200, BENCH_ROWS = 8192, BENCH_PARAMETERS = 100000000 };

@@ -8,9 +8,9 @@ measured. device_new() is filled with NaN patterns: what a kernel forgets to wri
 #ifndef CUDA_HARNESS_CUH
 #define CUDA_HARNESS_CUH
 
-#include "../harness.h"
-#include "../../../llmc/cuda_common.cuh"
-#include "../../../llmc/row_chunk.cuh"
+#include "dev/test/harness.h"
+#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/gpu/row_chunk.cuh"
 
 // the kernels of grouped GEMM and attention under test: the runner goes through the table with each kind that the
 // device has

@@ -7,8 +7,8 @@ Tolerance: the same expressions in fp32, up to the compilers' fused multiply-add
 #ifndef TEST_CUDA_ADAMW_CUH
 #define TEST_CUDA_ADAMW_CUH
 
-#include "../../../llmc/adamw.h"
-#include "../../../llmc/adamw.cuh"
+#include "llmc/adamw.h"
+#include "llmc/adamw.cuh"
 #include "harness.cuh"
 
 // tensors that begin `offset` elements into their memory

@@ -11,9 +11,9 @@ equal numbers, and has fewer digits in either precision.
 #ifndef TEST_CUDA_ATTENTION_CUH
 #define TEST_CUDA_ATTENTION_CUH
 
-#include "../../../llmc/attention.cuh"
-#include "../../../llmc/attention.h"
-#include "../../../llmc/rope.h"
+#include "llmc/attention.cuh"
+#include "llmc/attention.h"
+#include "llmc/rope.h"
 #include "harness.cuh"
 
 typedef struct {

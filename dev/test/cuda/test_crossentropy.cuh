@@ -8,8 +8,8 @@ Tolerances: losses are fp32, of sums in another order: 1e-5; the gradient is rou
 #ifndef TEST_CUDA_CROSSENTROPY_CUH
 #define TEST_CUDA_CROSSENTROPY_CUH
 
-#include "../../../llmc/crossentropy.h"
-#include "../../../llmc/crossentropy.cuh"
+#include "llmc/crossentropy.h"
+#include "llmc/crossentropy.cuh"
 #include "harness.cuh"
 
 static void crossentropy_cuda_case(int64_t N, int V, float range, float scale) {

@@ -7,8 +7,8 @@ are not full.
 #ifndef CUDA_TEST_DISPATCH_CUH
 #define CUDA_TEST_DISPATCH_CUH
 
-#include "../../../llmc/dispatch.cuh"
-#include "../../../llmc/dispatch.h"
+#include "llmc/dispatch.cuh"
+#include "llmc/dispatch.h"
 #include "harness.cuh"
 
 // ----------------------------------------------------------------------------

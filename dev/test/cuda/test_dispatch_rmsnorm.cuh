@@ -10,11 +10,11 @@ is rounded too.
 #ifndef TEST_CUDA_DISPATCH_RMSNORM_CUH
 #define TEST_CUDA_DISPATCH_RMSNORM_CUH
 
-#include "../../../llmc/dispatch_rmsnorm.cuh"
-#include "../../../llmc/matmul.h"
-#include "../../../llmc/rmsnorm.h"
+#include "llmc/gpu/dispatch_rmsnorm.cuh"
+#include "llmc/matmul.h"
+#include "llmc/rmsnorm.h"
 #include "test_dispatch.cuh"
-#include "test_gemm.cuh"
+#include "test_matmul.cuh"
 
 // a pair list, rows in chunks of R, and the device's description of the last chunk
 typedef struct {

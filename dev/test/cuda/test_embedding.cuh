@@ -5,8 +5,8 @@ to one id everywhere, and for the first and last of the vocabulary; the plan nam
 #ifndef TEST_CUDA_EMBEDDING_CUH
 #define TEST_CUDA_EMBEDDING_CUH
 
-#include "../../../llmc/embedding.h"
-#include "../../../llmc/embedding.cuh"
+#include "llmc/embedding.h"
+#include "llmc/embedding.cuh"
 #include "harness.cuh"
 
 // id n of a text: mode 0: uniform; 1: the last id everywhere; 2: mostly the first and last; 3: each id once

@@ -7,8 +7,8 @@ against the rule of arena.cuh, the overflow flag, and that growing from it suffi
 #ifndef CUDA_TEST_EXPERTS_CUH
 #define CUDA_TEST_EXPERTS_CUH
 
-#include "../../../llmc/experts.cuh"
-#include "../../../llmc/experts.h"
+#include "llmc/experts.cuh"
+#include "llmc/experts.h"
 #include "harness.cuh"
 #include "test_dispatch.cuh"
 

@@ -15,9 +15,9 @@ bench: TFLOP/s of the six products on N(0, 1), beside cuBLASLt's dense product o
 #ifndef CUDA_TEST_GROUPED_GEMM_CUH
 #define CUDA_TEST_GROUPED_GEMM_CUH
 
-#include "../../../llmc/experts.h"
-#include "../../../llmc/gemm.cuh"
-#include "../../../llmc/grouped_gemm.cuh"
+#include "llmc/experts.h"
+#include "llmc/matmul.cuh"
+#include "llmc/gpu/grouped_gemm.cuh"
 #include "harness.cuh"
 
 typedef enum { GROUPED_H, GROUPED_Y, GROUPED_DH, GROUPED_DGATE, GROUPED_DX } GroupedRows;

@@ -2,7 +2,7 @@
 #ifndef TEST_MMA_CUH
 #define TEST_MMA_CUH
 
-#include "../../../llmc/mma.cuh"
+#include "llmc/gpu/mma.cuh"
 #include "harness.cuh"
 
 enum { MMA_TEST_LD = 40 }; // a row of a tile in shared memory

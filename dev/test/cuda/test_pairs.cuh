@@ -5,7 +5,7 @@ pairs, none, sizes that end within a tile. All of it is exact.
 #ifndef TEST_PAIRS_CUH
 #define TEST_PAIRS_CUH
 
-#include "../../../llmc/pairs.cuh"
+#include "llmc/pairs.cuh"
 #include "harness.cuh"
 
 // a device list for N tokens and E experts, every entry a NaN pattern

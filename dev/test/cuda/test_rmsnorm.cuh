@@ -7,8 +7,8 @@ once: at most 2^-9 of an element, so at most 2e-3 of the tensor.
 #ifndef TEST_CUDA_RMSNORM_CUH
 #define TEST_CUDA_RMSNORM_CUH
 
-#include "../../../llmc/rmsnorm.h"
-#include "../../../llmc/rmsnorm.cuh"
+#include "llmc/rmsnorm.h"
+#include "llmc/rmsnorm.cuh"
 #include "harness.cuh"
 
 static void rmsnorm_cuda_case(int64_t N, int d) {

@@ -9,11 +9,11 @@ rows bit for bit.
 #ifndef TEST_CUDA_RMSNORM_ROUTER_CUH
 #define TEST_CUDA_RMSNORM_ROUTER_CUH
 
-#include "../../../llmc/matmul.h"
-#include "../../../llmc/rmsnorm.h"
-#include "../../../llmc/rmsnorm_router.cuh"
+#include "llmc/matmul.h"
+#include "llmc/rmsnorm.h"
+#include "llmc/gpu/rmsnorm_router.cuh"
 #include "harness.cuh"
-#include "test_gemm.cuh"
+#include "test_matmul.cuh"
 
 static void rmsnorm_router_case(GemmPlans *plans, int64_t N, int d, int E) {
     const float eps = 1e-5f;
@@ -45,7 +45,7 @@ static void rmsnorm_router_case(GemmPlans *plans, int64_t N, int d, int E) {
     }
 }
 
-// As router_least_part_case of test_gemm.cuh: pairs v and -(hi + mid) of v, so that only v's least part is
+// As router_least_part_case of test_matmul.cuh: pairs v and -(hi + mid) of v, so that only v's least part is
 // left of the logit. Rows of 1 are normed to 0.999995, which is 1 in bf16
 static void rmsnorm_router_least_part_case(GemmPlans *plans) {
     enum { D = 8 };

@@ -7,8 +7,8 @@ Tolerance: rounded to bf16 once, at most 2^-9 of an element.
 #ifndef TEST_CUDA_ROPE_CUH
 #define TEST_CUDA_ROPE_CUH
 
-#include "../../../llmc/rope.h"
-#include "../../../llmc/rope.cuh"
+#include "llmc/rope.h"
+#include "llmc/rope.cuh"
 #include "harness.cuh"
 
 static void rope_cuda_case(int B, int T, int start, int heads, int hd) {

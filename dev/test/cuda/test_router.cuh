@@ -11,7 +11,7 @@ each element, at most 2^-8 of it.
 #ifndef TEST_ROUTER_CUH
 #define TEST_ROUTER_CUH
 
-#include "../../../llmc/router.cuh"
+#include "llmc/router.cuh"
 #include "test_pairs.cuh"
 
 enum { LOGITS_RANDOM, LOGITS_FEW, LOGITS_EQUAL, LOGITS_OFF, LOGITS_ONE, LOGITS_STEEP, LOGITS_KINDS };

@@ -1,0 +1,201 @@
+/*
+What all CUDA components share: the number format, checked calls, launches, 16-byte accesses and reductions.
+
+floatX is the format of activations and of the weights' working copy: bf16, or fp32 where PRECISION_FP32 is
+defined (a build for checking: the same kernels, offsets and epilogues; only the inner product of mma.cuh
+differs). Sums, norms, gates and gradients of weights are fp32 in both.
+
+Every kernel is started by launch(), with the block's dynamic shared memory at shared_memory(). The same
+sources compile with a plain C++ compiler against dev/emulator, where launch() runs a kernel on the CPU.
+Reductions are fixed trees: the same bits each time. Errors: a failed call ends the program with its name.
+*/
+#ifndef CUDA_COMMON_CUH
+#define CUDA_COMMON_CUH
+
+#include "llmc/check.h"
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+// defines: __nv_bfloat16, cudaLaunchKernel, cudaStream_t, int64_t
+
+#ifdef PRECISION_FP32
+typedef float floatX;
+#else
+typedef __nv_bfloat16 floatX;
+#endif
+
+// of the experts' products and of attention there are two kinds: mma.sync's, and Hopper's own (hopper.cuh)
+typedef enum { KERNELS_PORTABLE, KERNELS_HOPPER } Kernels;
+
+#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+static inline void cuda_check(cudaError_t error, const char *call, const char *file, int line) {
+    if (error != cudaSuccess) {
+        die("CUDA: %s (%s:%d: %s)", cudaGetErrorString(error), file, line, call);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// numbers
+
+__host__ __device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+
+__host__ __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+
+// rounds to the nearest, ties to even
+__host__ __device__ __forceinline__ floatX to_x(float x) {
+#ifdef PRECISION_FP32
+    return x;
+#else
+    return __float2bfloat16(x);
+#endif
+}
+
+// 2^x to a relative 2^-22; -infinity gives 0. The library's exp2f spends three more instructions on denormals
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef EMULATED
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// 1 / x to a relative 2^-23; of infinity 0
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef EMULATED
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+template <class T> __host__ __device__ __forceinline__ T ceil_div(T a, T b) {
+    return (a + b - 1) / b;
+}
+
+// 16 bytes: what one thread should load or store at a time. The address must be a multiple of 16
+template <class T> struct alignas(16) Pack {
+    enum { SIZE = 16 / sizeof(T) };
+    T x[SIZE];
+};
+
+template <class T> __device__ __forceinline__ Pack<T> load_pack(const T *from) {
+    return *reinterpret_cast<const Pack<T> *>(from);
+}
+
+template <class T> __device__ __forceinline__ void store_pack(T *to, const Pack<T> &pack) {
+    *reinterpret_cast<Pack<T> *>(to) = pack;
+}
+
+// ----------------------------------------------------------------------------
+// launches
+
+#ifdef EMULATED
+static inline bool emulated() {
+    return true;
+}
+
+static inline unsigned char *shared_memory() {
+    return emulator::shared_memory();
+}
+
+template <class... P, class... A>
+static void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   A... args) {
+    emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); });
+}
+#else
+static inline bool emulated() {
+#ifdef SMALL_TESTS // as slow as emulated: a build for compute-sanitizer
+    return true;
+#else
+    return false;
+#endif
+}
+
+__device__ __forceinline__ unsigned char *shared_memory() {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return memory;
+}
+
+template <class... P>
+static void launch_exact(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                         cudaStream_t stream, P... args) {
+    void *pointers[] = {(void *)&args..., NULL};
+    if (shared_bytes > 40 * 1024) { // beyond 48 KB, the kernel's own variables included, it must be asked for
+        CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        (int)shared_bytes));
+    }
+    CUDA_CHECK(cudaLaunchKernel((const void *)kernel, grid, block, pointers, shared_bytes, stream));
+}
+
+// the arguments are converted to the kernel's own types, as in a call; an empty grid launches nothing
+template <class... P, class... A>
+static void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   A... args) {
+    if (grid.x > 0 && grid.y > 0 && grid.z > 0) {
+        launch_exact<P...>(kernel, grid, block, shared_bytes, stream, static_cast<P>(args)...);
+    }
+}
+#endif
+
+static inline int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+static inline int num_sms() {
+    return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// ----------------------------------------------------------------------------
+// reductions; every thread of the warp (of the block) calls and every one gets the result
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
+    }
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    }
+    return x;
+}
+
+// the block is one-dimensional, of whole warps
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float partial[32];
+    x = warp_sum(x);
+    __syncthreads(); // an earlier call's sums have been read
+    if (threadIdx.x % 32 == 0) {
+        partial[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f);
+}
+
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float partial[32];
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        partial[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    return warp_max(partial[threadIdx.x % 32 < blockDim.x / 32 ? threadIdx.x % 32 : 0]);
+}
+
+#endif

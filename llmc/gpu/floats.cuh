@@ -1,0 +1,103 @@
+/*
+Sixteen bytes of floatX and the fp32 numbers that belong to them.
+
+Activations are packs of 8 bf16 numbers (4 in the fp32 build), but norms' weights, gradients, rotation tables
+and moments are fp32. Floats are as many fp32 numbers as a pack has elements, so that one loop serves both: 32
+bytes that move as two 16-byte accesses (one in the fp32 build).
+
+    widen    pack -> Floats, exact
+    narrow   Floats -> pack, each rounded once
+
+What a thread holds for long it should hold as Bits, the pack's 16 bytes in 4 registers: a Pack<floatX> has
+8 numbers of 16 bits, and where paths of control meet (a load that depends on a condition) the compiler
+gives each a register.
+*/
+#ifndef FLOATS_CUH
+#define FLOATS_CUH
+
+#include "llmc/gpu/cuda_common.cuh"
+
+enum { PACK_X = Pack<floatX>::SIZE };
+
+struct alignas(16) Floats {
+    float x[PACK_X];
+};
+
+__device__ __forceinline__ Floats load_floats(const float *from) {
+    return *reinterpret_cast<const Floats *>(from);
+}
+
+// the same of what no thread writes while the kernel runs: the compiler may move such a load before a store
+__device__ __forceinline__ Floats load_constant_floats(const float *from) {
+#ifdef EMULATED
+    return load_floats(from);
+#else
+    Floats floats;
+    for (int i = 0; i < PACK_X; i += 4) {
+        *reinterpret_cast<float4 *>(floats.x + i) = __ldg(reinterpret_cast<const float4 *>(from + i));
+    }
+    return floats;
+#endif
+}
+
+__device__ __forceinline__ void store_floats(float *to, const Floats &floats) {
+    *reinterpret_cast<Floats *>(to) = floats;
+}
+
+__device__ __forceinline__ Floats widen(const Pack<floatX> &pack) {
+    Floats floats;
+    for (int i = 0; i < PACK_X; i++) {
+        floats.x[i] = to_float(pack.x[i]);
+    }
+    return floats;
+}
+
+__device__ __forceinline__ Pack<floatX> narrow(const Floats &floats) {
+    Pack<floatX> pack;
+    for (int i = 0; i < PACK_X; i++) {
+        pack.x[i] = to_x(floats.x[i]);
+    }
+    return pack;
+}
+
+typedef Pack<uint32_t> Bits;
+
+__device__ __forceinline__ Bits load_bits(const floatX *from) {
+    return *reinterpret_cast<const Bits *>(from);
+}
+
+__device__ __forceinline__ void store_bits(floatX *to, const Bits &bits) {
+    *reinterpret_cast<Bits *>(to) = bits;
+}
+
+__device__ __forceinline__ Bits to_bits(const Pack<floatX> &pack) {
+    Bits bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    return bits;
+}
+
+__device__ __forceinline__ Floats widen(const Bits &bits) {
+    Pack<floatX> pack;
+    memcpy(&pack, &bits, sizeof(pack));
+    return widen(pack);
+}
+
+// The compiler must not know that these are the values of before: what it has computed from them (all
+// widened, all exponentials) it would keep for the next use, and there are not the registers
+template <int COUNT> __device__ __forceinline__ void forget_values(Bits (&held)[COUNT]) {
+#ifdef EMULATED
+    (void)held;
+#else
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        asm volatile("" : "+r"(held[i].x[0]), "+r"(held[i].x[1]), "+r"(held[i].x[2]), "+r"(held[i].x[3]));
+    }
+#endif
+}
+
+// whether 16-byte accesses may begin at p
+static inline bool is_aligned16(const void *p) {
+    return (uintptr_t)p % 16 == 0;
+}
+
+#endif

@@ -1,0 +1,423 @@
+/*
+The command line: one table. The struct, the parser, --help, the presets, the printed settings and the options
+saved in a checkpoint all walk OPTION_TABLE, so an option is written once.
+
+    OPTION(kind, field, default, least, most, what it means)
+    kind: INT (int64), REAL (double), TEXT, FLAG (0 or 1; `--eval` alone means 1)
+An option's name is its field with dashes: `--global-batch 64` or `--global-batch=64`. Two short names exist
+besides: --data for --train-data and --lambda for --lambda-init. A preset is itself a piece of command line,
+read before the user's; a resumed run starts from its saved options instead. Errors: exit 2, with the nearest
+name.
+*/
+#ifndef OPTIONS_H
+#define OPTIONS_H
+
+#include "llmc/check.h"
+#include "llmc/files/json.h"
+#include <math.h>
+#include <stddef.h>
+// defines: strtoll, strtod, isfinite, offsetof
+
+enum { OPTION_TEXT_SIZE = 1024 };
+
+#define OPTION_TABLE(OPTION)                                                                                 \
+    OPTION(TEXT, preset, "tiny", 0, 0,                                                                       \
+           "tiny, small, medium or large: a set of the options below (DESIGN: Table 1)")                     \
+    OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                              \
+    OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                       \
+    OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")                \
+    OPTION(INT, granularity, "1", 1, 65536, "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")  \
+    OPTION(INT, layers, "3", 1, 1024, "L, transformer layers")                                               \
+    OPTION(INT, hidden, "192", 2, 65536, "d, width of the residual stream")                                  \
+    OPTION(INT, heads, "6", 1, 1024, "H, query heads")                                                       \
+    OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                         \
+    OPTION(INT, ffn_mult, "4", 1, 1024,                                                                      \
+           "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)")                    \
+    OPTION(INT, vocab_size, "2048", 1, 65536, "V, rows of the embedding; at least the tokenizer's ids")      \
+    OPTION(FLAG, load_balance, "1", 0, 1,                                                                    \
+           "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                            \
+    OPTION(REAL, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                               \
+    OPTION(REAL, lambda_init, "1e-8", 1e-30, 1e30,                                                           \
+           "lambda_0, the regulariser's first weight (also --lambda)")                                       \
+    OPTION(REAL, alpha, "1.2", 1, 1e3, "lambda's factor a step (Eq. 7)")                                     \
+    OPTION(INT, topk_warmup_steps, "0", 0, INT64_MAX,                                                        \
+           "topk: near-dense first steps (the paper's Appendix H)")                                          \
+    OPTION(INT, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                                  \
+    OPTION(TEXT, train_data, "build/sample/train_*.bin", 0, 0,                                               \
+           "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                          \
+    OPTION(TEXT, val_data, "build/sample/val.*.bin", 0, 0,                                                   \
+           "validation shards, one a domain: val.DOMAIN.bin")                                                \
+    OPTION(TEXT, tokenizer, "build/sample", 0, 0, "folder with vocab.json and merges.txt, to show samples")  \
+    OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                               \
+    OPTION(INT, seq_len, "192", 1, 1048576, "T, tokens a sequence")                                          \
+    OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                      \
+    OPTION(INT, steps, "400", 1, 1e12, "optimizer steps of the whole run")                                   \
+    OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                \
+    OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                   \
+    OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")         \
+    OPTION(REAL, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")                \
+    OPTION(REAL, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                          \
+    OPTION(INT, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")                \
+    OPTION(FLAG, shuffle, "1", 0, 1, "visit the training windows in a seeded random order (0: shard order)") \
+    OPTION(TEXT, out, "", 0, 0,                                                                              \
+           "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")           \
+    OPTION(INT, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")               \
+    OPTION(INT, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                              \
+    OPTION(TEXT, save_dtype, "f32", 0, 0,                                                                    \
+           "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                          \
+    OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")          \
+    OPTION(INT, val_batches, "20", 1, 1e12, "micro-batches a validation and domain, at most")                \
+    OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")           \
+    OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                           \
+    OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")              \
+    OPTION(TEXT, load, "", 0, 0,                                                                             \
+           "start from the weights of this checkpoint folder (moments and lambda if it has them)")           \
+    OPTION(TEXT, dump, "", 0, 0,                                                                             \
+           "write one micro-batch's losses, gates and gradients to this file; no training")                  \
+    OPTION(TEXT, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")        \
+    OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                         \
+    OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                            \
+    OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                   \
+    OPTION(INT, top_k, "50", 0, 1 << 24, "sample among so many likeliest tokens (0: all)")                   \
+    OPTION(FLAG, overfit_batch, "0", 0, 1,                                                                   \
+           "train on the first batch again and again: a check that learning works")                          \
+    OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                      \
+    OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                               \
+    OPTION(TEXT, kernels, "auto", 0, 0,                                                                      \
+           "CUDA: kernels of experts and attention: portable, hopper, or auto (the fastest there is)")       \
+    OPTION(REAL, pair_budget, "0", 0, 1e6,                                                                   \
+           "CUDA: GB of pair storage kept for the backward pass (0: what memory is left over)")              \
+    OPTION(FLAG, recompute, "0", 0, 1,                                                                       \
+           "CUDA: normalised inputs are not kept but computed again in backward: less memory, same bits")    \
+    OPTION(FLAG, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
+
+#define OPTION_FIELD_INT(field) int64_t field;
+#define OPTION_FIELD_REAL(field) double field;
+#define OPTION_FIELD_TEXT(field) char field[OPTION_TEXT_SIZE];
+#define OPTION_FIELD_FLAG(field) int64_t field;
+#define OPTION_FIELD(kind, field, initial, least, most, help) OPTION_FIELD_##kind(field)
+
+typedef struct {
+    OPTION_TABLE(OPTION_FIELD)
+} Options;
+
+typedef enum { OPTION_INT, OPTION_REAL, OPTION_TEXT, OPTION_FLAG } OptionKind;
+
+typedef struct {
+    OptionKind kind;
+    const char *field; // with underscores
+    size_t offset;     // in Options
+    const char *initial;
+    double least, most;
+    const char *help;
+} OptionRow;
+
+#define OPTION_ROW(kind, field, initial, least, most, help)                                                  \
+    {OPTION_##kind, #field, offsetof(Options, field), initial, (double)(least), (double)(most), help},
+
+static inline const OptionRow *option_rows(int *count) {
+    static const OptionRow rows[] = {OPTION_TABLE(OPTION_ROW)};
+    *count = (int)(sizeof(rows) / sizeof(rows[0]));
+    return rows;
+}
+
+// ----------------------------------------------------------------------------
+// presets: the paper's Table 1 (V = GPT-2's 50257 padded to a multiple of 1024), and one for a CPU
+
+static inline const char *preset_arguments(const char *name) {
+    static const char *presets[][2] = {
+        {"tiny", "--lr 2e-3 --lr-min 2e-4 --warmup-steps 40"},
+        {"small", "--hidden 768 --layers 12 --heads 12"},
+        {"medium", "--hidden 1024 --layers 24 --heads 16"},
+        {"large", "--hidden 1536 --layers 24 --heads 16"},
+    };
+    for (size_t i = 0; i < sizeof(presets) / sizeof(presets[0]); i++) {
+        if (strcmp(presets[i][0], name) == 0) {
+            return presets[i][1];
+        }
+    }
+    die_usage("--preset %s: unknown\n  ---> one of: tiny, small, medium, large", name);
+}
+
+// what the paper's three sizes share
+static inline const char *preset_common(const char *name) {
+    return strcmp(name, "tiny") == 0
+               ? ""
+               : "--kv-heads 4 --vocab-size 51200 --seq-len 1024 --batch 4 --global-batch 512 --steps 60000 "
+                 "--train-data data/pile/train_*.bin --val-data data/pile/val.*.bin --tokenizer data/gpt2 "
+                 "--save-every 1000 --val-every 1000 --val-batches 100";
+}
+
+// ----------------------------------------------------------------------------
+// parsing
+
+// `--global-batch` and `global_batch` are one name
+static inline int option_name_equal(const char *name, size_t size, const char *field) {
+    if (strlen(field) != size) {
+        return 0;
+    }
+    for (size_t i = 0; i < size; i++) {
+        if ((name[i] == '-' ? '_' : name[i]) != field[i]) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static inline const OptionRow *option_find(const char *name, size_t size) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    if (option_name_equal(name, size, "data")) {
+        return option_find("train_data", 10);
+    }
+    if (option_name_equal(name, size, "lambda")) {
+        return option_find("lambda_init", 11);
+    }
+    for (int i = 0; i < count; i++) {
+        if (option_name_equal(name, size, rows[i].field)) {
+            return &rows[i];
+        }
+    }
+    return NULL;
+}
+
+// Levenshtein distance, for the nearest match of a mistyped name; both shorter than 64
+static inline int edit_distance(const char *a, size_t na, const char *b, size_t nb) {
+    int row[65];
+    for (size_t j = 0; j <= nb; j++) {
+        row[j] = (int)j;
+    }
+    for (size_t i = 1; i <= na; i++) {
+        int diagonal = row[0];
+        row[0] = (int)i;
+        for (size_t j = 1; j <= nb; j++) {
+            int replace = diagonal + ((a[i - 1] == '-' ? '_' : a[i - 1]) != b[j - 1]);
+            int shift = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+            diagonal = row[j];
+            row[j] = replace < shift ? replace : shift;
+        }
+    }
+    return row[nb];
+}
+
+// a field's name as it is typed
+static inline void option_spell(char *out, size_t capacity, const char *field) {
+    size_t i = 0;
+    for (; field[i] != '\0' && i + 1 < capacity; i++) {
+        out[i] = field[i] == '_' ? '-' : field[i];
+    }
+    out[i] = '\0';
+}
+
+__attribute__((noreturn)) static inline void option_unknown(const char *name, size_t size) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    size = size > 64 ? 64 : size;
+    const OptionRow *best = &rows[0];
+    int best_distance = 1000;
+    for (int i = 0; i < count; i++) {
+        int distance = edit_distance(name, size, rows[i].field, strlen(rows[i].field));
+        if (distance < best_distance) {
+            best_distance = distance;
+            best = &rows[i];
+        }
+    }
+    char spelled[64];
+    option_spell(spelled, sizeof(spelled), best->field);
+    die_usage("unknown option --%.*s\n  ---> did you mean --%s? All options: --help", (int)size, name,
+              spelled);
+}
+
+// sets one option from text; `from`: the checkpoint's file that holds it, or "" for the command line
+static inline void option_set(Options *options, const OptionRow *row, const char *text, const char *from) {
+    void (*fail)(const char *, ...) = from[0] == '\0' ? die_usage : die;
+    const char *source = from[0] == '\0' ? "" : " (from the checkpoint)";
+    const char *remedy = from[0] == '\0' ? "--help describes it" : "another checkpoint, or mend ";
+    char *field = (char *)options + row->offset;
+    char spelled[64];
+    option_spell(spelled, sizeof(spelled), row->field);
+    if (row->kind == OPTION_TEXT) {
+        if (strlen(text) >= OPTION_TEXT_SIZE) {
+            fail("--%s%s: longer than %d bytes\n  ---> %s%s", spelled, source, OPTION_TEXT_SIZE - 1, remedy,
+                 from);
+        }
+        strcpy(field, text);
+        return;
+    }
+    char *end = NULL;
+    errno = 0;
+    double value;
+    if (row->kind == OPTION_REAL) {
+        value = strtod(text, &end);
+        memcpy(field, &value, sizeof(value));
+    } else {
+        long long integer = strtoll(text, &end, 10);
+        int64_t stored = integer;
+        value = (double)integer;
+        memcpy(field, &stored, sizeof(stored));
+    }
+    int malformed = end == text || *end != '\0' || errno == ERANGE || !isfinite(value);
+    if (malformed || value < row->least || value > row->most) {
+        fail("--%s%s expects %s from %.9g to %.9g, not '%.200s'\n  ---> %s%s", spelled, source,
+             row->kind == OPTION_REAL ? "a number" : "an integer", row->least, row->most, text, remedy, from);
+    }
+}
+
+static inline int option_is_switch(const char *text) {
+    return strcmp(text, "0") == 0 || strcmp(text, "1") == 0;
+}
+
+static inline void options_parse(Options *options, int argc, const char *const *argv) {
+    for (int i = 0; i < argc; i++) {
+        if (strncmp(argv[i], "--", 2) != 0 || argv[i][2] == '\0') {
+            die_usage("'%s' is not an option: options begin with --\n  ---> all options: --help", argv[i]);
+        }
+        const char *name = argv[i] + 2;
+        const char *equals = strchr(name, '=');
+        size_t size = equals != NULL ? (size_t)(equals - name) : strlen(name);
+        const OptionRow *row = option_find(name, size);
+        if (row == NULL) {
+            option_unknown(name, size);
+        }
+        int next_is_value = i + 1 < argc && (row->kind != OPTION_FLAG || option_is_switch(argv[i + 1]));
+        if (equals != NULL) {
+            option_set(options, row, equals + 1, "");
+        } else if (next_is_value) {
+            option_set(options, row, argv[++i], "");
+        } else if (row->kind == OPTION_FLAG) {
+            option_set(options, row, "1", "");
+        } else {
+            die_usage("--%.*s needs a value\n  ---> --help shows what it expects", (int)size, name);
+        }
+    }
+}
+
+// a preset's words; no quoting is needed there
+static inline void options_parse_line(Options *options, const char *line) {
+    char words[1024];
+    const char *argv[64];
+    int argc = 0;
+    check_format(words, sizeof(words), "%s", line);
+    for (char *word = strtok(words, " "); word != NULL && argc < 64; word = strtok(NULL, " ")) {
+        argv[argc++] = word;
+    }
+    options_parse(options, argc, argv);
+}
+
+// the table's defaults, then the preset's words (NULL: none, for a model that is loaded)
+static inline void options_defaults(Options *options, const char *preset) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    memset(options, 0, sizeof(*options));
+    for (int i = 0; i < count; i++) {
+        option_set(options, &rows[i], rows[i].initial, "");
+    }
+    if (preset != NULL) {
+        options_parse_line(options, preset_common(preset));
+        options_parse_line(options, preset_arguments(preset));
+        option_set(options, option_find("preset", 6), preset, "");
+    }
+}
+
+// the value of `--name value` or `--name=value`, the last one given; fallback when absent
+static inline const char *options_peek(int argc, const char *const *argv, const char *name,
+                                       const char *fallback) {
+    size_t size = strlen(name);
+    for (int i = argc - 1; i >= 0; i--) {
+        if (strncmp(argv[i], "--", 2) == 0 && strncmp(argv[i] + 2, name, size) == 0) {
+            const char *rest = argv[i] + 2 + size;
+            if (*rest == '=') {
+                return rest + 1;
+            }
+            if (*rest == '\0' && i + 1 < argc) {
+                return argv[i + 1];
+            }
+        }
+    }
+    return fallback;
+}
+
+// was the option given on this command line (under either spelling)?
+static inline int options_given(int argc, const char *const *argv, const char *field) {
+    const OptionRow *wanted = option_find(field, strlen(field));
+    for (int i = 0; i < argc; i++) {
+        if (strncmp(argv[i], "--", 2) == 0 && option_find(argv[i] + 2, strcspn(argv[i] + 2, "=")) == wanted) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// ----------------------------------------------------------------------------
+// printing, saving, restoring
+
+static inline void option_format(char *out, size_t capacity, const Options *options, const OptionRow *row,
+                                 int digits) {
+    const char *field = (const char *)options + row->offset;
+    if (row->kind == OPTION_TEXT) {
+        snprintf(out, capacity, "%s", field);
+    } else if (row->kind == OPTION_REAL) {
+        double value;
+        memcpy(&value, field, sizeof(value));
+        snprintf(out, capacity, "%.*g", digits, value);
+    } else {
+        int64_t value;
+        memcpy(&value, field, sizeof(value));
+        snprintf(out, capacity, "%lld", (long long)value);
+    }
+}
+
+static inline void options_help(const Options *defaults, const char *program) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    printf("%s: train a mixture-of-experts language model with a ReLU router (ReMoE)\n\n"
+           "usage: %s [--option value | --option=value] ...\n\n"
+           "defaults of the preset '%s':\n",
+           program, program, defaults->preset);
+    for (int i = 0; i < count; i++) {
+        char spelled[64], value[OPTION_TEXT_SIZE];
+        option_spell(spelled, sizeof(spelled), rows[i].field);
+        option_format(value, sizeof(value), defaults, &rows[i], 6);
+        printf("  --%-18s %s [%s]\n", spelled, rows[i].help, value);
+    }
+}
+
+// {"preset": "tiny", "experts": 8, ...}
+static inline void options_write_json(FILE *file, const Options *options) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    for (int i = 0; i < count; i++) {
+        char value[OPTION_TEXT_SIZE];
+        option_format(value, sizeof(value), options, &rows[i], 17);
+        fprintf(file, "%s\"%s\": ", i == 0 ? "{" : ", ", rows[i].field);
+        if (rows[i].kind == OPTION_TEXT) {
+            json_write_string(file, value, strlen(value));
+        } else {
+            fputs(value, file);
+        }
+    }
+    fputc('}', file);
+}
+
+// options that `object` lacks keep their value; names that no longer exist are refused
+static inline void options_read_json(Options *options, const Json *object, const char *path) {
+    if (object == NULL || object->type != JSON_OBJECT || json_duplicate_key(object) != NULL) {
+        die("%s: \"options\" is not an object without repeated names\n  ---> --load this folder instead of "
+            "--resume to use its weights alone",
+            path);
+    }
+    for (const Json *member = object->child; member != NULL; member = member->next) {
+        const OptionRow *row = option_find(member->key, member->key_size);
+        int is_text = member->type == JSON_STRING;
+        int is_scalar = is_text || member->type == JSON_NUMBER;
+        if (row == NULL || strcmp(member->key, row->field) != 0 || !is_scalar ||
+            is_text != (row->kind == OPTION_TEXT) || strlen(member->text) != member->text_size) {
+            die("%s: unusable option \"%.200s\"\n  ---> --load this folder instead of --resume to use its "
+                "weights alone",
+                path, member->key);
+        }
+        option_set(options, row, member->text, path);
+    }
+}
+
+#endif
