@@ -2,8 +2,9 @@
 train_remoe.c: the CPU reference trainer of ReMoE (mixture-of-experts language models with a ReLU router),
 fp32, OpenMP.
 
-One file, read top to bottom: the model's memory, forward, backward, update, and last what a run asks of them.
-The run itself (options, lambda, log, checkpoints, sampling) is llmc/run/run.h, and the mathematics of each step
+One file, read top to bottom: the model's memory, forward, backward, the gradients of a step, and last what a
+run asks of them (llmc/trainer.h). The step that a run repeats is llmc/step.h: gradients, clip, AdamW, lambda.
+The run itself (options, log, checkpoints, sampling) is llmc/run/run.h, and the mathematics of each component
 stands in its own header under llmc/; the CUDA trainer has the same order and the same names.
 
     tokens -> embedding -> L layers -> RMSNorm -> lm_head -> cross entropy -> loss, and back
@@ -24,9 +25,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: sysconf
 // defines: die, NEW
 #include "llmc/check.h"
-// defines: Config, config_params, config_qkv_width; Options
+// defines: Config, config_params, config_qkv_width
 #include "llmc/config.h"
-#include "llmc/run/options.h"
 // defines: TensorTable, Weights, LayerWeights, model_tensors
 #include "llmc/model.h"
 // defines: Prefetcher, prefetch_next
@@ -49,8 +49,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/adamw.h"
 // defines: seconds_now, peak_memory_gb
 #include "llmc/files/logger.h"
-// defines: run_main, and what it asks of a model: Purpose, ModelBuffer, StepStats, model_*
-#include "llmc/run/run.h"
+// defines: Purpose, ModelSettings, ModelBuffer, StepStats, and what a run asks of a model: model_*
+#include "llmc/trainer.h"
 
 // ----------------------------------------------------------------------------
 // the model's memory
@@ -69,7 +69,6 @@ typedef struct {
     float *router_logits; // [N, E] (the softmax for topk and ec)
     PairList pairs;       // who goes where, with which gate
     Dispatch dispatch;    // the same, sorted by expert
-    int64_t *counts;      // [E] tokens of each expert in the micro-batch
     float *h;             // [P, 2F] up-projections; grows with P
     int64_t h_capacity;
 } LayerActs;
@@ -89,26 +88,34 @@ typedef enum {
     TIME_ROWS
 } TimeRow;
 
-struct Model {
-    Config config;
-    TensorTable table;
-    Weights weights, grads;
-    float *params, *grad, *exp_avg, *exp_avg_sq; // [num_params] each; the last three NULL without training
-    LayerActs *layers;                           // [L]
-    float *rope;                                 // [T, hd]
-    float *x;                                    // [N, d] the residual stream after the last layer
-    float *normed, *rstd;                        // [N, d], [N] final norm
-    float *logits;                               // [chunk, V]
-    int64_t logit_rows;                          // chunk
-    float *losses;                               // [N]
-    float *dx, *dnormed, *datt, *dqkv; // gradients of the residual stream, a norm's output, att, qkv
+// what forward leaves for backward, and the head
+typedef struct {
+    LayerActs *layers;  // [L]
+    float *rope;        // [T, hd]
+    float *x;           // [N, d] the residual stream after the last layer
+    float *normed;      // [N, d] final norm
+    float *rstd;        // [N]
+    float *logits;      // [chunk, V]
+    int64_t logit_rows; // chunk
+    float *losses;      // [N]
+} Activations;
+
+// gradients of activations: all layers share them, backward passes them on
+typedef struct {
+    float *dx, *dnormed, *datt, *dqkv; // of the residual stream, a norm's output, att, qkv
     float *drouter;                    // [N, E]
     float *dgate;                      // [P]
     int64_t dgate_capacity;
+} ActivationGradients;
+
+struct Model {
+    Config config;
+    int k; // k_tot in force (the near-dense warm-up of topk raises it)
+    Params params;
+    Activations acts;
+    ActivationGradients back;
     float *scratch; // the experts' rows: P (d + F + 1) floats; grows with P
     int64_t scratch_capacity;
-    int B, T; // the largest micro-batch
-    int k;    // k_tot in force (the near-dense warm-up of topk raises it)
     double seconds[TIME_ROWS], last_lap;
 };
 
@@ -147,15 +154,15 @@ static double model_bytes(const Config *c, int64_t N, double active, int trainin
 }
 
 // refuses before anything is allocated what the machine's memory cannot hold
-static void check_memory(const Config *c, const Options *o, int training) {
-    int fresh = c->router.method == ROUTER_RELU && o->load[0] == '\0' && o->resume[0] == '\0';
-    double active = fresh ? 0.5 * c->router.experts : c->router.active; // about half are on at initialisation
+static void check_memory(const Config *c, const ModelSettings *s) {
+    int training = s->purpose != FOR_INFERENCE;
+    double active =
+        s->starts_dense ? 0.5 * c->router.experts : c->router.active; // of new weights half are on
     double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    int64_t N = o->batch * o->seq_len;
-    double need = model_bytes(c, N, active, training);
+    double need = model_bytes(c, (int64_t)s->B * s->T, active, training);
     double fixed = model_bytes(c, 0, active, training);
     if (need > have) {
-        double rows = (have - fixed) / (need - fixed) * (double)o->batch;
+        double rows = (have - fixed) / (need - fixed) * s->B;
         die("the run needs %.1f GB of memory, the machine has %.1f\n  ---> use %s", 1e-9 * need, 1e-9 * have,
             rows < 1.0 ? "a smaller model, or a shorter --seq-len" : "a smaller --batch");
     }
@@ -165,9 +172,9 @@ static void model_allocate_params(Model *m, const Config *config) {
     memset(m, 0, sizeof(*m));
     m->config = *config;
     m->k = config->router.active;
-    model_tensors(&m->table, &m->weights, config, NULL);
-    m->params = floats(m->table.num_params);
-    model_tensors(&m->table, &m->weights, config, m->params);
+    model_tensors(&m->params.table, &m->params.weights, config, NULL);
+    m->params.values = floats(m->params.table.num_params);
+    model_tensors(&m->params.table, &m->params.weights, config, m->params.values);
 }
 
 // the time since the last lap was spent on `row`
@@ -178,11 +185,11 @@ static void lap(Model *m, TimeRow row) {
 }
 
 static void model_allocate_training(Model *m, int with_moments) {
-    m->grad = floats(m->table.num_params);
-    model_tensors(&m->table, &m->grads, &m->config, m->grad);
+    m->params.grad = floats(m->params.table.num_params);
+    model_tensors(&m->params.table, &m->params.grads, &m->config, m->params.grad);
     if (with_moments) {
-        m->exp_avg = floats(m->table.num_params);
-        m->exp_avg_sq = floats(m->table.num_params);
+        m->params.exp_avg = floats(m->params.table.num_params);
+        m->params.exp_avg_sq = floats(m->params.table.num_params);
     }
 }
 
@@ -199,7 +206,6 @@ static void layer_allocate(LayerActs *a, const Config *c, int64_t N) {
     a->ffn_normed = floats(N * d);
     a->ffn_rstd = floats(N);
     a->router_logits = router_has_weights(c->router.method) ? floats(N * c->router.experts) : NULL;
-    a->counts = NEW(int64_t, c->router.experts);
     dispatch_init(&a->dispatch, c->router.experts);
 }
 
@@ -213,51 +219,49 @@ static int64_t classifier_rows(int64_t N, int V) {
 static void model_allocate_activations(Model *m, int B, int T) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * T, d = c->hidden;
-    m->B = B;
-    m->T = T;
-    m->layers = NEW(LayerActs, c->layers);
+    m->acts.layers = NEW(LayerActs, c->layers);
     for (int l = 0; l < c->layers; l++) {
-        layer_allocate(&m->layers[l], c, N);
+        layer_allocate(&m->acts.layers[l], c, N);
     }
-    m->rope = floats((int64_t)T * c->head_size);
-    rope_table(m->rope, T, c->head_size, c->rope_theta);
-    m->x = floats(N * d);
-    m->normed = floats(N * d);
-    m->rstd = floats(N);
-    m->logit_rows = classifier_rows(N, c->vocab_size);
-    m->logits = floats(m->logit_rows * c->vocab_size);
-    m->losses = floats(N);
-    if (m->grad != NULL) {
-        m->dx = floats(N * d);
-        m->dnormed = floats(N * d);
-        m->datt = floats(N * d);
-        m->dqkv = floats(N * config_qkv_width(c));
-        m->drouter = floats(router_has_weights(c->router.method) ? N * c->router.experts : 0);
+    m->acts.rope = floats((int64_t)T * c->head_size);
+    rope_table(m->acts.rope, T, c->head_size, c->rope_theta);
+    m->acts.x = floats(N * d);
+    m->acts.normed = floats(N * d);
+    m->acts.rstd = floats(N);
+    m->acts.logit_rows = classifier_rows(N, c->vocab_size);
+    m->acts.logits = floats(m->acts.logit_rows * c->vocab_size);
+    m->acts.losses = floats(N);
+    if (m->params.grad != NULL) {
+        m->back.dx = floats(N * d);
+        m->back.dnormed = floats(N * d);
+        m->back.datt = floats(N * d);
+        m->back.dqkv = floats(N * config_qkv_width(c));
+        m->back.drouter = floats(router_has_weights(c->router.method) ? N * c->router.experts : 0);
     }
 }
 
 static void model_free(Model *m) {
-    for (int l = 0; l < m->config.layers && m->layers != NULL; l++) {
-        LayerActs *a = &m->layers[l];
+    for (int l = 0; l < m->config.layers && m->acts.layers != NULL; l++) {
+        LayerActs *a = &m->acts.layers[l];
         float *buffers[] = {a->x,   a->attn_normed, a->attn_rstd, a->qkv,           a->att, a->lse,
                             a->mid, a->ffn_normed,  a->ffn_rstd,  a->router_logits, a->h};
         for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) {
             free(buffers[i]);
         }
-        free(a->counts);
         pairs_free(&a->pairs);
         dispatch_free(&a->dispatch);
     }
-    float *buffers[] = {m->params, m->grad, m->exp_avg, m->exp_avg_sq, m->rope,   m->x,
-                        m->normed, m->rstd, m->logits,  m->losses,     m->dx,     m->dnormed,
-                        m->datt,   m->dqkv, m->drouter, m->dgate,      m->scratch};
+    Params *p = &m->params;
+    Activations *acts = &m->acts;
+    ActivationGradients *back = &m->back;
+    float *buffers[] = {p->values,    p->grad,    p->exp_avg,    p->exp_avg_sq, acts->rope, acts->x,
+                        acts->normed, acts->rstd, acts->logits,  acts->losses,  back->dx,   back->dnormed,
+                        back->datt,   back->dqkv, back->drouter, back->dgate,   m->scratch};
     for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) {
         free(buffers[i]);
     }
-    free(m->layers);
-    free(m->table.tensors);
-    free(m->weights.layers);
-    free(m->grads.layers);
+    free(acts->layers);
+    params_free(p);
 }
 
 // the number of pairs is known only once the router has spoken: buffers follow it
@@ -268,10 +272,10 @@ static void layer_reserve_pairs(Model *m, LayerActs *a) {
         free(a->h);
         a->h = floats(P * 2 * F);
     }
-    if (P > m->dgate_capacity) {
-        m->dgate_capacity = P;
-        free(m->dgate);
-        m->dgate = floats(P);
+    if (P > m->back.dgate_capacity) {
+        m->back.dgate_capacity = P;
+        free(m->back.dgate);
+        m->back.dgate = floats(P);
     }
     if (P * (d + F + 1) > m->scratch_capacity) {
         m->scratch_capacity = P * (d + F + 1);
@@ -286,14 +290,14 @@ static void layer_reserve_pairs(Model *m, LayerActs *a) {
 // x [N, d] -> mid [N, d] = x + Attn(RMSNorm(x)); rows start .. T-1 of each sequence
 static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->weights.layers[l];
-    LayerActs *a = &m->layers[l];
+    const LayerWeights *w = &m->params.weights.layers[l];
+    LayerActs *a = &m->acts.layers[l];
     int64_t N = (int64_t)B * (T - start);
     int d = c->hidden, width = (int)config_qkv_width(c);
     float *qkv = a->qkv + (int64_t)start * width; // start > 0 has B = 1: its rows follow the cached ones
     rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, (float)c->norm_eps);
     matmul_forward(qkv, a->attn_normed, w->qkv, N, d, width);
-    rope_forward(qkv, m->rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width);
+    rope_forward(qkv, m->acts.rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width);
     attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size);
     copy_floats(a->mid, a->x, N * d);
     sgemm(0, 1, (int)N, d, d, a->att, d, w->o, d, a->mid, d, 1); // mid += att W_o^T
@@ -308,15 +312,14 @@ static Router router_in_force(const Model *m) {
 // mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1)
 static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64_t N, const float *forced) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->weights.layers[l];
-    LayerActs *a = &m->layers[l];
+    const LayerWeights *w = &m->params.weights.layers[l];
+    LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
     rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps);
     if (w->router != NULL) {
         matmul_forward(a->router_logits, a->ffn_normed, w->router, N, d, E); // z = W x
     }
     router_forward(&a->pairs, a->router_logits, ids, forced, router_in_force(m), N);
-    pairs_count(a->counts, &a->pairs, E);
     dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
     copy_floats(out, a->mid, N * d);
@@ -329,38 +332,40 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
 static void model_forward(Model *m, const int *ids, int B, int T, int start, const float *const *forced) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * (T - start);
-    embedding_forward(m->layers[0].x, ids, m->weights.embed, N, c->hidden);
+    embedding_forward(m->acts.layers[0].x, ids, m->params.weights.embed, N, c->hidden);
     lap(m, TIME_EMBEDDING);
     for (int l = 0; l < c->layers; l++) {
-        float *out = l + 1 < c->layers ? m->layers[l + 1].x : m->x;
+        float *out = l + 1 < c->layers ? m->acts.layers[l + 1].x : m->acts.x;
         attention_block_forward(m, l, B, T, start);
         lap(m, TIME_ATTENTION);
         moe_block_forward(m, l, out, ids, N, forced != NULL ? forced[l] : NULL);
         lap(m, TIME_MOE);
     }
-    rmsnorm_forward(m->normed, m->rstd, m->x, m->weights.norm, N, c->hidden, (float)c->norm_eps);
+    rmsnorm_forward(m->acts.normed, m->acts.rstd, m->acts.x, m->params.weights.norm, N, c->hidden,
+                    (float)c->norm_eps);
 }
 
 // mean loss over N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the
 // losses; all_logits: NULL, or [N, V] to keep them
 static double classifier(Model *m, const int *targets, int64_t N, float grad_scale, float *all_logits) {
     int d = m->config.hidden, V = m->config.vocab_size;
-    for (int64_t first = 0; first < N; first += m->logit_rows) {
-        int64_t rows = N - first < m->logit_rows ? N - first : m->logit_rows;
-        const float *normed = m->normed + first * d;
-        matmul_forward(m->logits, normed, m->weights.head, rows, d, V);
+    for (int64_t first = 0; first < N; first += m->acts.logit_rows) {
+        int64_t rows = N - first < m->acts.logit_rows ? N - first : m->acts.logit_rows;
+        const float *normed = m->acts.normed + first * d;
+        matmul_forward(m->acts.logits, normed, m->params.weights.head, rows, d, V);
         if (all_logits != NULL) {
-            memcpy(all_logits + first * V, m->logits, (size_t)(rows * V) * sizeof(float));
+            memcpy(all_logits + first * V, m->acts.logits, (size_t)(rows * V) * sizeof(float));
         }
-        crossentropy_forward_backward(m->losses + first, m->logits, targets + first, rows, V, grad_scale);
+        crossentropy_forward_backward(m->acts.losses + first, m->acts.logits, targets + first, rows, V,
+                                      grad_scale);
         if (grad_scale != 0.0f) {
-            matmul_backward(m->dnormed + first * d, m->grads.head, m->logits, normed, m->weights.head, rows,
-                            d, V);
+            matmul_backward(m->back.dnormed + first * d, m->params.grads.head, m->acts.logits, normed,
+                            m->params.weights.head, rows, d, V);
         }
     }
     double sum = 0.0;
     for (int64_t n = 0; n < N; n++) {
-        sum += m->losses[n];
+        sum += m->acts.losses[n];
     }
     return sum / (double)N;
 }
@@ -369,45 +374,46 @@ static double classifier(Model *m, const int *targets, int64_t N, float grad_sca
 static double regulariser(const Model *m, int64_t N) {
     double reg = 0.0;
     for (int l = 0; l < m->config.layers; l++) {
-        const LayerActs *a = &m->layers[l];
-        reg += router_loss(&a->pairs, a->router_logits, a->counts, router_in_force(m), N, m->config.layers);
+        const LayerActs *a = &m->acts.layers[l];
+        reg += router_loss(&a->pairs, a->router_logits, a->pairs.counts, N, router_in_force(m),
+                           m->config.layers);
     }
     return reg;
 }
 
 // ----------------------------------------------------------------------------
-// backward, in the forward's reverse order; m->dx carries the residual stream's gradient
+// backward, in the forward's reverse order; m->back.dx carries the residual stream's gradient
 
 static void moe_block_backward(Model *m, int l, int64_t N, double reg_weight) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->weights.layers[l];
-    LayerWeights *g = &m->grads.layers[l];
-    LayerActs *a = &m->layers[l];
+    const LayerWeights *w = &m->params.weights.layers[l];
+    LayerWeights *g = &m->params.grads.layers[l];
+    LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
-    zero_floats(m->dnormed, N * d);
-    experts_backward(m->dnormed, m->dgate, g->gate_up, g->down, m->dx, a->ffn_normed, a->h, w->gate_up,
-                     w->down, &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
+    zero_floats(m->back.dnormed, N * d);
+    experts_backward(m->back.dnormed, m->back.dgate, g->gate_up, g->down, m->back.dx, a->ffn_normed, a->h,
+                     w->gate_up, w->down, &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
     if (w->router != NULL) {
-        router_backward(m->drouter, m->dgate, &a->pairs, a->router_logits, a->counts, router_in_force(m), N,
-                        c->layers, reg_weight);
-        sgemm(0, 0, (int)N, d, E, m->drouter, E, w->router, d, m->dnormed, d, 1); // dnormed += dz W
-        matmul_backward(NULL, g->router, m->drouter, a->ffn_normed, w->router, N, d, E);
+        router_backward(m->back.drouter, m->back.dgate, &a->pairs, a->router_logits, a->pairs.counts, N,
+                        router_in_force(m), c->layers, reg_weight);
+        sgemm(0, 0, (int)N, d, E, m->back.drouter, E, w->router, d, m->back.dnormed, d, 1); // dnormed += dz W
+        matmul_backward(NULL, g->router, m->back.drouter, a->ffn_normed, w->router, N, d, E);
     }
-    rmsnorm_backward(m->dx, g->ffn_norm, m->dnormed, a->mid, w->ffn_norm, a->ffn_rstd, N, d);
+    rmsnorm_backward(m->back.dx, g->ffn_norm, m->back.dnormed, a->mid, w->ffn_norm, a->ffn_rstd, N, d);
 }
 
 static void attention_block_backward(Model *m, int l, int B, int T) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->weights.layers[l];
-    LayerWeights *g = &m->grads.layers[l];
-    LayerActs *a = &m->layers[l];
+    const LayerWeights *w = &m->params.weights.layers[l];
+    LayerWeights *g = &m->params.grads.layers[l];
+    LayerActs *a = &m->acts.layers[l];
     int64_t N = (int64_t)B * T;
     int d = c->hidden, width = (int)config_qkv_width(c);
-    matmul_backward(m->datt, g->o, m->dx, a->att, w->o, N, d, d);
-    attention_backward(m->dqkv, m->datt, a->qkv, a->lse, B, T, c->heads, c->kv_heads, c->head_size);
-    rope_backward(m->dqkv, m->rope, B, T, 0, c->heads + c->kv_heads, c->head_size, width);
-    matmul_backward(m->dnormed, g->qkv, m->dqkv, a->attn_normed, w->qkv, N, d, width);
-    rmsnorm_backward(m->dx, g->attn_norm, m->dnormed, a->x, w->attn_norm, a->attn_rstd, N, d);
+    matmul_backward(m->back.datt, g->o, m->back.dx, a->att, w->o, N, d, d);
+    attention_backward(m->back.dqkv, m->back.datt, a->qkv, a->lse, B, T, c->heads, c->kv_heads, c->head_size);
+    rope_backward(m->back.dqkv, m->acts.rope, B, T, 0, c->heads + c->kv_heads, c->head_size, width);
+    matmul_backward(m->back.dnormed, g->qkv, m->back.dqkv, a->attn_normed, w->qkv, N, d, width);
+    rmsnorm_backward(m->back.dx, g->attn_norm, m->back.dnormed, a->x, w->attn_norm, a->attn_rstd, N, d);
 }
 
 // after model_forward and classifier (which left dnormed): adds to all gradients. reg_weight: of the
@@ -415,8 +421,9 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
 static void model_backward(Model *m, const int *ids, int B, int T, double reg_weight) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * T;
-    zero_floats(m->dx, N * c->hidden);
-    rmsnorm_backward(m->dx, m->grads.norm, m->dnormed, m->x, m->weights.norm, m->rstd, N, c->hidden);
+    zero_floats(m->back.dx, N * c->hidden);
+    rmsnorm_backward(m->back.dx, m->params.grads.norm, m->back.dnormed, m->acts.x, m->params.weights.norm,
+                     m->acts.rstd, N, c->hidden);
     lap(m, TIME_HEAD);
     for (int l = c->layers - 1; l >= 0; l--) {
         moe_block_backward(m, l, N, reg_weight);
@@ -424,21 +431,21 @@ static void model_backward(Model *m, const int *ids, int B, int T, double reg_we
         attention_block_backward(m, l, B, T);
         lap(m, TIME_ATTENTION_BACKWARD);
     }
-    embedding_backward(m->grads.embed, m->dx, ids, N, c->hidden);
+    embedding_backward(m->params.grads.embed, m->back.dx, ids, N, c->hidden);
     lap(m, TIME_EMBEDDING_BACKWARD);
 }
 
 // ----------------------------------------------------------------------------
-// one optimizer step
+// gradients of a step
 
 // what the routers did with a micro-batch of N tokens
 static void stats_add_micro_batch(StepStats *s, const Model *m, int64_t N) {
     int E = m->config.router.experts;
     s->tokens += N;
     for (int l = 0; l < m->config.layers; l++) {
-        const LayerActs *a = &m->layers[l];
+        const LayerActs *a = &m->acts.layers[l];
         for (int e = 0; e < E; e++) {
-            s->counts[(int64_t)l * E + e] += a->counts[e];
+            s->counts[(int64_t)l * E + e] += a->pairs.counts[e];
         }
         for (int64_t t = 0; t < N; t++) {
             s->zero_expert += a->pairs.row_start[t] == a->pairs.row_start[t + 1];
@@ -447,7 +454,7 @@ static void stats_add_micro_batch(StepStats *s, const Model *m, int64_t N) {
     }
 }
 
-// adds the gradient of one of `micro_batches` to m->grad, and its losses and routing to the step's
+// adds the gradient of one of `micro_batches` to m->params.grad, and its losses and routing to the step's
 static void micro_step(Model *m, StepStats *s, const int *inputs, const int *targets, int B, int T,
                        int micro_batches, double reg_weight) {
     int64_t N = (int64_t)B * T;
@@ -460,19 +467,18 @@ static void micro_step(Model *m, StepStats *s, const int *inputs, const int *tar
 
 static double gradient_norm(const Model *m) {
     double sum = 0.0;
-    for (int i = 0; i < m->table.count; i++) {
-        sum += sum_of_squares(m->grad + m->table.tensors[i].offset, m->table.tensors[i].size);
+    for (int i = 0; i < m->params.table.count; i++) {
+        sum += sum_of_squares(m->params.grad + m->params.table.tensors[i].offset,
+                              m->params.table.tensors[i].size);
     }
     return sqrt(sum);
 }
 
 // ----------------------------------------------------------------------------
-// what a run asks of a model (run.h)
+// what a run asks of a model (llmc/trainer.h)
 
-const char *const program_name = "./train_remoe";
-
-static void print_memory(const Config *c, const Options *o) {
-    int64_t N = o->batch * o->seq_len;
+static void print_memory(const Config *c, const ModelSettings *s) {
+    int64_t N = (int64_t)s->B * s->T;
     double fixed = model_bytes(c, 0, c->router.active, 1);
     printf("memory    %.2f GB of weights, gradients and moments; %.2f GB of activations, %.2f if all experts "
            "are on\n",
@@ -480,17 +486,17 @@ static void print_memory(const Config *c, const Options *o) {
            1e-9 * (model_bytes(c, N, c->router.experts, 1) - fixed));
 }
 
-Model *model_open(const Config *config, const Options *o, Purpose purpose) {
-    if (purpose == FOR_TRAINING) {
-        print_memory(config, o);
+Model *model_open(const Config *config, const ModelSettings *s) {
+    if (s->purpose == FOR_TRAINING) {
+        print_memory(config, s);
     }
-    check_memory(config, o, purpose != FOR_INFERENCE);
+    check_memory(config, s);
     Model *m = NEW(Model, 1);
     model_allocate_params(m, config);
-    if (purpose != FOR_INFERENCE) {
-        model_allocate_training(m, purpose == FOR_TRAINING);
+    if (s->purpose != FOR_INFERENCE) {
+        model_allocate_training(m, s->purpose == FOR_TRAINING);
     }
-    model_allocate_activations(m, (int)o->batch, (int)o->seq_len);
+    model_allocate_activations(m, s->B, s->T);
     return m;
 }
 
@@ -500,12 +506,12 @@ void model_close(Model *m) {
 }
 
 const TensorTable *model_table(const Model *m) {
-    return &m->table;
+    return &m->params.table;
 }
 
 // the buffers are on the host: a borrower has the model's own
 float *model_borrow(Model *m, ModelBuffer which) {
-    float *buffers[] = {m->params, m->grad, m->exp_avg, m->exp_avg_sq};
+    float *buffers[] = {m->params.values, m->params.grad, m->params.exp_avg, m->params.exp_avg_sq};
     return buffers[which];
 }
 
@@ -524,7 +530,7 @@ void model_route(Model *m, RouterMethod method, int k) {
 void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
                      StepStats *s) {
     m->last_lap = seconds_now();
-    zero_floats(m->grad, m->table.num_params);
+    zero_floats(m->params.grad, m->params.table.num_params);
     lap(m, TIME_UPDATE);
     for (int micro_batch = 0; micro_batch < micro_batches; micro_batch++) {
         int *inputs, *targets;
@@ -539,11 +545,12 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t) {
     m->last_lap = seconds_now();
     AdamW adamw = {0.9, 0.999, 1e-8};
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *tensor = &m->table.tensors[i];
+    for (int i = 0; i < m->params.table.count; i++) {
+        const Tensor *tensor = &m->params.table.tensors[i];
         int64_t at = tensor->offset;
-        adamw_update(m->params + at, m->exp_avg + at, m->exp_avg_sq + at, m->grad + at, tensor->size, adamw,
-                     lr, tensor->decay ? weight_decay : 0.0, grad_scale, t);
+        adamw_update(m->params.values + at, m->params.exp_avg + at, m->params.exp_avg_sq + at,
+                     m->params.grad + at, tensor->size, adamw, lr, tensor->decay ? weight_decay : 0.0,
+                     grad_scale, t);
     }
     lap(m, TIME_UPDATE);
 }
@@ -556,15 +563,15 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int d = m->config.hidden;
     model_forward(m, ids + start, 1, n, start, NULL);
-    matmul_forward(m->logits, m->normed + (int64_t)(n - 1 - start) * d, m->weights.head, 1, d,
-                   m->config.vocab_size);
-    return m->logits;
+    matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(n - 1 - start) * d, m->params.weights.head, 1,
+                   d, m->config.vocab_size);
+    return m->acts.logits;
 }
 
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
                    const float *const *forced, float *logits, float *const *gates, StepStats *s) {
     int64_t N = (int64_t)B * T;
-    zero_floats(m->grad, m->table.num_params);
+    zero_floats(m->params.grad, m->params.table.num_params);
     model_forward(m, inputs, B, T, 0, forced);
     s->lm_loss = classifier(m, targets, N, 1.0f / (float)N, logits);
     s->reg_loss = regulariser(m, N);
@@ -572,7 +579,7 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     stats_add_micro_batch(s, m, N);
     s->grad_norm = gradient_norm(m);
     for (int l = 0; l < m->config.layers && gates != NULL; l++) {
-        pairs_to_dense(gates[l], &m->layers[l].pairs, m->config.router.experts);
+        pairs_to_dense(gates[l], &m->acts.layers[l].pairs, m->config.router.experts);
     }
 }
 
@@ -609,6 +616,12 @@ void model_profile(Model *m, int on) {
     memset(m->seconds, 0, sizeof(m->seconds));
 }
 
+// ----------------------------------------------------------------------------
+// the run: options, data, step after step, log, checkpoints
+
+// defines: run_main
+#include "llmc/run/main.h"
+
 int main(int argc, char **argv) {
-    return run_main(argc, argv);
+    return run_main("./train_remoe", argc, argv);
 }

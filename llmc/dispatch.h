@@ -2,7 +2,7 @@
 Dispatch: from the pair list (token-major) to the experts' rows (expert-major) and back. Dropless: every pair
 gets a row, there is no capacity and no padding.
 
-    count    n_e = number of tokens of expert e
+    count    n_e = number of tokens of expert e (the pair list has it)
     sort     offsets = exclusive prefix sum of n_e; a stable counting sort gives pair p the row
              row_of_pair[p] = offsets[e] + (number of earlier pairs of e): an expert's tokens ascend
     gather   X'[row] = x[token_of_row[row]]
@@ -45,15 +45,11 @@ static inline void dispatch_sort(Dispatch *dispatch, const PairList *pairs, int 
         dispatch->gate_of_row = GROW(float, dispatch->gate_of_row, P);
     }
     int64_t *offsets = dispatch->offsets;
-    memset(offsets, 0, (size_t)(E + 1) * sizeof(int64_t));
-    for (int64_t p = 0; p < P; p++) {
-        offsets[pairs->expert[p] + 1]++;
-    }
+    offsets[0] = 0;
     for (int e = 0; e < E; e++) {
-        offsets[e + 1] += offsets[e];
+        offsets[e + 1] = offsets[e] + pairs->counts[e];
     }
-    // offsets[e] serves as expert e's cursor while its rows are handed out; afterwards it stands at offsets[e
-    // + 1]
+    // offsets[e] serves as expert e's cursor while its rows are handed out; it ends at the old offsets[e + 1]
     for (int64_t t = 0; t < pairs->tokens; t++) {
         for (int64_t p = pairs->row_start[t]; p < pairs->row_start[t + 1]; p++) {
             int64_t row = offsets[pairs->expert[p]]++;

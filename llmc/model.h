@@ -58,6 +58,14 @@ typedef struct {
     int64_t num_params;
 } TensorTable;
 
+// the parameters, and what training keeps for each of them: flat buffers [num_params], the last three NULL
+// without training. On a GPU the buffers are in device memory
+typedef struct {
+    TensorTable table;
+    Weights weights, grads; // into values, and into grad
+    float *values, *grad, *exp_avg, *exp_avg_sq;
+} Params;
+
 // a walk over the tensors: fills the table, and points Weights into `base`
 typedef struct {
     TensorTable *table;
@@ -100,7 +108,7 @@ static inline void place_layer(TensorWalk *walk, LayerWeights *w, const Config *
     w->o = place_tensor(walk, "self_attn.o_proj.weight", residual_std, d, d, 0);
     w->ffn_norm = place_tensor(walk, "post_attention_layernorm.weight", 0.0f, d, 0, 0);
     w->router = NULL;
-    if (c->router.method == ROUTER_DENSE) {
+    if (!router_has_experts(c->router.method)) {
         w->gate_up = place_tensor(walk, "mlp.gate_proj.weight", std, F, d, 0);
         place_tensor(walk, "mlp.up_proj.weight", std, F, d, 0);
         w->down = place_tensor(walk, "mlp.down_proj.weight", residual_std, d, F, 0);
@@ -132,6 +140,13 @@ static inline void model_tensors(TensorTable *table, Weights *weights, const Con
     walk.layer = -1;
     weights->norm = place_tensor(&walk, "model.norm.weight", 0.0f, c->hidden, 0, 0);
     weights->head = place_tensor(&walk, "lm_head.weight", 0.01f, c->vocab_size, c->hidden, 0);
+}
+
+// the host's part: the lists
+static inline void params_free(Params *params) {
+    free(params->table.tensors);
+    free(params->weights.layers);
+    free(params->grads.layers);
 }
 
 // params [num_params]: drawn from (seed, tensor, element) alone, the same bits everywhere

@@ -4,6 +4,7 @@ The pair list: what every router emits, and all that the rest of the model knows
 For each token the experts that are active for it, with their gates: compressed sparse rows over tokens,
     token t owns pairs row_start[t] .. row_start[t + 1] - 1;   expert[p] ascends within a token
     gate[p] = R(x_t)_e (Eq. 1)
+and for each expert e, counts[e], the number of its tokens (n_e).
 N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membership in the list, not gate >
 0: a softmax may underflow to a gate of 0 and its expert is still run. A token may own no pair at all.
 */
@@ -18,9 +19,17 @@ typedef struct {
     int64_t *row_start; // [N + 1]
     int *expert;        // [P]
     float *gate;        // [P]
+    int64_t *counts;    // [E]
     int64_t capacity;   // pairs that fit
     int64_t token_capacity;
+    int expert_capacity;
 } PairList;
+
+static inline PairList pairs_empty(void) {
+    PairList pairs;
+    memset(&pairs, 0, sizeof(pairs));
+    return pairs;
+}
 
 static inline void pairs_reserve(PairList *pairs, int64_t tokens, int64_t num_pairs) {
     if (tokens + 1 > pairs->token_capacity) {
@@ -40,6 +49,19 @@ static inline void pairs_free(PairList *pairs) {
     free(pairs->row_start);
     free(pairs->expert);
     free(pairs->gate);
+    free(pairs->counts);
+}
+
+// counts[e] = number of tokens of expert e; their sum is P. Whoever makes a list ends with this
+static inline void pairs_count(PairList *pairs, int E) {
+    if (E > pairs->expert_capacity) {
+        pairs->expert_capacity = E;
+        pairs->counts = GROW(int64_t, pairs->counts, E);
+    }
+    memset(pairs->counts, 0, (size_t)E * sizeof(int64_t));
+    for (int64_t p = 0; p < pairs->num_pairs; p++) {
+        pairs->counts[pairs->expert[p]]++;
+    }
 }
 
 // active where mask[t, e] != 0 (mask [N, E]), gates taken from score [N, E] (or 1 everywhere when score is
@@ -62,14 +84,7 @@ static inline void pairs_from_mask(PairList *pairs, const float *score, const fl
         }
     }
     pairs->row_start[N] = p;
-}
-
-// counts[e] = number of tokens of expert e; their sum is P
-static inline void pairs_count(int64_t *counts, const PairList *pairs, int E) {
-    memset(counts, 0, (size_t)E * sizeof(int64_t));
-    for (int64_t p = 0; p < pairs->num_pairs; p++) {
-        counts[pairs->expert[p]]++;
-    }
+    pairs_count(pairs, E);
 }
 
 // dense [N, E] picture of the gates: 0 where not active

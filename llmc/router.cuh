@@ -7,10 +7,9 @@ all.
 
 Here the loss is added to a double in device memory, and nothing is returned: the host never waits.
 
-N is this rank's tokens. With data parallelism the load f_e is that of the global micro-batch: before
-router_loss and router_backward, point pairs.counts at the sums over all ranks, and tell both how many ranks
-of N tokens there are. Each rank's loss is then its share, to be added up. Scratch: router_scratch_bytes(),
-used only within a call.
+N is this rank's tokens. The load f_e is that of the global micro-batch: counts [E] and tokens, the tokens per
+expert and in all, are of all ranks (of one rank: pairs.counts and N). Each rank's loss is then its share, to
+be added up. Scratch: router_scratch_bytes(), used only within a call.
 */
 #ifndef ROUTER_CUH
 #define ROUTER_CUH
@@ -29,7 +28,7 @@ typedef struct {
 } RouterScratch;
 
 static inline RouterScratch router_scratch(Scratch *scratch, Router router, int N) {
-    int E = router.experts, choice = router.method == ROUTER_EC;
+    int E = router.experts, choice = router.method == ROUTER_EC; // its scores by expert
     RouterScratch r;
     r.mask = scratch_take<uint32_t>(scratch, (int64_t)N * mask_words(E));
     r.scores = scratch_take<float>(scratch, choice ? (int64_t)N * E : 0);
@@ -46,67 +45,66 @@ static inline size_t router_scratch_bytes(Router router, int N) {
     return s.used > partial ? s.used : partial;
 }
 
-static inline int router_has_softmax(RouterMethod method) {
-    return method == ROUTER_TOPK || method == ROUTER_EC;
-}
-
 // logits [N, E] (becomes the softmax for topk and ec), ids [N], forced [N, E] or NULL
 static inline void router_forward(DevicePairs pairs, float *logits, const int *ids, const float *forced,
                                   Router router, int N, void *scratch, cudaStream_t stream) {
     int E = router.experts, k = router.active, weights = router_has_weights(router.method);
     Scratch s = {(unsigned char *)scratch, 0};
     RouterScratch r = router_scratch(&s, router, N);
-    if (router.method == ROUTER_DENSE) {
-        router_dense_forward(pairs, N, stream);
-        return;
-    }
     if (forced != NULL && weights) {
         ActiveIfForced active = {forced, E};
-        if (router_has_softmax(router.method)) {
+        if (router_row(router.method)->has_softmax) {
             router_softmax(logits, N, E, stream);
         }
         mask_where(r.mask, active, N, E, stream);
-    } else if (router.method == ROUTER_RELU) {
-        router_relu_forward(r.mask, logits, N, E, stream);
-    } else if (router.method == ROUTER_TOPK) {
-        router_topk_forward(r.mask, logits, N, E, k, stream);
-    } else if (router.method == ROUTER_EC) {
-        router_ec_forward(r.mask, logits, r.scores, r.threshold, N, E, k, stream);
     } else {
-        router_hash_forward(r.mask, ids, N, E, k, stream);
+        switch (router.method) {
+        case ROUTER_RELU: router_relu_forward(r.mask, logits, N, E, stream); break;
+        case ROUTER_TOPK: router_topk_forward(r.mask, logits, N, E, k, stream); break;
+        case ROUTER_EC: router_ec_forward(r.mask, logits, r.scores, r.threshold, N, E, k, stream); break;
+        case ROUTER_HASH: router_hash_forward(r.mask, ids, N, E, k, stream); break;
+        default: router_dense_forward(pairs, N, stream); return; // one pair per token, no mask
+        }
     }
     pairs_from_mask(pairs, weights ? logits : NULL, r.mask, N, E, r.pairs, stream);
 }
 
 // *loss += scale * one layer's term of `reg`
-static inline void router_loss(double *loss, DevicePairs pairs, const float *logits, Router router, int N,
-                               int layers, double scale, void *scratch, cudaStream_t stream, int ranks = 1) {
+static inline void router_loss(double *loss, DevicePairs pairs, const float *logits, const int *counts,
+                               int64_t tokens, Router router, int N, int layers, double scale, void *scratch,
+                               cudaStream_t stream) {
     int E = router.experts, k = router.active;
-    int64_t all = (int64_t)N * ranks;
     double *partial = (double *)scratch;
-    if (router.method == ROUTER_RELU) {
-        const int *counts = router.load_balance ? pairs.counts : NULL;
-        router_relu_loss(loss, pairs, counts, N, all, E, k, scale / layers, partial, stream);
-    } else if (router.method == ROUTER_TOPK && router.load_balance) {
-        router_topk_loss(loss, logits, pairs.counts, N, all, E, k, scale, partial, stream);
+    counts = router.load_balance ? counts : NULL;
+    switch (router.method) {
+    case ROUTER_RELU:
+        router_relu_loss(loss, pairs, counts, N, tokens, E, k, scale / layers, partial, stream);
+        break;
+    case ROUTER_TOPK:
+        if (router.load_balance) {
+            router_topk_loss(loss, logits, counts, N, tokens, E, k, scale, partial, stream);
+        }
+        break;
+    default: break;
     }
 }
 
-// dlogits [N, E] overwritten; weight: lambda (relu) or the auxiliary coefficient (topk), over the number of
-// micro-batches
+// dlogits [N, E] overwritten; weight: router_loss_weight() over the number of micro-batches
 static inline void router_backward(floatX *dlogits, const float *dgate, DevicePairs pairs,
-                                   const float *logits, Router router, int N, int layers, double weight,
-                                   cudaStream_t stream, int ranks = 1) {
+                                   const float *logits, const int *counts, int64_t tokens, Router router,
+                                   int N, int layers, double weight, cudaStream_t stream) {
     int E = router.experts, k = router.active;
-    int64_t all = (int64_t)N * ranks;
-    const int *counts = router.load_balance ? pairs.counts : NULL;
-    if (router.method == ROUTER_RELU) {
-        router_relu_backward(dlogits, dgate, pairs, counts, N, all, E, k, weight / layers, stream);
-    } else if (router.method == ROUTER_TOPK) {
-        router_topk_backward(dlogits, dgate, pairs, logits, counts, N, all, E, k,
-                             counts != NULL ? weight : 0.0, stream);
-    } else if (router.method == ROUTER_EC) {
-        router_ec_backward(dlogits, dgate, pairs, logits, N, E, stream);
+    counts = router.load_balance ? counts : NULL;
+    switch (router.method) {
+    case ROUTER_RELU:
+        router_relu_backward(dlogits, dgate, pairs, counts, N, tokens, E, k, weight / layers, stream);
+        break;
+    case ROUTER_TOPK:
+        router_topk_backward(dlogits, dgate, pairs, logits, counts, N, tokens, E, k,
+                             router.load_balance ? weight : 0.0, stream);
+        break;
+    case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, N, E, stream); break;
+    default: break;
     }
 }
 

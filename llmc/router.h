@@ -11,10 +11,16 @@ Routing, whichever the method: the one place that knows them all.
     hash    1, by token id               0
     dense   1, one expert                0                     (each in router_METHOD.h, dense beside hash)
 
+Whatever else the rest of the program asks of a method (has it weights? what weighs its loss? how is a single
+token routed?) stands in one table, router_row(): nobody compares methods by name.
+
 The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place. hash and dense
 have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's own: two implementations,
 or two precisions, can then be compared without a pair near the threshold flipping. A forced gate keeps its
 own value, z for relu.
+
+A new method is its header router_METHOD.h, and here a row of the table and a case in each of the three
+switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
 */
 #ifndef ROUTER_H
 #define ROUTER_H
@@ -23,8 +29,41 @@ own value, z for relu.
 #include "llmc/router_hash.h"
 #include "llmc/router_relu.h"
 #include "llmc/router_topk.h"
+#include <assert.h>
+// defines: router_METHOD_forward, _loss, _backward; PairList; static_assert
 
 typedef enum { ROUTER_RELU, ROUTER_TOPK, ROUTER_EC, ROUTER_HASH, ROUTER_DENSE, ROUTER_COUNT } RouterMethod;
+
+typedef enum { WEIGHS_NOTHING, WEIGHS_LAMBDA, WEIGHS_AUX_COEFF } RouterLossWeight;
+
+typedef struct {
+    const char *name;
+    int has_experts;              // 0: one feed-forward layer for all tokens
+    int has_weights;              // W [E, d]
+    int has_softmax;              // the logits become softmax(z)
+    RouterLossWeight loss_weight; // of `reg` in the loss (Eq. 6)
+    RouterMethod for_one_token;   // how a token without a batch around it is routed (sampling)
+    int k_warms_up;               // the first steps may be nearly dense
+    int leaves_number_open;       // a token may have up to E experts; else k of them, on average at most
+    int gradient_is_sparse;       // only the logits of active pairs have one
+} RouterRow;
+
+static inline const RouterRow *router_row(RouterMethod method) {
+    // clang-format off
+    static const RouterRow rows[] = {
+        //       has      has      has      its loss is       a token alone  k warms  number    gradient
+        //       experts  weights  softmax  weighed by        goes by        up       is open   is sparse
+        {"relu",   1,       1,       0,     WEIGHS_LAMBDA,    ROUTER_RELU,   0,       1,        1},
+        {"topk",   1,       1,       1,     WEIGHS_AUX_COEFF, ROUTER_TOPK,   1,       0,        0},
+        {"ec",     1,       1,       1,     WEIGHS_NOTHING,   ROUTER_TOPK,   0,       0,        0},
+        {"hash",   1,       0,       0,     WEIGHS_NOTHING,   ROUTER_HASH,   0,       0,        0},
+        {"dense",  0,       0,       0,     WEIGHS_NOTHING,   ROUTER_DENSE,  0,       0,        0},
+    };
+    // clang-format on
+    static_assert(sizeof(rows) / sizeof(rows[0]) == ROUTER_COUNT,
+                  "each routing method has its row, in order");
+    return &rows[method];
+}
 
 typedef struct {
     RouterMethod method;
@@ -34,8 +73,7 @@ typedef struct {
 } Router;
 
 static inline const char *router_name(RouterMethod method) {
-    static const char *names[ROUTER_COUNT] = {"relu", "topk", "ec", "hash", "dense"};
-    return names[method];
+    return router_row(method)->name;
 }
 
 // -1 when there is no such method
@@ -48,57 +86,68 @@ static inline int router_from_name(const char *name) {
     return -1;
 }
 
+static inline int router_has_experts(RouterMethod method) {
+    return router_row(method)->has_experts;
+}
+
 static inline int router_has_weights(RouterMethod method) {
-    return method == ROUTER_RELU || method == ROUTER_TOPK || method == ROUTER_EC;
+    return router_row(method)->has_weights;
+}
+
+// is its loss weighed by lambda, which then steers the sparsity (lambda.h)?
+static inline int router_has_lambda(RouterMethod method) {
+    return router_row(method)->loss_weight == WEIGHS_LAMBDA;
+}
+
+// weight of `reg` in the loss (Eq. 6)
+static inline double router_loss_weight(RouterMethod method, double lambda, double aux_coeff) {
+    RouterLossWeight weight = router_row(method)->loss_weight;
+    return weight == WEIGHS_LAMBDA ? lambda : weight == WEIGHS_AUX_COEFF ? aux_coeff : 0.0;
 }
 
 // logits [N, E] (becomes the softmax for topk and ec), ids [N], forced [N, E] or NULL
 static inline void router_forward(PairList *pairs, float *logits, const int *ids, const float *forced,
                                   Router router, int64_t N) {
     int E = router.experts;
-    if (router.method == ROUTER_TOPK || router.method == ROUTER_EC) {
+    if (router_row(router.method)->has_softmax) {
         router_softmax(logits, N, E);
     }
     if (forced != NULL && router_has_weights(router.method)) {
         pairs_from_mask(pairs, logits, forced, N, E);
-        return;
-    }
-    switch (router.method) {
-    case ROUTER_RELU: router_relu_forward(pairs, logits, N, E); break;
-    case ROUTER_TOPK: router_topk_forward(pairs, logits, N, E, router.active); break;
-    case ROUTER_EC: router_ec_forward(pairs, logits, N, E, router.active); break;
-    case ROUTER_HASH: router_hash_forward(pairs, ids, N, E, router.active); break;
-    default: router_dense_forward(pairs, N); break;
+    } else {
+        switch (router.method) {
+        case ROUTER_RELU: router_relu_forward(pairs, logits, N, E); break;
+        case ROUTER_TOPK: router_topk_forward(pairs, logits, N, E, router.active); break;
+        case ROUTER_EC: router_ec_forward(pairs, logits, N, E, router.active); break;
+        case ROUTER_HASH: router_hash_forward(pairs, ids, N, E, router.active); break;
+        default: router_dense_forward(pairs, N); break;
+        }
     }
 }
 
-// one layer's term of `reg`; counts [E] and N: tokens an expert, and tokens, of the global micro-batch
+// one layer's term of `reg`; counts [E], tokens: tokens per expert, and in all, of the global micro-batch
 static inline double router_loss(const PairList *pairs, const float *logits, const int64_t *counts,
-                                 Router router, int64_t N, int layers) {
-    if (router.method == ROUTER_RELU) {
-        return router_relu_loss(pairs, counts, N, router.experts, router.active, router.load_balance) /
-               layers;
+                                 int64_t tokens, Router router, int layers) {
+    int E = router.experts, k = router.active;
+    switch (router.method) {
+    case ROUTER_RELU: return router_relu_loss(pairs, counts, tokens, E, k, router.load_balance) / layers;
+    case ROUTER_TOPK:
+        return router.load_balance ? router_topk_loss(logits, counts, pairs->tokens, tokens, E, k) : 0.0;
+    default: return 0.0;
     }
-    if (router.method == ROUTER_TOPK && router.load_balance) {
-        return router_topk_loss(logits, counts, pairs->tokens, N, router.experts, router.active);
-    }
-    return 0.0;
 }
 
-// dlogits [N, E] overwritten; weight: lambda (relu) or the auxiliary coefficient (topk), over the number of
-// micro-batches
+// dlogits [N, E] overwritten; weight: router_loss_weight() over the number of micro-batches
 static inline void router_backward(float *dlogits, const float *dgate, const PairList *pairs,
-                                   const float *logits, const int64_t *counts, Router router, int64_t N,
+                                   const float *logits, const int64_t *counts, int64_t tokens, Router router,
                                    int layers, double weight) {
-    int E = router.experts;
+    int E = router.experts, k = router.active, balance = router.load_balance;
     switch (router.method) {
     case ROUTER_RELU:
-        router_relu_backward(dlogits, dgate, pairs, counts, N, E, router.active, router.load_balance,
-                             weight / layers);
+        router_relu_backward(dlogits, dgate, pairs, counts, tokens, E, k, balance, weight / layers);
         break;
     case ROUTER_TOPK:
-        router_topk_backward(dlogits, dgate, pairs, logits, counts, N, E, router.active,
-                             router.load_balance ? weight : 0.0);
+        router_topk_backward(dlogits, dgate, pairs, logits, counts, tokens, E, k, balance ? weight : 0.0);
         break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, E); break;
     default: break;

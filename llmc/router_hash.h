@@ -23,6 +23,7 @@ static inline void router_hash_forward(PairList *pairs, const int *ids, int64_t 
         pairs->row_start[t] = t * k;
     }
     pairs->row_start[N] = N * k;
+    pairs_count(pairs, E);
 }
 
 static inline void router_dense_forward(PairList *pairs, int64_t N) {
@@ -33,6 +34,7 @@ static inline void router_dense_forward(PairList *pairs, int64_t N) {
         pairs->gate[t] = 1.0f;
     }
     pairs->row_start[N] = N;
+    pairs_count(pairs, 1);
 }
 
 #endif

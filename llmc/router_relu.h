@@ -37,6 +37,7 @@ static inline void router_relu_forward(PairList *pairs, const float *logits, int
         }
     }
     pairs->row_start[N] = p;
+    pairs_count(pairs, E);
 }
 
 // f_e (Eq. 11)

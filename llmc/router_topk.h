@@ -90,6 +90,7 @@ static inline void router_topk_forward(PairList *pairs, const float *s, int64_t 
         free(chosen);
     }
     pairs->row_start[N] = N * k;
+    pairs_count(pairs, E);
 }
 
 // sum_e f_e mean_t s_te over this rank's tokens, N of them in the global micro-batch

@@ -90,7 +90,7 @@ static void test_dispatch_loads(void) {
     const DispatchLoad loads[] = {DISPATCH_NONE,       DISPATCH_ONE_PAIR, DISPATCH_MIXED,
                                   DISPATCH_ONE_EXPERT, DISPATCH_ALL,      DISPATCH_NONE};
     const int64_t sizes[] = {0, 1, -1, DISPATCH_N, DISPATCH_CELLS, 0};
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     Dispatch dispatch;
     dispatch_init(&dispatch, DISPATCH_E);
     for (int i = 0; i < 6; i++) {
@@ -106,7 +106,7 @@ static void test_dispatch_loads(void) {
 
 static void test_dispatch_threads(void) {
     static float rows[DISPATCH_CELLS * DISPATCH_D], y[2][DISPATCH_N * DISPATCH_D];
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     Dispatch dispatch;
     dispatch_init(&dispatch, DISPATCH_E);
     dispatch_fill(&pairs, DISPATCH_MIXED);

@@ -133,7 +133,7 @@ static void experts_compare(const ExpertsRun *run, const PairList *pairs, int E,
 static void experts_check(int E, int F, float threshold, int first_expert) {
     static ExpertsRun run[2];
     float mask[EXPERTS_CELLS], gate[EXPERTS_CELLS];
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     fill_uniform(mask, EXPERTS_CELLS, 15, 1.0f);
     fill_uniform(gate, EXPERTS_CELLS, 16, 2.0f); // negative ones too, as a forced set has them
     for (int i = 0; i < EXPERTS_CELLS; i++) {

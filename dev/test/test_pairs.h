@@ -35,8 +35,8 @@ static void pairs_check_against_mask(const PairList *pairs, const float *score, 
 static void test_pairs_from_mask(void) {
     enum { N = 19, E = 5 };
     float mask[N * E], score[N * E], picture[N * E];
-    int64_t counts[E], total = 0, wrong = 0;
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    int64_t total = 0, wrong = 0;
+    PairList pairs = pairs_empty();
     pairs_sample_mask(mask, N, E);
     fill_uniform(score, N * E, 8, 1.0f);
     pairs_from_mask(&pairs, NULL, mask, 3, E); // grows from nothing, then grows, then shrinks
@@ -44,20 +44,18 @@ static void test_pairs_from_mask(void) {
     pairs_from_mask(&pairs, score, mask, N, E);
     pairs_check_against_mask(&pairs, score, mask, N, E);
     pairs_to_dense(picture, &pairs, E);
-    pairs_count(counts, &pairs, E);
     for (int i = 0; i < N * E; i++) {
         wrong += picture[i] != (mask[i] != 0.0f ? score[i] : 0.0f);
-        counts[i % E] -= mask[i] != 0.0f;
+        pairs.counts[i % E] -= mask[i] != 0.0f;
     }
     for (int e = 0; e < E; e++) {
-        wrong += counts[e] != 0;
+        wrong += pairs.counts[e] != 0;
     }
     CHECK(wrong == 0);
     pairs_from_mask(&pairs, score, mask, 4, E);
     pairs_check_against_mask(&pairs, score, mask, 4, E);
-    pairs_count(counts, &pairs, E);
     for (int e = 0; e < E; e++) {
-        total += counts[e];
+        total += pairs.counts[e];
     }
     CHECK(total == pairs.num_pairs);
     pairs_free(&pairs);
@@ -66,14 +64,12 @@ static void test_pairs_from_mask(void) {
 static void test_pairs_none(void) {
     enum { N = 3, E = 2 };
     float mask[N * E] = {0}, picture[N * E] = {1, 1, 1, 1, 1, 1};
-    int64_t counts[E] = {1, 1};
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     mask[3] = -0.0f;
     pairs_from_mask(&pairs, NULL, mask, N, E);
     pairs_check_against_mask(&pairs, NULL, mask, N, E);
     CHECK(pairs.num_pairs == 0);
-    pairs_count(counts, &pairs, E);
-    CHECK(counts[0] == 0 && counts[1] == 0);
+    CHECK(pairs.counts[0] == 0 && pairs.counts[1] == 0);
     pairs_to_dense(picture, &pairs, E);
     CHECK(memcmp(picture, mask, 3 * sizeof(float)) == 0);
     pairs_free(&pairs);

@@ -30,7 +30,6 @@ static Router router_of(RouterMethod method, int load_balance) {
 // forward, loss and backward of one layer of `layers`; gates' gradients are all 0.01
 static void router_run(RouterRun *run, Router router, const float *forced, int layers, double weight) {
     int ids[ROUTER_TOKENS];
-    int64_t counts[ROUTER_E];
     float dgate[ROUTER_CELLS];
     memset(run, 0, sizeof(*run));
     for (int t = 0; t < ROUTER_TOKENS; t++) {
@@ -42,11 +41,10 @@ static void router_run(RouterRun *run, Router router, const float *forced, int l
     fill_uniform(run->logits, ROUTER_CELLS, 1, 1.0f);
     router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, ids, forced, router,
                    ROUTER_TOKENS);
-    pairs_count(counts, &run->pairs, router.experts);
     pairs_to_dense(run->gates, &run->pairs, router.experts);
-    run->loss = router_loss(&run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers);
-    router_backward(run->dlogits, dgate, &run->pairs, run->logits, counts, router, ROUTER_TOKENS, layers,
-                    weight);
+    run->loss = router_loss(&run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router, layers);
+    router_backward(run->dlogits, dgate, &run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router,
+                    layers, weight);
     pairs_free(&run->pairs);
 }
 
@@ -59,13 +57,20 @@ static int router_all_zero(const float *x, int n) {
 }
 
 static void test_router_names(void) {
-    for (int method = 0; method < ROUTER_COUNT; method++) {
-        CHECK(router_from_name(router_name((RouterMethod)method)) == method);
-        CHECK(router_has_weights((RouterMethod)method) == (method != ROUTER_HASH && method != ROUTER_DENSE));
+    for (int i = 0; i < ROUTER_COUNT; i++) {
+        RouterMethod method = (RouterMethod)i;
+        CHECK(router_from_name(router_name(method)) == i);
+        CHECK(router_has_weights(method) == (method != ROUTER_HASH && method != ROUTER_DENSE));
+        CHECK(router_has_experts(method) == (method != ROUTER_DENSE));
+        CHECK(router_has_lambda(method) == (method == ROUTER_RELU));
+        CHECK(router_row(method)->for_one_token == (method == ROUTER_EC ? ROUTER_TOPK : method));
     }
     CHECK(router_from_name("relu") == ROUTER_RELU && router_from_name("topk") == ROUTER_TOPK);
     CHECK(router_from_name("ec") == ROUTER_EC && router_from_name("hash") == ROUTER_HASH);
     CHECK(router_from_name("dense") == ROUTER_DENSE);
+    CHECK(router_loss_weight(ROUTER_RELU, 3.0, 0.5) == 3.0 &&
+          router_loss_weight(ROUTER_TOPK, 3.0, 0.5) == 0.5);
+    CHECK(router_loss_weight(ROUTER_EC, 3.0, 0.5) == 0.0 && router_loss_weight(ROUTER_HASH, 3.0, 0.5) == 0.0);
     CHECK(router_from_name("ReLU") == -1 && router_from_name("") == -1 && router_from_name("rel") == -1);
 }
 

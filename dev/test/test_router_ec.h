@@ -23,20 +23,19 @@ static int router_ec_is_chosen(const float *s, int t, int e, int N, int E, int C
 // steps: how many different scores there are (few: many ties)
 static void router_ec_check_choice(int N, int E, int k, int steps, int64_t want_load) {
     float s[EC_MOST_CELLS], picture[EC_MOST_CELLS];
-    int64_t counts[EC_MOST_CELLS], wrong = 0;
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    int64_t wrong = 0;
+    PairList pairs = pairs_empty();
     fill_uniform(s, (size_t)(N * E), 1, 1.0f);
     for (int i = 0; i < N * E; i++) {
         s[i] = (1.0f + floorf(0.5f * (s[i] + 1.0f) * (float)steps)) / (float)steps;
     }
     router_ec_forward(&pairs, s, N, E, k);
-    pairs_count(counts, &pairs, E);
     pairs_to_dense(picture, &pairs, E);
     for (int i = 0; i < N * E; i++) {
         wrong += picture[i] != (router_ec_is_chosen(s, i / E, i % E, N, E, (int)want_load) ? s[i] : 0.0f);
     }
     for (int e = 0; e < E; e++) {
-        wrong += counts[e] != want_load;
+        wrong += pairs.counts[e] != want_load;
     }
     if (!CHECK(wrong == 0)) {
         printf("    N %d, E %d, k %d, %d scores\n", N, E, k, steps);
@@ -71,7 +70,7 @@ static void test_router_ec_gradient(void) {
     float s[EC_CELLS], dgate[EC_CELLS], dz[EC_CELLS];
     double want[EC_CELLS];
     EcCase x;
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     memset(&x, 0, sizeof(x));
     fill_uniform(s, EC_CELLS, 3, 2.0f);
     to_double(x.z, s, EC_CELLS);

@@ -10,7 +10,7 @@ router_hash.h: experts (id k + j) mod E against that formula, in ascending order
 static void router_hash_check(int E, int k) {
     enum { N = 200 };
     int ids[N], wrong = 0;
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     for (int t = 0; t < N; t++) {
         ids[t] = t < 100 ? t : t * 327;
     }
@@ -40,7 +40,7 @@ static void test_router_hash_dense(void) {
     const int zeros[5] = {0};
     const int64_t starts[6] = {0, 1, 2, 3, 4, 5};
     const float ones[5] = {1, 1, 1, 1, 1};
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     router_dense_forward(&pairs, 5);
     CHECK(pairs.tokens == 5 && pairs.num_pairs == 5);
     CHECK(memcmp(pairs.row_start, starts, sizeof(starts)) == 0);

@@ -14,7 +14,7 @@ static void test_router_relu_active(void) {
     const int experts[] = {2, 0, 1, 2, 0, 2};
     const float gates[] = {1e-45f, 3.0f, 2.0f, 1.0f, 1e30f, 0.5f};
     const int64_t starts[] = {0, 1, 1, 4, 6};
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     router_relu_forward(&pairs, z, N, E);
     CHECK(pairs.tokens == N && pairs.num_pairs == 6);
     CHECK(memcmp(pairs.row_start, starts, sizeof(starts)) == 0);
@@ -28,10 +28,9 @@ static void test_router_relu_active(void) {
 // N = 2, E = 4, k = 2: f_e = 4 n_e / (2 * 2) = n_e
 static void test_router_relu_loss_by_hand(void) {
     const float z[8] = {1.0f, 0.5f, -1.0f, -1.0f, 2.0f, -3.0f, 0.25f, -1.0f};
-    int64_t counts[4];
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     router_relu_forward(&pairs, z, 2, 4);
-    pairs_count(counts, &pairs, 4);
+    const int64_t *counts = pairs.counts;
     CHECK(router_relu_load(counts, 0, 2, 4, 2, 1) == 2.0 && router_relu_load(counts, 3, 2, 4, 2, 1) == 0.0);
     CHECK(router_relu_load(counts, 3, 2, 4, 2, 0) == 1.0);
     CHECK(router_relu_loss(&pairs, counts, 2, 4, 2, 1) == (2 * 3.0 + 1 * 0.5 + 1 * 0.25) / 2);
@@ -65,7 +64,7 @@ static void router_relu_check_gradient(int64_t global_tokens, int k, int load_ba
     float z[RELU_CELLS], c[RELU_CELLS], dgate[RELU_CELLS], dz[RELU_CELLS];
     double want[RELU_CELLS];
     ReluCase s;
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     fill_uniform(z, RELU_CELLS, 1, 1.0f);
     fill_uniform(c, RELU_CELLS, 2, 0.01f);
     fill_uniform(dz, RELU_CELLS, 3, 1.0f); // overwritten

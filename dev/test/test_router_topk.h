@@ -67,7 +67,7 @@ static void test_router_topk_choice(void) {
 static void test_router_topk_pairs(void) {
     float s[8] = {0.0f, -300.0f, -200.0f, -400.0f, 1.0f, 2.0f, 3.0f, 4.0f};
     const int experts[4] = {0, 2, 2, 3};
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     router_softmax(s, 2, 4);
     router_topk_forward(&pairs, s, 2, 4, 2);
     CHECK(pairs.num_pairs == 4 && pairs.row_start[0] == 0 && pairs.row_start[1] == 2 &&
@@ -114,7 +114,7 @@ static void router_topk_check_gradient(int64_t global_tokens, int k, double weig
     float s[TOPK_CELLS], dgate[TOPK_CELLS], dz[TOPK_CELLS];
     double want[TOPK_CELLS];
     TopkCase x;
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     volatile int experts =
         TOPK_E; // no constant: clang before 17 miscompiles such loops unrolled (llvm #63602)
     int E = experts;
@@ -146,7 +146,7 @@ static void test_router_topk_loss(void) {
 static void test_router_topk_threads(void) {
     enum { N = 501, E = 9, K = 3 };
     static float s[2][N * E], dz[2][N * E];
-    PairList pairs[2] = {{0, 0, NULL, NULL, NULL, 0, 0}, {0, 0, NULL, NULL, NULL, 0, 0}};
+    PairList pairs[2] = {pairs_empty(), pairs_empty()};
     for (int i = 0; i < 2; i++) {
         use_threads(i + 1);
         fill_uniform(s[i], N * E, 8, 3.0f);

@@ -35,7 +35,8 @@ static void trainer_main(void *command) {
         signal(SIGXFSZ, SIG_IGN); // the write fails with EFBIG instead
         setrlimit(RLIMIT_FSIZE, &limit);
     }
-    setenv("OMP_WAIT_POLICY", "passive", 0); // tiny steps: threads that spin would stall each other on a busy machine
+    setenv("OMP_WAIT_POLICY", "passive",
+           0); // tiny steps: threads that spin would stall each other on a busy machine
     execv("/proc/self/exe", c->words);
     die("cannot start the trainer: %s", strerror(errno));
 }
@@ -377,17 +378,18 @@ static void trainer_cached_sampling(void) {
     o.heads = 4;
     o.vocab_size = V;
     o.seq_len = T;
-    o.batch = 1;
+    o.batch = o.global_batch = 1;
     Config c = config_from_options(&o);
-    Model *m = model_open(&c, &o, FOR_INFERENCE);
+    ModelSettings settings = model_settings(&o, &c, FOR_INFERENCE, 0);
+    Model *m = model_open(&c, &settings);
     int ids[T];
-    fill_uniform(m->params, (size_t)m->table.num_params, 7, 0.2f);
+    fill_uniform(m->params.values, (size_t)m->params.table.num_params, 7, 0.2f);
     for (int t = 0; t < T; t++) {
         ids[t] = (t * 37 + 11) % V;
     }
     float *full = NEW(float, T *V);
     model_forward(m, ids, 1, T, 0, NULL);
-    matmul_forward(full, m->normed, m->weights.head, T, c.hidden, V);
+    matmul_forward(full, m->acts.normed, m->params.weights.head, T, c.hidden, V);
     int equal = 1;
     for (int n = 5, cached = 0; n <= T; cached = n, n += 1 + n % 3) {
         const float *logits = model_next_logits(m, ids, n, cached);
@@ -455,7 +457,8 @@ static void trainer_full_disk(void) {
     trainer_words(&command, "--resume build/test/full_disk --max-minutes 0");
     command.largest_file = 20000;
     check_dies(1, "cannot write", trainer_main, &command);
-    trainer_succeeds(trainer_run("--resume build/test/full_disk --max-minutes 0"), "after the disk was freed");
+    trainer_succeeds(trainer_run("--resume build/test/full_disk --max-minutes 0"),
+                     "after the disk was freed");
     CHECK(path_exists("build/test/full_disk/step_00000008/model.safetensors"));
 }
 

@@ -16,9 +16,9 @@ Errors: whatever is missing or does not fit is named with its file, and exit 1.
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
-#include "llmc/lambda.h"
-#include "llmc/model.h"
 #include "llmc/files/safetensors.h"
+#include "llmc/model.h"
+#include "llmc/step.h"
 #include <dirent.h>
 // defines: opendir, readdir, mkdir, rename, symlink, unlink, rmdir, fsync
 
@@ -26,14 +26,6 @@ enum { PATH_SIZE = 2048 };
 
 #define STATE_MOST 1e15 // far from overflow, whatever a run adds to it, and exact in a double
 #define STATE_HINT "name another checkpoint, or remove the file and --load the folder for its weights alone"
-
-// all that a run needs to go on besides weights and moments
-typedef struct {
-    int64_t step;           // optimizer steps of this run that are done
-    int64_t optimizer_step; // AdamW's t (larger than step when the weights came with their moments)
-    int64_t sequences;      // the loader's position
-    LambdaState sparsity;
-} RunState;
 
 static inline int path_exists(const char *path) {
     struct stat status;

@@ -47,7 +47,7 @@ static inline int load_has(PairLoad load, float uniform, int t, int e, int N, in
 }
 
 static inline PairList host_pairs(PairLoad load, int N, int E) {
-    PairList pairs = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList pairs = pairs_empty();
     float *mask = NEW(float, N *E), *score = NEW(float, N *E);
     fill_uniform(mask, (size_t)(N * E), 1, 1.0f);
     fill_uniform(score, (size_t)(N * E), 2, 1.0f); // negative ones too, as a forced set has them
@@ -64,13 +64,11 @@ static inline PairList host_pairs(PairLoad load, int N, int E) {
 static inline DevicePairs device_pairs(const PairList *host, int N, int E) {
     DevicePairs pairs;
     int *row_start = NEW(int, N + 1), *counts = NEW(int, E);
-    int64_t *counts64 = NEW(int64_t, E);
-    pairs_count(counts64, host, E);
     for (int t = 0; t <= N; t++) {
         row_start[t] = (int)host->row_start[t];
     }
     for (int e = 0; e < E; e++) {
-        counts[e] = (int)counts64[e];
+        counts[e] = (int)host->counts[e];
     }
     size_t P = (size_t)host->num_pairs;
     pairs.row_start = device_i(row_start, N + 1);
@@ -83,7 +81,6 @@ static inline DevicePairs device_pairs(const PairList *host, int N, int E) {
     }
     free(row_start);
     free(counts);
-    free(counts64);
     return pairs;
 }
 
@@ -174,7 +171,8 @@ static void cuda_dispatch_check_sort(const PairsCase *c) {
 // ----------------------------------------------------------------------------
 // combine and dgate, over chunks of R rows
 
-// what the buffer that all chunks of R rows share holds at chunk i: its rows, or those of the last one that has any
+// what the buffer that all chunks of R rows share holds at chunk i: its rows, or those of the last one that
+// has any
 static const floatX *rows_at_chunk(const floatX *rows, const PairsCase *c, int d, int R, int i) {
     int64_t total = 0;
     for (int e = 0; e < c->E; e++) {

@@ -4,7 +4,7 @@ micro-batch on the same weights and tokens; ten optimizer steps; and what must n
 repeat, the pair budget, recomputation, a plan that was too small, a CUDA graph.
 
 In bf16 the active set is the CPU's (forced), so that a gate near zero cannot flip; one case compares the free
-routes too. Tolerances are DESIGN.md's, section 7.
+routes too. Tolerances are those of dev/doc/design.md.
 */
 #ifndef TEST_MODEL_CUH
 #define TEST_MODEL_CUH
@@ -102,7 +102,7 @@ static void examination_init(Examination *x, const ModelCase *t) {
         x->targets[n] = (n * 11 + 3) % t->V;
     }
     x->stats.counts = NEW(int64_t, x->config.layers * x->config.router.experts);
-    x->gates = x->config.router.method == ROUTER_DENSE ? NULL : layer_matrices(&x->config, x->N);
+    x->gates = router_has_experts(x->config.router.method) ? layer_matrices(&x->config, x->N) : NULL;
     x->logits = NEW(float, (int64_t)x->N * t->V);
 }
 
@@ -114,6 +114,16 @@ static void examination_free(Examination *x) {
     free(x->grads);
     free_layer_matrices(x->gates);
     free(x->logits);
+}
+
+static Model *open_for(const Examination *x, Purpose purpose) {
+    ModelSettings settings = model_settings(&x->options, &x->config, purpose, 0);
+    return model_open(&x->config, &settings);
+}
+
+static cpu::Model *open_on_cpu(const Examination *x, Purpose purpose) {
+    ModelSettings settings = model_settings(&x->options, &x->config, purpose, 0);
+    return cpu::model_open(&x->config, &settings);
 }
 
 static float *draw_weights(const ModelCase *t, const Config *c) {
@@ -147,7 +157,7 @@ static double regulariser_weight_of(const ModelCase *t) {
 
 // the reference's answer
 static void examine_on_cpu(Examination *x, const ModelCase *t) {
-    cpu::Model *m = cpu::model_open(&x->config, &x->options, FOR_GRADIENTS);
+    cpu::Model *m = open_on_cpu(x, FOR_GRADIENTS);
     int64_t n = cpu::model_table(m)->num_params;
     x->params = draw_weights(t, &x->config);
     float *params = cpu::model_borrow(m, BUFFER_PARAMS);
@@ -207,7 +217,7 @@ static void model_case(const ModelCase *t, int show) {
     examination_init(&want, t);
     examination_init(&got, t);
     examine_on_cpu(&want, t);
-    Model *m = model_open(&got.config, &got.options, FOR_GRADIENTS);
+    Model *m = open_for(&got, FOR_GRADIENTS);
     const TensorTable *table = model_table(m);
     int forced = !is_fp32() && got.gates != NULL;
     examine_on_device(&got, m, t, want.params, forced ? (const float *const *)want.gates : NULL);
@@ -254,7 +264,7 @@ static void free_routes_case(void) {
     examination_init(&want, &t);
     examination_init(&got, &t);
     examine_on_cpu(&want, &t);
-    Model *m = model_open(&got.config, &got.options, FOR_GRADIENTS);
+    Model *m = open_for(&got, FOR_GRADIENTS);
     examine_on_device(&got, m, &t, want.params, NULL);
     for (int l = 0; l < t.L; l++) {
         int cells = want.N * t.E, flips = 0;
@@ -301,7 +311,7 @@ static uint64_t bits_of(const ModelCase *t, const float *params, int64_t store_r
     x.options.recompute = recompute;
     x.options.pair_budget =
         store_rows >= 0 ? 1e-9 * (double)(store_rows * arena_row_bytes(x.config.ffn)) + 1e-12 : 0.0;
-    Model *m = model_open(&x.config, &x.options, FOR_GRADIENTS);
+    Model *m = open_for(&x, FOR_GRADIENTS);
     for (int i = 0; i < repeats; i++) {
         memset(&x.stats.tokens, 0, sizeof(x.stats.tokens));
         x.stats.lm_loss = x.stats.reg_loss = 0.0;
@@ -340,21 +350,21 @@ static void overflow_case(void) {
     for (int small = 0; small < 2; small++) {
         Examination x;
         examination_init(&x, &t);
-        Model *m = model_open(&x.config, &x.options, FOR_GRADIENTS);
+        Model *m = open_for(&x, FOR_GRADIENTS);
         set_device_weights(m, params);
         upload_batch(m, 0, x.inputs, x.targets, x.N);
         int attempts = 0, done = 0;
         for (int l = 0; l < t.L; l++) {
-            m->arena.planned[l] = small ? 1 : m->arena.max_chunks;
+            m->routing.arena.planned[l] = small ? 1 : m->routing.arena.max_chunks;
         }
         while (!done) {
             begin_step(m);
-            micro_step(m, &m->batches[0], t.B, t.T, 1, 0.03);
+            micro_step(m, &m->step.batches[0], t.B, t.T, 1, 0.03);
             gradient_norm(m);
             done = read_step(m, x.N, &x.stats);
             attempts++;
         }
-        CHECK(m->arena.max_chunks > 1);
+        CHECK(m->routing.arena.max_chunks > 1);
         CHECK(small ? attempts > 1 : attempts == 1);
         x.grads = model_borrow(m, BUFFER_GRADS);
         hashes[small] = hash_of(&x, model_table(m)->num_params);
@@ -365,7 +375,8 @@ static void overflow_case(void) {
     free(params);
 }
 
-// nothing in a micro-step waits for the host or allocates: a capture would fail; its replay gives the same bits
+// nothing in a micro-step waits for the host or allocates: a capture would fail; its replay gives the same
+// bits
 static void graph_case(void) {
     const ModelCase t = narrow_if_few({"graph", "relu", 8, 1, 1, 2, 64, 4, 2, 4, 256, 2, 33, 1, 0, 8.0f});
     cudaGraph_t graph;
@@ -377,7 +388,7 @@ static void graph_case(void) {
     }
     examination_init(&x, &t);
     float *params = draw_weights(&t, &x.config);
-    Model *m = model_open(&x.config, &x.options, FOR_GRADIENTS);
+    Model *m = open_for(&x, FOR_GRADIENTS);
     uint64_t hashes[2];
     set_device_weights(m, params);
     upload_batch(m, 0, x.inputs, x.targets, x.N);
@@ -386,7 +397,7 @@ static void graph_case(void) {
         if (captured) {
             CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeGlobal));
         }
-        micro_step(m, &m->batches[0], t.B, t.T, 1, 0.03);
+        micro_step(m, &m->step.batches[0], t.B, t.T, 1, 0.03);
         gradient_norm(m);
         if (captured) {
             CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
@@ -418,8 +429,8 @@ static void update_case(void) {
     Examination want, got;
     examination_init(&want, &t);
     examination_init(&got, &t);
-    cpu::Model *reference = cpu::model_open(&want.config, &want.options, FOR_TRAINING);
-    Model *m = model_open(&got.config, &got.options, FOR_TRAINING);
+    cpu::Model *reference = open_on_cpu(&want, FOR_TRAINING);
+    Model *m = open_for(&got, FOR_TRAINING);
     int64_t n = model_table(m)->num_params;
     float *params = draw_weights(&t, &want.config);
     float *buffer = cpu::model_borrow(reference, BUFFER_PARAMS);
@@ -460,7 +471,7 @@ static void sampling_case(void) {
     Examination x;
     examination_init(&x, &t);
     float *params = draw_weights(&t, &x.config);
-    Model *m = model_open(&x.config, &x.options, FOR_GRADIENTS);
+    Model *m = open_for(&x, FOR_GRADIENTS);
     examine_on_device(&x, m, &t, params, NULL);
     for (int n = first; n <= t.T; n++) {
         const float *logits = model_next_logits(m, x.inputs, n, n == first ? 0 : n - 1);

@@ -1,6 +1,7 @@
 /*
-pairs.cuh: compressed rows, counts, the dense picture and the statistics against pairs.h on the same masks: every width of a mask's word, tokens without pairs, experts without tokens, all
-pairs, none, sizes that end within a tile. All of it is exact.
+pairs.cuh: compressed rows, counts, the dense picture and the statistics against pairs.h on the same masks:
+every width of a mask's word, tokens without pairs, experts without tokens, all pairs, none, sizes that end
+within a tile. All of it is exact.
 */
 #ifndef TEST_PAIRS_CUH
 #define TEST_PAIRS_CUH
@@ -32,8 +33,6 @@ static int check_pairs(const char *what, DevicePairs device, const PairList *wan
     int *row_start = fetch(device.row_start, N + 1), *expert = fetch(device.expert, (int64_t)N * E);
     int *counts = fetch(device.counts, E);
     float *gate = fetch(device.gate, (int64_t)N * E);
-    int64_t *want_counts = NEW(int64_t, E);
-    pairs_count(want_counts, want, E);
     for (int t = 0; t <= N; t++) {
         wrong += row_start[t] != want->row_start[t];
     }
@@ -45,7 +44,7 @@ static int check_pairs(const char *what, DevicePairs device, const PairList *wan
         wrong += expert[p] != -1 || gate[p] == gate[p];
     }
     for (int e = 0; e < E; e++) {
-        wrong += counts[e] != want_counts[e];
+        wrong += counts[e] != want->counts[e];
     }
     if (wrong > 0) {
         printf("  %s: N %d, E %d: %lld differences\n", what, N, E, (long long)wrong);
@@ -58,7 +57,6 @@ static int check_pairs(const char *what, DevicePairs device, const PairList *wan
     free(expert);
     free(counts);
     free(gate);
-    free(want_counts);
     return ok;
 }
 
@@ -81,20 +79,17 @@ static float *sample_mask(int kind, int N, int E, unsigned seed) {
 static void check_stats(DevicePairs pairs, const PairList *want, int N, int E) {
     RoutingStats begin = {100, 1000};
     RoutingStats *stats = device_copy(&begin, 1);
-    int64_t *counts = NEW(int64_t, E), wrong = 0, empty = 0;
-    pairs_count(counts, want, E);
-    int64_t *device_counts = device_copy(counts, E);
+    int64_t wrong = 0, empty = 0, *device_counts = device_copy(want->counts, E);
     routing_stats(stats, pairs, device_counts, N, E, NULL);
     RoutingStats *got = fetch_raw(stats, 1);
     int64_t *got_counts = fetch_raw(device_counts, E);
     for (int e = 0; e < E; e++) {
-        wrong += got_counts[e] != 2 * counts[e];
+        wrong += got_counts[e] != 2 * want->counts[e];
     }
     for (int t = 0; t < N; t++) {
         empty += want->row_start[t] == want->row_start[t + 1];
     }
     CHECK(wrong == 0 && got->active == 100 + want->num_pairs && got->zero_expert == 1000 + empty);
-    free(counts);
     free(got);
     free(got_counts);
     device_release(stats);
@@ -108,7 +103,7 @@ static void test_pairs_of(int kind, int N, int E) {
     float *device_mask = device_f(mask, cells), *device_score = device_f(score, cells);
     uint32_t *bits = device_new<uint32_t>((int64_t)N * mask_words(E));
     void *scratch = device_new<char>((int64_t)pairs_scratch_bytes(N, E));
-    PairList want = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList want = pairs_empty();
     ActiveIfForced active = {device_mask, E};
     mask_where(bits, active, N, E, NULL);
     for (int scored = 0; scored < 2; scored++) {

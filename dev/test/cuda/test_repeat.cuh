@@ -37,8 +37,8 @@ static __global__ void __launch_bounds__(COMPARE_THREADS)
 // weights as large as the paper's first ones, but drawn quickly
 static void set_quick_weights(Model *m) {
     float *params = model_borrow(m, BUFFER_PARAMS);
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *tensor = &m->table.tensors[i];
+    for (int i = 0; i < m->params.table.count; i++) {
+        const Tensor *tensor = &m->params.table.tensors[i];
         if (tensor->decay) {
             fill_uniform(params + tensor->offset, (size_t)tensor->size, (unsigned)i, 0.035f);
         }
@@ -61,7 +61,7 @@ static void repeat_micro_steps(Model *m, int B, int T, int repeats, const Watche
                                unsigned long long *different) {
     for (int i = 0; i < repeats; i++) {
         begin_step(m);
-        micro_step(m, &m->batches[0], B, T, 1, 0.03);
+        micro_step(m, &m->step.batches[0], B, T, 1, 0.03);
         gradient_norm(m);
         for (int k = 0; k < count; k++) {
             const Watched *w = &watched[k];
@@ -108,16 +108,16 @@ static void test_cuda_repeat(void) {
     x.options.recompute = 1;
     x.options.pair_budget = // half of the pairs
         1e-9 * (double)(arena_row_bytes(x.config.ffn) * x.N * t.L * t.E / 4);
-    Model *m = model_open(&x.config, &x.options, FOR_GRADIENTS);
+    Model *m = open_for(&x, FOR_GRADIENTS);
     set_quick_weights(m);
     upload_batch(m, 0, x.inputs, x.targets, x.N);
     plan_worst(m, x.N);
-    for (int i = 0; i < m->table.count; i++) {
-        const Tensor *tensor = &m->table.tensors[i];
-        watch(watched, &count, tensor->name, m->grad + tensor->offset, tensor->size * 4);
+    for (int i = 0; i < m->params.table.count; i++) {
+        const Tensor *tensor = &m->params.table.tensors[i];
+        watch(watched, &count, tensor->name, m->params.grad + tensor->offset, tensor->size * 4);
     }
-    watch(watched, &count, "losses", m->losses, (int64_t)x.N * 4);
-    watch(watched, &count, "sums", m->sums, (int64_t)sizeof(StepSums));
+    watch(watched, &count, "losses", m->acts.losses, (int64_t)x.N * 4);
+    watch(watched, &count, "sums", m->step.sums, (int64_t)sizeof(StepSums));
     int64_t cells = (int64_t)repeats * count;
     unsigned long long *different = device_new<unsigned long long>(cells);
     CUDA_CHECK(cudaMemset(different, 0, (size_t)cells * sizeof(*different)));

@@ -122,7 +122,7 @@ static void check_forward(PairList *want, DeviceRouting r, const float *logits, 
     int64_t cells = (int64_t)N * E;
     float *device_s = fetch(r.logits, cells), *s = NEW(float, cells);
     memcpy(s, logits, (size_t)cells * sizeof(float));
-    if (router_has_softmax(c.router.method)) {
+    if (router_row(c.router.method)->has_softmax) {
         router_softmax(s, (int64_t)N, E);
         double *exact = exact_softmax(logits, N, E);
         check_close_to("router softmax", device_s, exact, (size_t)cells, 1e-6);
@@ -141,17 +141,16 @@ static void check_forward(PairList *want, DeviceRouting r, const float *logits, 
     free(s);
 }
 
-// counts over all ranks, as an all-reduce of equal ranks would leave them
-static int64_t *global_counts(DeviceRouting *r, const PairList *want, RouterCase c) {
+// counts over all ranks, as equal ranks would have them; *device: the same on the device
+static int64_t *global_counts(int **device, const PairList *want, RouterCase c) {
     int E = c.router.experts;
     int64_t *counts = NEW(int64_t, E);
     int *sums = NEW(int, E);
-    pairs_count(counts, want, E);
     for (int e = 0; e < E; e++) {
-        counts[e] *= c.ranks;
+        counts[e] = want->counts[e] * c.ranks;
         sums[e] = (int)counts[e];
     }
-    CUDA_CHECK(cudaMemcpy(r->pairs.counts, sums, (size_t)E * sizeof(int), cudaMemcpyHostToDevice));
+    *device = device_copy(sums, E);
     free(sums);
     return counts;
 }
@@ -160,19 +159,21 @@ static void check_loss_and_backward(const PairList *want, DeviceRouting r, Route
     enum { LAYERS = 3 };
     int64_t cells = (int64_t)c.N * c.router.experts, all = (int64_t)c.N * c.ranks;
     float *s = fetch(r.logits, cells), *dgate = NEW(float, want->num_pairs), *dlogits = NEW(float, cells);
-    int64_t *counts = global_counts(&r, want, c);
+    int *device_counts;
+    int64_t *counts = global_counts(&device_counts, want, c);
     double weight = 0.7 * (double)all; // as large as dgate
     fill_uniform(dgate, (size_t)want->num_pairs, 5, 1.0f);
     float *device_dgate = device_f(dgate, want->num_pairs);
 
-    router_loss(r.loss, r.pairs, r.logits, c.router, c.N, LAYERS, 0.25, r.scratch, NULL, c.ranks);
-    double want_loss = router_loss(want, s, counts, c.router, all, LAYERS);
+    router_loss(r.loss, r.pairs, r.logits, device_counts, all, c.router, c.N, LAYERS, 0.25, r.scratch, NULL);
+    double want_loss = router_loss(want, s, counts, all, c.router, LAYERS);
     double *loss = fetch_raw(r.loss, 1);
     CHECK(fabs(loss[0] - (0.5 + 0.25 * want_loss)) <= 1e-12 + 1e-7 * fabs(want_loss));
     free(loss);
 
-    router_backward(dlogits, dgate, want, s, counts, c.router, all, LAYERS, weight);
-    router_backward(r.dlogits, device_dgate, r.pairs, r.logits, c.router, c.N, LAYERS, weight, NULL, c.ranks);
+    router_backward(dlogits, dgate, want, s, counts, all, c.router, LAYERS, weight);
+    router_backward(r.dlogits, device_dgate, r.pairs, r.logits, device_counts, all, c.router, c.N, LAYERS,
+                    weight, NULL);
     int comparable = c.kind != LOGITS_STEEP; // there s_te (ds_te - dot_t) is what rounding leaves of 0
     if (router_has_weights(c.router.method) && comparable) {
         check_device("router dlogits", r.dlogits, dlogits, cells, tolerance(1e-5, 4e-3));
@@ -182,6 +183,7 @@ static void check_loss_and_backward(const PairList *want, DeviceRouting r, Route
     free(dlogits);
     free(counts);
     device_release(device_dgate);
+    device_release(device_counts);
 }
 
 static uint64_t routing_hash(DeviceRouting r, RouterCase c) {
@@ -197,7 +199,7 @@ static uint64_t routing_hash(DeviceRouting r, RouterCase c) {
 
 static uint64_t router_case_once(RouterCase c) {
     float *logits = sample_logits(c.kind, c.N, c.router.experts);
-    PairList want = {0, 0, NULL, NULL, NULL, 0, 0};
+    PairList want = pairs_empty();
     DeviceRouting r = device_routing(c, logits);
     int before = tally.failures;
     check_forward(&want, r, logits, c);
@@ -344,9 +346,11 @@ static void bench_router_of(RouterMethod method, int E, int k, float shift) {
         RouterScratch parts = router_scratch(&s, router, N);
         pairs_from_mask(r.pairs, r.logits, parts.mask, N, E, parts.pairs, NULL);
     };
-    auto loss = [&] { router_loss(r.loss, r.pairs, r.logits, router, N, LAYERS, 1.0, r.scratch, NULL); };
+    auto loss = [&] {
+        router_loss(r.loss, r.pairs, r.logits, r.pairs.counts, N, router, N, LAYERS, 1.0, r.scratch, NULL);
+    };
     auto backward = [&] {
-        router_backward(r.dlogits, dgate, r.pairs, r.logits, router, N, LAYERS, 1.0, NULL);
+        router_backward(r.dlogits, dgate, r.pairs, r.logits, r.pairs.counts, N, router, N, LAYERS, 1.0, NULL);
     };
     auto count = [&] { routing_stats(stats, r.pairs, counts, N, E, NULL); };
     double copy_ms = device_ms(restore), forward_ms = device_ms(forward) - copy_ms, rows_ms = device_ms(rows);

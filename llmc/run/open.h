@@ -1,0 +1,268 @@
+/*
+Opening and closing a run: from the command line to a model with weights, a state, data and a folder to write
+to.
+
+    options (startup.h) -> config -> model_open -> weights: drawn, loaded or resumed
+                                  -> state: step, lambda, AdamW's moments
+                                  -> data, tokenizer, buffers -> start-up table -> log
+
+Errors: exit 1 or 2 with the file or option that is wrong, before anything has been written.
+*/
+#ifndef OPEN_H
+#define OPEN_H
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+// defines: open, flock; omp_set_num_threads, omp_get_max_threads
+#include "llmc/run/run.h"
+#include "llmc/run/startup.h"
+
+// what stays the same from step to step
+static inline StepSettings step_settings(const Options *o, const Config *c) {
+    int64_t warmup = o->warmup_steps >= 0 ? o->warmup_steps : o->steps / 100;
+    Schedule schedule = {o->lr, o->lr_min, warmup, o->steps};
+    StepSettings s;
+    s.micro_batches = (int)(o->global_batch / o->batch);
+    s.B = (int)o->batch;
+    s.T = (int)o->seq_len;
+    s.schedule = schedule;
+    s.weight_decay = o->weight_decay;
+    s.grad_clip = o->grad_clip;
+    s.aux_coeff = o->aux_coeff;
+    s.warmup_steps = o->topk_warmup_steps;
+    s.warmup_k = o->topk_warmup_k * c->granularity;
+    return s;
+}
+
+// the first lines of the start-up table: before anything is allocated or opened, so that a refusal has its
+// figures above it
+static inline void print_model(const Options *o, const Config *c) {
+    const Router *r = &c->router;
+    const char *name = o->resume[0] != '\0' ? o->resume : o->load[0] != '\0' ? o->load : o->preset;
+    double gflops = 1e-9 * config_flops(c, o->seq_len, r->active);
+    printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
+           c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);
+    printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active,
+           r->experts, c->granularity,
+           router_has_lambda(r->method) && !r->load_balance ? ", no load balance" : "");
+    printf("params    %lld total, %lld active | %.*f GFLOPs a sequence\n",
+           (long long)config_params(c, r->experts), (long long)config_params(c, r->active),
+           gflops < 100.0 ? 3 : 1, gflops);
+}
+
+// what a model is to be opened for
+static inline ModelSettings model_settings(const Options *o, const Config *c, Purpose purpose, int device) {
+    StepSettings step = step_settings(o, c);
+    int loaded = o->load[0] != '\0' || o->resume[0] != '\0';
+    ModelSettings s;
+    s.purpose = purpose;
+    s.B = step.B;
+    s.T = step.T;
+    s.micro_batches = step.micro_batches;
+    s.most_k = step_most_k(&step, c->router);
+    s.starts_dense = router_row(c->router.method)->leaves_number_open && !loaded;
+    s.device = device;
+    s.kernels = o->kernels;
+    s.recompute = (int)o->recompute;
+    s.pair_budget = o->pair_budget;
+    return s;
+}
+
+// weights, moments and state: drawn from the seed, loaded, or resumed
+static inline void build_model(Run *run) {
+    const Options *o = &run->options;
+    Config *c = &run->config;
+    Purpose purpose = wants_training(o) ? FOR_TRAINING : o->dump[0] != '\0' ? FOR_GRADIENTS : FOR_INFERENCE;
+    const char *folder = o->resume[0] != '\0' ? o->resume : o->load;
+    char path[PATH_SIZE];
+    if (folder[0] != '\0') {
+        check_format(path, sizeof(path), "%s/config.json", folder);
+        *c = config_read(path);
+    } else {
+        *c = config_from_options(o);
+    }
+    c->max_seq_len = o->seq_len > c->max_seq_len || folder[0] == '\0' ? (int)o->seq_len : c->max_seq_len;
+    if (purpose == FOR_TRAINING) {
+        print_model(o, c);
+    }
+    ModelSettings settings = model_settings(o, c, purpose, run->device);
+    run->model = model_open(c, &settings);
+    float *params = model_borrow(run->model, BUFFER_PARAMS);
+    if (folder[0] == '\0') {
+        model_init(params, model_table(run->model), (uint64_t)o->seed);
+    } else {
+        checkpoint_load_weights(params, folder, model_table(run->model));
+    }
+    model_return(run->model, BUFFER_PARAMS, params, 1);
+}
+
+// AdamW's moments, if the folder has them
+static inline int load_moments(Run *run, const char *folder) {
+    Model *m = run->model;
+    float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
+    int found = checkpoint_load_moments(exp_avg, exp_avg_sq, folder, model_table(m));
+    model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, found);
+    model_return(m, BUFFER_EXP_AVG, exp_avg, found);
+    return found;
+}
+
+static inline void build_state(Run *run, int lambda_given) {
+    const Options *o = &run->options;
+    RunState *state = &run->state;
+    int resuming = o->resume[0] != '\0';
+    RunState loaded = *state;
+    state->sparsity = resuming ? loaded.sparsity : lambda_init(o->lambda_init, o->alpha);
+    state->sparsity.alpha = (float)o->alpha;
+    if (o->load[0] != '\0' && checkpoint_load_state(&loaded, NULL, o->load)) {
+        state->optimizer_step = loaded.optimizer_step;
+        state->sparsity.lambda = lambda_given ? (float)o->lambda_init : loaded.sparsity.lambda;
+    }
+    if (wants_training(o)) {
+        const char *folder = resuming ? o->resume : o->load;
+        int found = folder[0] != '\0' && load_moments(run, folder);
+        if (!found) {
+            state->optimizer_step = 0; // zero moments: their bias correction starts anew
+        }
+        if (resuming && !found) {
+            die("%s has no optimizer.safetensors\n  ---> start from its weights: --load %s", folder, folder);
+        }
+    }
+    run->step = step_settings(o, &run->config);
+    run->first_step = state->step;
+}
+
+// data, text and buffers; what a run cannot do without is opened before it starts
+static inline void open_data(Run *run) {
+    const Options *o = &run->options;
+    const Config *c = &run->config;
+    char vocab[PATH_SIZE];
+    check_format(vocab, sizeof(vocab), "%s/vocab.json", o->tokenizer);
+    if (o->eval || o->dump[0] != '\0') {
+        run->tokenizer = NULL; // no text is shown
+    } else if (o->tokenizer[0] != '\0' && path_exists(vocab)) {
+        run->tokenizer = tokenizer_load(o->tokenizer);
+        if (run->tokenizer->vocab_size > c->vocab_size) {
+            die("%s has %d tokens, the model's vocabulary only %d\n  ---> name the model's own --tokenizer",
+                o->tokenizer, run->tokenizer->vocab_size, c->vocab_size);
+        }
+    } else if (o->sample[0] != '\0') {
+        die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
+            "sample-data`",
+            vocab);
+    } else if (o->tokenizer[0] != '\0') {
+        warn("no samples will be shown: there is no %s\n  ---> name a folder with --tokenizer", vocab);
+    }
+    run->inputs = NEW(int, o->batch * o->seq_len);
+    run->targets = NEW(int, o->batch * o->seq_len);
+    run->layer_sparsity = NEW(double, c->layers);
+    if (!o->eval && o->sample[0] == '\0') {
+        int shuffle = o->dump[0] == '\0' && o->shuffle;
+        dataloader_open(&run->train, o->train_data, (int)o->seq_len, (uint64_t)o->seed, shuffle);
+    }
+    if (wants_training(
+            o)) { // micro-batch after micro-batch in the run's order, or the first one again and again
+        int64_t first = o->overfit_batch ? 0 : run->state.sequences;
+        prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first,
+                       o->overfit_batch ? 0 : o->batch);
+    }
+}
+
+static inline void print_table(const Run *run) {
+    const Options *o = &run->options;
+    const Router *r = &run->config.router;
+    int threads = 1;
+#ifdef _OPENMP
+    threads = omp_get_max_threads();
+#endif
+    printf("data      ");
+    dataloader_print(&run->train, stdout);
+    printf(" | %.1f epochs\n",
+           (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train));
+    printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n",
+           (long long)o->steps, (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr,
+           o->lr_min, (long long)run->step.schedule.warmup, (long long)o->seed);
+    if (has_lambda(run)) {
+        printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
+               (double)run->state.sparsity.lambda, o->alpha);
+    }
+    printf("output    %s | %d threads\n", run->options.out, threads);
+    fflush(stdout);
+}
+
+static inline void open_log(Run *run) {
+    char name[64], folder[PATH_SIZE];
+    make_folder(run->options.out);
+    int lock = open(run->options.out, O_RDONLY | O_DIRECTORY); // held until the process ends, however it ends
+    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        die("another process trains in %s\n  ---> stop it, or choose another folder with --out",
+            run->options.out);
+    }
+    check_format(name, sizeof(name), "step_%08lld", (long long)run->state.step);
+    check_format(folder, sizeof(folder), "%.1900s/%s", run->options.out, name);
+    if (run->options.resume[0] != '\0' && path_exists(folder)) {
+        point_latest(run->options.out,
+                     name); // to where the log is cut back: later checkpoints are of another future
+    }
+    check_format(run->log_path, PATH_SIZE, "%.2000s/log.jsonl", run->options.out);
+    log_cut(run->log_path, run->state.step);
+    run->log = check_fopen(run->log_path, "ab", "choose another folder with --out");
+}
+
+static inline void close_run(Run *run) {
+    if (run->log != NULL) {
+        check_fclose(run->log, run->log_path);
+    }
+    if (run->tokenizer != NULL) {
+        tokenizer_free(run->tokenizer);
+    }
+    if (wants_training(&run->options)) {
+        prefetch_stop(&run->ahead);
+    }
+    dataloader_close(&run->train);
+    free(run->inputs);
+    free(run->targets);
+    free(run->layer_sparsity);
+    free(run->stats.counts);
+    model_close(run->model);
+    free(run);
+}
+
+// the folder that a new run writes to must not hold another one
+static inline void open_out(Run *run) {
+    Options *o = &run->options;
+    char latest[PATH_SIZE], out[PATH_SIZE];
+    if (o->out[0] == '\0') {
+        const char *name = o->load[0] != '\0' ? "loaded" : o->preset;
+        default_out(out, name, router_name(run->config.router.method), 0);
+        check_format(o->out, OPTION_TEXT_SIZE, "%s", out);
+    }
+    check_format(latest, sizeof(latest), "%.1900s/latest", o->out);
+    if (o->resume[0] == '\0' && path_exists(latest)) {
+        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", o->out,
+            o->out);
+    }
+}
+
+static inline Run *open_run(const char *program, int argc, const char *const *argv) {
+    Run *run = NEW(Run, 1);
+    read_options(&run->options, &run->state, program, argc, argv);
+#ifdef _OPENMP
+    if (run->options.threads > 0) {
+        omp_set_num_threads((int)run->options.threads);
+    }
+#endif
+    build_model(run);
+    build_state(run, options_given(argc, argv, "lambda_init"));
+    if (wants_training(&run->options)) {
+        open_out(run);
+    }
+    open_data(run);
+    run->started = seconds_now();
+    return run;
+}
+
+#endif

@@ -1,0 +1,95 @@
+/*
+One optimizer step of ReMoE, whole. This is what training repeats.
+
+    loss_i = lm + lambda_i reg            mean over the step's micro-batches             (Eq. 6)
+    g      = d loss_i / d weights, scaled by min(1, grad_clip / ||g||)
+    AdamW with lr(i)                      adamw.h, schedule.h
+    S_i    = 1 - active pairs / (L N E)   what the routers did meanwhile                 (Eq. 8)
+    lambda_{i+1} = lambda_i alpha^sign((1 - k/E) - S_i)                                  (Eq. 7)
+
+Other routers have another weight before reg, or none (router.h), and no lambda to steer. A step whose losses
+or norm are not finite updates nothing, lambda neither: it only moves on in the data.
+
+Forward and backward are the model's (trainer.h). Letters: B sequences of T tokens a micro-batch, N tokens of
+the step, L layers, E = E_tot experts, k = k_tot of them active.
+*/
+#ifndef STEP_H
+#define STEP_H
+
+#include "llmc/adamw.h"
+#include "llmc/lambda.h"
+#include "llmc/schedule.h"
+#include "llmc/trainer.h"
+#include <math.h>
+// defines: clip_scale; LambdaState, lambda_update, stage_update; Schedule, schedule_lr; Model, StepStats,
+// model_*
+
+// what stays the same from step to step
+typedef struct {
+    int micro_batches, B, T;
+    Schedule schedule;
+    double weight_decay, grad_clip;
+    double aux_coeff;     // topk's
+    int64_t warmup_steps; // of topk's k: so many steps with warmup_k
+    int64_t warmup_k;
+} StepSettings;
+
+// how far training has come: all that it needs to go on besides weights and moments. Every checkpoint has it
+typedef struct {
+    int64_t step;           // optimizer steps of this run that are done
+    int64_t optimizer_step; // AdamW's t (larger than step when the weights came with their moments)
+    int64_t sequences;      // the loader's position
+    LambdaState sparsity;
+} RunState;
+
+// k of a step: nearly dense in the first ones, where a router is told so (the paper's Appendix H)
+static inline int step_k(const StepSettings *s, Router router, int64_t step) {
+    int warms_up = router_row(router.method)->k_warms_up && step < s->warmup_steps;
+    return !warms_up ? router.active : s->warmup_k < router.experts ? (int)s->warmup_k : router.experts;
+}
+
+// the largest k of any step
+static inline int step_most_k(const StepSettings *s, Router router) {
+    int first = step_k(s, router, 0);
+    return first > router.active ? first : router.active;
+}
+
+static inline void stats_reset(StepStats *s, const Config *c) {
+    int64_t cells = (int64_t)c->layers * c->router.experts;
+    if (s->counts == NULL) {
+        s->counts = NEW(int64_t, cells);
+    }
+    memset(s->counts, 0, (size_t)cells * sizeof(int64_t));
+    s->tokens = s->zero_expert = s->active = 0;
+    s->lm_loss = s->reg_loss = s->grad_norm = 0.0;
+}
+
+static inline int stats_are_finite(const StepStats *s) {
+    return isfinite(s->lm_loss) && isfinite(s->reg_loss) && isfinite(s->grad_norm);
+}
+
+// takes the step's micro-batches from `ahead`, moves *state on; 0: nothing was updated, see above
+static inline int train_step(Model *m, Prefetcher *ahead, const Config *c, const StepSettings *s,
+                             RunState *state, StepStats *stats) {
+    Router router = c->router;
+    double reg_weight = router_loss_weight(router.method, state->sparsity.lambda, s->aux_coeff);
+    model_route(m, router.method, step_k(s, router, state->step));
+    stats_reset(stats, c);
+    model_gradients(m, ahead, s->micro_batches, s->B, s->T, reg_weight, stats); // of lm + lambda reg (Eq. 6)
+    int finite = stats_are_finite(stats);
+    if (finite) {
+        float scale = clip_scale(stats->grad_norm, s->grad_clip);
+        model_update(m, schedule_lr(s->schedule, state->step), s->weight_decay, scale,
+                     ++state->optimizer_step);
+    }
+    if (finite && router_has_lambda(router.method)) {
+        int64_t pairs = stats->tokens * c->layers * router.experts; // that could have been on
+        stage_update(&state->sparsity, state->step, stats->active, pairs, router.experts, router.active);
+        lambda_update(&state->sparsity, stats->active, pairs, router.experts, router.active); // (Eq. 7, 8)
+    }
+    state->sequences += (int64_t)s->micro_batches * s->B;
+    state->step++;
+    return finite;
+}
+
+#endif
