@@ -198,7 +198,7 @@ fuzz:
 # all that .clang-format governs, in place
 format:
 	@command -v clang-format >/dev/null || { echo 'make format needs clang-format ---> apt-get install clang-format'; exit 1; }
-	clang-format -i $(sort $(foreach kind,c h cu cuh,$(wildcard $(foreach folder,. llmc llmc/* data dev/*,$(folder)/*.$(kind)) \
+	clang-format -i $(sort $(foreach kind,c h cu cuh,$(wildcard $(foreach folder,. llmc llmc/* data dev dev/*,$(folder)/*.$(kind)) \
 		dev/test/cuda/*.$(kind))))
 
 clean:
