@@ -35,7 +35,8 @@ static void trainer_main(void *command) {
         signal(SIGXFSZ, SIG_IGN); // the write fails with EFBIG instead
         setrlimit(RLIMIT_FSIZE, &limit);
     }
-    setenv("OMP_WAIT_POLICY", "passive", 0); // tiny steps: threads that spin would stall each other on a busy machine
+    // tiny steps: threads that spin would stall each other on a busy machine
+    setenv("OMP_WAIT_POLICY", "passive", 0);
     execv("/proc/self/exe", c->words);
     die("cannot start the trainer: %s", strerror(errno));
 }
@@ -455,7 +456,8 @@ static void trainer_full_disk(void) {
     trainer_words(&command, "--resume build/test/full_disk --max-minutes 0");
     command.largest_file = 20000;
     check_dies(1, "cannot write", trainer_main, &command);
-    trainer_succeeds(trainer_run("--resume build/test/full_disk --max-minutes 0"), "after the disk was freed");
+    trainer_succeeds(trainer_run("--resume build/test/full_disk --max-minutes 0"),
+                     "after the disk was freed");
     CHECK(path_exists("build/test/full_disk/step_00000008/model.safetensors"));
 }
 
