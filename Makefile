@@ -52,8 +52,13 @@ CUDA_HEADERS := $(HEADERS) $(wildcard llmc/*.cuh llmc/*/*.cuh)
 CUDA_TESTS := $(wildcard dev/test/*.h dev/test/cuda/*.cuh)
 EMULATOR := $(wildcard dev/emulator/*)
 SAMPLE := build/sample/manifest.json
+# for gdb: what is optimised away would not be seen. The emulator is not sanitized: its
+# threads change stacks, of which AddressSanitizer knows nothing
+DEBUG := -O0 -g3 -fno-omit-frame-pointer
+SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: all found train test test-cuda test-emulated test-races compare bench bench-gpu sample sample-data fuzz clean help
+.PHONY: all found train test test-cuda test-emulated test-races compare debug bench bench-gpu sample sample-data fuzz format
+.PHONY: clean help
 
 all: found train_remoe data-tools $(if $(and $(NVCC),$(wildcard train_remoe.cu)),train_remoecu)
 
@@ -143,6 +148,22 @@ GPU ?= ./train_remoecu
 compare: train_remoe $(notdir $(GPU)) build/compare_dumps $(SAMPLE)
 	dev/compare_cpu_gpu.sh $(GPU) $(LOAD)
 
+# step through them: dev/README.md
+debug: $(addprefix build/debug/,train_remoe test_remoe train_remoecu_emulated test_remoecu_emulated)
+
+build/debug/%_remoe: %_remoe.c train_remoe.c $(HEADERS) $(wildcard dev/test/*.h) Makefile
+	@mkdir -p build/debug
+	$(CC) $(CFLAGS) $(DEBUG) $(SANITIZED) $< -o $@ $(LDLIBS)
+
+build/debug/train_remoecu_emulated: train_remoe.cu $(CUDA_HEADERS) $(EMULATOR) Makefile
+	@mkdir -p build/debug
+	$(emulated_build) $(DEBUG)
+
+build/debug/test_remoecu_emulated: dev/test/test_remoe.cu train_remoe.cu train_remoe.c $(CUDA_HEADERS) $(CUDA_TESTS) $(EMULATOR) \
+		Makefile
+	@mkdir -p build/debug
+	$(emulated_build) $(DEBUG)
+
 build/bench_matmul: dev/bench/bench_matmul.c $(HEADERS) Makefile
 	@mkdir -p build
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS) -ldl
@@ -174,19 +195,30 @@ fuzz:
 	build/$(TARGET) -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=2 -max_len=65536 -detect_leaks=0 -rss_limit_mb=4096 \
 		-artifact_prefix=build/fuzz/ build/fuzz/$(TARGET) $(wildcard dev/fuzz/corpus/$(TARGET:fuzz_%=%))
 
+# all that .clang-format governs, in place
+format:
+	@command -v clang-format >/dev/null || { echo 'make format needs clang-format ---> apt-get install clang-format'; exit 1; }
+	clang-format -i $(sort $(foreach kind,c h cu cuh,$(wildcard $(foreach folder,. llmc llmc/* data dev dev/*,$(folder)/*.$(kind)) \
+		dev/test/cuda/*.$(kind))))
+
 clean:
 	rm -rf build train_remoe test_remoe train_remoecu* test_remoecu*
 
 help:
-	@echo 'make              ./train_remoe, and ./train_remoecu where there is nvcc; says what it found'
+	@echo 'make              ./train_remoe, build/tokenize, build/train_tokenizer, and ./train_remoecu where there is nvcc; says what it found'
 	@echo 'make train        train the tiny preset on the built-in sample, through the three stages, and show text'
 	@echo 'make test         the CPU tests'
 	@echo 'make test-cuda    the CUDA tests, in bf16 and fp32'
 	@echo 'make test-emulated  the same sources on the CPU, for machines without a GPU'
 	@echo 'make test-races   the CUDA sources on the CPU, barriers that are missing between threads; RACES=COMPONENTS'
 	@echo 'make compare      what both trainers say of one micro-batch, tensor by tensor; GPU=./train_remoecu_fp32, LOAD=DIR'
+	@echo 'make debug        both trainers (the CUDA one emulated) and their tests for gdb, in build/debug; the C ones sanitized'
+	@echo 'make fuzz         a parser against hostile bytes (clang); TARGET=fuzz_json, FUZZ_SECONDS=60'
 	@echo 'make bench        sgemm against OpenBLAS (where installed), and the trainer'
 	@echo "make bench-gpu    speed on this GPU, into README's table; GPT2_DATA=SHARDS, ROWS='small g8', PEER=script.py"
 	@echo 'make sample       remake data/sample.jsonl from the sources'
 	@echo 'make sample-data  its vocabulary and token shards, in build/sample'
+	@echo 'make data-tools   build/train_tokenizer and build/tokenize: a vocabulary and token shards of your own text'
+	@echo 'make train_remoecu_fp32   the CUDA trainer in fp32, to check with; train_remoecu_emulated: on the CPU'
+	@echo 'make format       clang-format all sources in place'
 	@echo 'make clean        remove what was built; runs/ stays'

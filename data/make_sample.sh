@@ -1,11 +1,14 @@
 #!/bin/sh
 # The built-in sample: this project's own sources, tests and docs as JSON Lines, a few KB a document.
 #     data/make_sample.sh [FILE]          (default: data/sample.jsonl)
+#     data/make_sample.sh --check         is data/sample.jsonl stale? Exit 1 if a quarter of it is no longer in the sources
 # Long files are cut at blank lines before unindented ones, that is between functions or sections. What would
 # exceed 400 KB is thinned out evenly. Made files ("do not edit") and what is no source or doc are left out.
 set -eu
 cd "$(dirname "$0")/.."
 out=${1:-data/sample.jsonl}
+check=0
+[ "$out" != --check ] || { check=1; mkdir -p build; out=build/sample_check; }
 limit=400000
 tab=$(printf '\t')
 LC_ALL=C
@@ -50,6 +53,19 @@ git ls-files | sort | while IFS= read -r path; do
         }
         END { flush() }'
 done >"$out.all"
+
+if [ $check = 1 ]; then
+    all=$(wc -l <data/sample.jsonl)
+    found=$(grep -cFxf "$out.all" data/sample.jsonl || true)
+    kinds() { sed 's/.*"pile_set_name": "\([^"]*\)".*/\1/' "$1" | sort -u | tr '\n' ' '; }
+    echo "data/sample.jsonl: $found of $all documents are still in the sources; domains $(kinds data/sample.jsonl)"
+    if [ $((4 * found)) -lt $((3 * all)) ] || [ "$(kinds data/sample.jsonl)" != "$(kinds "$out.all")" ]; then
+        echo "error: data/sample.jsonl is stale" >&2
+        echo "  ---> make sample" >&2
+        exit 1
+    fi
+    exit 0
+fi
 
 awk -v limit=$limit '
     { line[NR] = $0; total += length($0) + 1 }

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# The README's table of equations: each with the lines that cite it as (Eq. n). Rewritten in place, or with --check only compared.
+# The README's table of equations: for each the lines that compute it, in C and in CUDA. Rewritten in place, or with --check only
+# compared. A line counts if it is code that ends with a comment that cites (Eq. n), or such a comment within a function, above code.
 set -eu
 cd "$(dirname "$0")/.."
+places() { # places NUMBER FILE...: links to at most four lines
+    local cited="\(Eq\. ([0-9]+, )*$1(, [0-9]+)*\)"
+    shift
+    grep -nE "^( *[^ /*#].*|  +)// .*$cited" "$@" |
+        sed -E 's/^([^:]*):([0-9]+):.*/[\1:\2](\1#L\2)/' | head -n 4 | paste -sd ' ' -
+}
 rows() {
-    printf '| Equation of the paper | What | Where |\n|---|---|---|\n'
+    printf '| Equation of the paper | What | C | CUDA |\n|---|---|---|---|\n'
     while IFS='|' read -r number what; do
-        places=$(grep -nE "\(Eq\. ([0-9]+, )*$number(, [0-9]+)*\)" llmc/*.h llmc/run/*.h train_remoe.c |
-            sed -E 's/^([^:]*):([0-9]+):.*/[\1:\2](\1#L\2)/' | head -n 4 | paste -sd ' ' -)
-        echo "| $number | $what | $places |"
+        c=$(places "$number" llmc/*.h llmc/*/*.h train_remoe.c)
+        cuda=$(places "$number" llmc/*.cuh llmc/*/*.cuh train_remoe.cu)
+        echo "| $number | $what | $c | ${cuda:-the same} |"
     done <<'ROWS'
 1|an MoE layer is the gated sum of its experts
 2|TopK routing

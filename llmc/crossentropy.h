@@ -5,7 +5,7 @@ Softmax cross entropy, in nats, forward and backward in one pass over the logits
 
 logits [N, V], targets [N], losses [N]. With scale != 0 the logits are overwritten by their gradient (scale =
 1 / number of targets of the step, so that the mean's gradient comes out); with scale = 0 they stay as they
-are (evaluation). All V rows take part in the softmax, the padded ones too (DESIGN: they are never targets).
+are (evaluation). All V rows take part in the softmax, the padded ones too: they are never targets.
 */
 #ifndef CROSSENTROPY_H
 #define CROSSENTROPY_H

@@ -265,7 +265,7 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
 #pragma unroll 4
     for (int p = begin; p < end; p++) {
         int64_t row = dispatch.row_of_pair[p] - first;
-        add_row(total, 1.0f, widen(load_pack(rows + row * d + column)));
+        add_row(total, 1.0f, widen(load_pack(rows + row * d + column))); // (Eq. 1)
     }
     if (last_chunk) {
         store_residual_sum(y + at, residual != NULL ? residual + at : NULL, total);

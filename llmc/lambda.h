@@ -12,6 +12,9 @@ Too dense: lambda grows by the factor alpha; too sparse: it shrinks; exactly on 
 is below the target is decided in integers, active E > k L N E, so that every rank and every implementation
 decides alike. lambda is fp32 and kept in [1e-30, 1e30].
 
+On its way to a gate lambda is scaled three times: the gradient that the regulariser adds to an active pair is
+lambda * 1/micro-batches (the trainers' micro_step) * 1/L (router.h) * f_e/N (router_relu.h).
+
 Stages (the paper's section 3.5; Figure 4): I dense, about half of all pairs on while lambda is still tiny; II
 sparsifying, from the first step of 5 in a row with S_i > S_min + 0.1 (target - S_min), S_min the smallest S
 so far; III sparse, from the first step with S_i >= target: that step is the settling time. A stage, once
@@ -47,9 +50,9 @@ static inline LambdaState lambda_init(double lambda0, double alpha) {
     return state;
 }
 
-// S (Eq. 8); pairs: all pairs that could be on in the step, L N E
+// S; pairs: all pairs that could be on in the step, L N E
 static inline double sparsity_of(int64_t active, int64_t pairs) {
-    return 1.0 - (double)active / (double)pairs;
+    return 1.0 - (double)active / (double)pairs; // (Eq. 8)
 }
 
 // sign(target - S) in integers: 1 too dense, -1 too sparse, 0 on target. S < 1 - k/E  <=>  active E > k pairs

@@ -41,7 +41,7 @@ typedef struct {
     int has_experts;              // 0: one feed-forward layer for all tokens
     int has_weights;              // W [E, d]
     int has_softmax;              // the logits become softmax(z)
-    RouterLossWeight loss_weight; // of `reg` in the loss (Eq. 6)
+    RouterLossWeight loss_weight; // of `reg` in the loss
     RouterMethod for_one_token;   // how a token without a batch around it is routed (sampling)
     int k_warms_up;               // the first steps may be nearly dense
     int leaves_number_open;       // a token may have up to E experts; else k of them, on average at most

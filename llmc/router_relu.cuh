@@ -29,9 +29,9 @@ static inline void router_relu_forward(uint32_t *mask, const float *logits, int 
     mask_where(mask, active, N, E, stream);
 }
 
-// what f_e / N is a token of expert e (counts), or for all of them (no counts)
-static inline double router_relu_share(const int *counts, int64_t N, int E, int k) {
-    return (counts != NULL ? (double)E / ((double)k * (double)N) : 1.0) / (double)N;
+// f_e / N per token of expert e, to be multiplied by n_e = counts[e]; without counts f_e / N itself, f = 1
+static inline double router_relu_load_per_token(const int *counts, int64_t N, int E, int k) {
+    return (counts != NULL ? (double)E / ((double)k * (double)N) : 1.0) / (double)N; // (Eq. 11)
 }
 
 static __global__ void __launch_bounds__(SUM_THREADS)
@@ -40,7 +40,7 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     int64_t P = pairs.row_start[tokens], stride = (int64_t)gridDim.x * SUM_THREADS;
     for (int64_t p = blockIdx.x * SUM_THREADS + threadIdx.x; p < P; p += stride) {
         double load = counts != NULL ? (double)counts[pairs.expert[p]] : 1.0;
-        sum += load * pairs.gate[p];
+        sum += load * pairs.gate[p]; // (Eq. 9, 10)
     }
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
@@ -48,12 +48,12 @@ static __global__ void __launch_bounds__(SUM_THREADS)
     }
 }
 
-// *loss += scale * sum_e f_e mean_t R_te (Eq. 9, 10) of this rank's tokens; partial [SUM_MOST_BLOCKS]
+// *loss += scale * sum_e f_e mean_t R_te of this rank's tokens; partial [SUM_MOST_BLOCKS]
 static inline void router_relu_loss(double *loss, DevicePairs pairs, const int *counts, int tokens, int64_t N,
                                     int E, int k, double scale, double *partial, cudaStream_t stream) {
     int blocks = sum_blocks((int64_t)tokens * E);
     launch(router_relu_loss_kernel, blocks, SUM_THREADS, 0, stream, partial, pairs, counts, tokens);
-    add_partials(loss, partial, blocks, scale * router_relu_share(counts, N, E, k), stream);
+    add_partials(loss, partial, blocks, scale * router_relu_load_per_token(counts, N, E, k), stream);
 }
 
 static __global__ void __launch_bounds__(GROUP_BLOCK)
@@ -68,7 +68,7 @@ static __global__ void __launch_bounds__(GROUP_BLOCK)
     int end = t < tokens ? pairs.row_start[t + 1] : 0;
     for (int p = t < tokens ? pairs.row_start[t] + lane : 0; p < end; p += lanes) {
         int e = pairs.expert[p];
-        row[e] = to_x(dgate[p] + share * (counts != NULL ? (float)counts[e] : 1.0f));
+        row[e] = to_x(dgate[p] + share * (counts != NULL ? (float)counts[e] : 1.0f)); // gradient of (Eq. 6)
     }
 }
 
@@ -77,7 +77,7 @@ static inline void router_relu_backward(floatX *dlogits, const float *dgate, Dev
                                         const int *counts, int tokens, int64_t N, int E, int k, double weight,
                                         cudaStream_t stream) {
     int lanes = lanes_of(E);
-    double share = weight * router_relu_share(counts, N, E, k);
+    double share = weight * router_relu_load_per_token(counts, N, E, k);
     launch(router_relu_backward_kernel, group_blocks(tokens, lanes), GROUP_BLOCK, 0, stream, dlogits, dgate,
            pairs, counts, tokens, E, share, lanes);
 }

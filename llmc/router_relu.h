@@ -40,20 +40,20 @@ static inline void router_relu_forward(PairList *pairs, const float *logits, int
     pairs_count(pairs, E);
 }
 
-// f_e (Eq. 11)
+// f_e
 static inline double router_relu_load(const int64_t *counts, int e, int64_t N, int E, int k,
                                       int load_balance) {
-    return load_balance ? (double)E * (double)counts[e] / ((double)k * (double)N) : 1.0;
+    return load_balance ? (double)E * (double)counts[e] / ((double)k * (double)N) : 1.0; // (Eq. 11)
 }
 
-// sum_e f_e mean_t R_te: one layer's term (Eq. 9, 10)
+// sum_e f_e mean_t R_te: one layer's term
 static inline double router_relu_loss(const PairList *pairs, const int64_t *counts, int64_t N, int E, int k,
                                       int load_balance) {
     double sum = 0.0;
     for (int64_t p = 0; p < pairs->num_pairs; p++) {
         sum += router_relu_load(counts, pairs->expert[p], N, E, k, load_balance) * pairs->gate[p];
     }
-    return sum / (double)N;
+    return sum / (double)N; // (Eq. 9, 10)
 }
 
 // dlogits [N, E] overwritten from dgate [P], the gates' gradient of the language model's loss
@@ -65,7 +65,7 @@ static inline void router_relu_backward(float *dlogits, const float *dgate, cons
         for (int64_t p = pairs->row_start[t]; p < pairs->row_start[t + 1]; p++) {
             int e = pairs->expert[p];
             double load = router_relu_load(counts, e, N, E, k, load_balance);
-            dlogits[t * E + e] = dgate[p] + (float)(weight * load / (double)N);
+            dlogits[t * E + e] = dgate[p] + (float)(weight * load / (double)N); // gradient of (Eq. 6)
         }
     }
 }

@@ -105,7 +105,7 @@ static __global__ void __launch_bounds__(GROUP_BLOCK)
         uint32_t key = e < experts ? score_key(row[e]) : 0;
         uint32_t ties = group_ballot(e < experts && key == T, lanes);
         bool taken = ties >> lane & 1 && __popc(ties & bits_below(lane)) < missing;
-        uint32_t word = group_ballot(e < experts && (key > T || taken), lanes);
+        uint32_t word = group_ballot(e < experts && (key > T || taken), lanes); // (Eq. 2, 3)
         if (lane == 0 && t < N) {
             mask[(int64_t)t * W + w] = word;
         }
@@ -113,7 +113,7 @@ static __global__ void __launch_bounds__(GROUP_BLOCK)
     }
 }
 
-// z [N, E] becomes the softmax, mask the k largest of each token (Eq. 2, 3)
+// z [N, E] becomes the softmax, mask the k largest of each token
 static inline void router_topk_forward(uint32_t *mask, float *z, int N, int E, int k, cudaStream_t stream) {
     int lanes = lanes_of(E);
     launch(router_topk_kernel, group_blocks(N, lanes), GROUP_BLOCK, 0, stream, mask, z, N, E, k, lanes);

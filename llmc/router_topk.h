@@ -52,7 +52,7 @@ static inline void router_softmax_backward(float *dlogits, const float *s, int64
     }
 }
 
-// TopK (Eq. 2, 3): chosen[e] = 1 for the k largest of score[E], ties to the lower index
+// TopK: chosen[e] = 1 for the k largest of score[E], ties to the lower index
 static inline void router_topk_choose(unsigned char *chosen, const float *score, int E, int k) {
     memset(chosen, 0, (size_t)E);
     for (int i = 0; i < k; i++) {
@@ -65,7 +65,7 @@ static inline void router_topk_choose(unsigned char *chosen, const float *score,
                 best = e;
             }
         }
-        chosen[best] = 1;
+        chosen[best] = 1; // of the k largest (Eq. 2, 3)
     }
 }
 

@@ -2,7 +2,7 @@
 """tokenizer.h against tiktoken's encode_ordinary: one thread, a document at a time, in turns, best CPU time.
 
     make build/bench_tokenizer && pip install tiktoken
-    python3 dev/bench/bench_tokenizer.py --gpt2 ../shared/data/gpt2 ../shared/data/corpus/*.zst ...
+    python3 dev/bench/bench_tokenizer.py --gpt2 data/gpt2 TEXT.jsonl.zst ...
 
 --gpt2: a folder with vocab.json, merges.txt and gpt2.tiktoken. The ids of both are compared, too.
 """

@@ -9,7 +9,11 @@ typedef uint64_t cuuint64_t;
 typedef enum { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE } CUresult;
 typedef enum { CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 } CUtensorMapDataType;
 typedef enum { CU_TENSOR_MAP_INTERLEAVE_NONE } CUtensorMapInterleave;
-typedef enum { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B } CUtensorMapSwizzle;
+typedef enum {
+    CU_TENSOR_MAP_SWIZZLE_NONE,
+    CU_TENSOR_MAP_SWIZZLE_64B,
+    CU_TENSOR_MAP_SWIZZLE_128B
+} CUtensorMapSwizzle;
 typedef enum { CU_TENSOR_MAP_L2_PROMOTION_NONE } CUtensorMapL2promotion;
 typedef enum { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE } CUtensorMapFloatOOBfill;
 
@@ -25,10 +29,11 @@ struct CUtensorMap { // the innermost dimension first
 };
 
 // what the driver asks of a map: addresses and strides of 16 bytes, boxes of at most 256 in each dimension
-static inline CUresult emulator_encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t dims, void *base,
-                                             const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
-                                             const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
-                                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+static inline CUresult emulator_encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t dims,
+                                             void *base, const cuuint64_t *sizes, const cuuint64_t *strides,
+                                             const cuuint32_t *box, const cuuint32_t *, CUtensorMapInterleave,
+                                             CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                             CUtensorMapFloatOOBfill) {
     bool wrong = (uintptr_t)base % 16 != 0 || dims < 2 || dims > MOST_DIMS;
     memset(map, 0, sizeof(*map));
     map->base = (unsigned char *)base;
@@ -39,14 +44,18 @@ static inline CUresult emulator_encode_tiled(CUtensorMap *map, CUtensorMapDataTy
         map->sizes[i] = i < map->dims ? (int64_t)sizes[i] : 1;
         map->strides[i] = i == 0 ? map->size : i < map->dims ? (int64_t)strides[i - 1] : 0;
         map->box[i] = i < map->dims ? (int)box[i] : 1;
-        wrong |= map->sizes[i] < 1 || map->box[i] < 1 || map->box[i] > 256 || (i > 0 && map->strides[i] % 16 != 0);
+        wrong |=
+            map->sizes[i] < 1 || map->box[i] < 1 || map->box[i] > 256 || (i > 0 && map->strides[i] % 16 != 0);
     }
     int row = map->box[0] * map->size;
     wrong |= row % 16 != 0 || (map->swizzle == 7 && row > 128) || (map->swizzle == 3 && row > 64);
     return wrong ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
-typedef enum { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound } cudaDriverEntryPointQueryResult;
+typedef enum {
+    cudaDriverEntryPointSuccess,
+    cudaDriverEntryPointSymbolNotFound
+} cudaDriverEntryPointQueryResult;
 enum { cudaEnableDefault = 0 };
 
 static inline cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, unsigned long long,

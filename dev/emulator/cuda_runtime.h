@@ -46,7 +46,8 @@ Assumes converged warps and full masks at exchanges. Shared memory and device bu
 
 struct dim3 {
     unsigned x, y, z;
-    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {
+    }
 };
 struct uint3 {
     unsigned x, y, z;
@@ -108,15 +109,26 @@ void AnnotateIgnoreWritesEnd(const char *file, int line);
 #define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
 #else
 #define EMULATOR_UNSEEN
-static inline void *__tsan_get_current_fiber(void) { return NULL; }
-static inline void *__tsan_create_fiber(unsigned) { return NULL; }
-static inline void __tsan_switch_to_fiber(void *, unsigned) {}
-static inline void __tsan_acquire(void *) {}
-static inline void __tsan_release(void *) {}
-static inline void AnnotateIgnoreReadsBegin(const char *, int) {}
-static inline void AnnotateIgnoreReadsEnd(const char *, int) {}
-static inline void AnnotateIgnoreWritesBegin(const char *, int) {}
-static inline void AnnotateIgnoreWritesEnd(const char *, int) {}
+static inline void *__tsan_get_current_fiber(void) {
+    return NULL;
+}
+static inline void *__tsan_create_fiber(unsigned) {
+    return NULL;
+}
+static inline void __tsan_switch_to_fiber(void *, unsigned) {
+}
+static inline void __tsan_acquire(void *) {
+}
+static inline void __tsan_release(void *) {
+}
+static inline void AnnotateIgnoreReadsBegin(const char *, int) {
+}
+static inline void AnnotateIgnoreReadsEnd(const char *, int) {
+}
+static inline void AnnotateIgnoreWritesBegin(const char *, int) {
+}
+static inline void AnnotateIgnoreWritesEnd(const char *, int) {
+}
 #endif
 
 namespace emulator {
@@ -138,7 +150,9 @@ enum { STACK_BYTES = 128 * 1024, SLOT_BYTES = 64, MOST_THREADS = 1024 };
 struct Warp {
     int alive, arrived;
     unsigned generation;
-    alignas(16) unsigned char slots[2][32 * SLOT_BYTES]; // what lanes show: two sets in turn, so one barrier is enough
+    alignas(
+        16) unsigned char slots[2][32 *
+                                   SLOT_BYTES]; // what lanes show: two sets in turn, so one barrier is enough
 };
 
 struct Async; // a block's asynchronous instructions: hopper_instructions.h
@@ -164,11 +178,14 @@ struct Block {
     Block *partner;
     int rank;
     bool wants_partner;
-    Async *async;             // once there are any
+    Async *async;              // once there are any
     bool (*do_async)(Block *); // does what is under way; whether there was any
     void (*end_async)(Block *);
-    Block() : stacks(NULL), async(NULL), do_async(NULL), end_async(NULL) {}
-    ~Block() { free(stacks); }
+    Block() : stacks(NULL), async(NULL), do_async(NULL), end_async(NULL) {
+    }
+    ~Block() {
+        free(stacks);
+    }
 };
 
 static inline Block *&block() {
@@ -538,7 +555,12 @@ typedef struct EmulatorGraphExec *cudaGraphExec_t;
 typedef struct {
     double seconds;
 } EmulatorEvent, *cudaEvent_t;
-typedef enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault } cudaMemcpyKind;
+typedef enum {
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+} cudaMemcpyKind;
 typedef enum {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -555,7 +577,9 @@ typedef struct {
 } cudaDeviceProp;
 
 static inline const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess ? "no error" : error == cudaErrorNotSupported ? "not emulated" : "out of memory";
+    return error == cudaSuccess             ? "no error"
+           : error == cudaErrorNotSupported ? "not emulated"
+                                            : "out of memory";
 }
 
 enum { EMULATED_BYTES_LOG2 = 33 }; // 8 GB of "device" memory
@@ -603,7 +627,8 @@ static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, c
     return cudaSuccess;
 }
 
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+                                          cudaStream_t) {
     memcpy(to, from, bytes);
     return cudaSuccess;
 }

@@ -68,11 +68,12 @@ struct Async {
     std::vector<Copy> copies;
     ThreadStores stores[MOST_THREADS];
     std::deque<Product> products[MOST_THREADS / GROUP];
-    int first[MOST_THREADS / GROUP]; // number of the deque's first product
-    int issued[MOST_THREADS];        // products, by thread
+    int first[MOST_THREADS / GROUP];       // number of the deque's first product
+    int issued[MOST_THREADS];              // products, by thread
     std::deque<int> commits[MOST_THREADS]; // how many were issued at each commit that no wait has covered
     Meeting group[MOST_THREADS / GROUP], named[16], cluster;
-    Async() : first(), issued(), group(), named(), cluster() {}
+    Async() : first(), issued(), group(), named(), cluster() {
+    }
 };
 
 static inline void fail(const char *what) {
@@ -120,7 +121,8 @@ static inline int box_bytes(const CUtensorMap &map) {
 }
 
 // f(shared offset, address in the tensor or NULL) for each 16 bytes of the box; the last may be cut off
-template <class F> static void for_pieces(const CUtensorMap &map, const int at[MOST_DIMS], uint32_t shared, F f) {
+template <class F>
+static void for_pieces(const CUtensorMap &map, const int at[MOST_DIMS], uint32_t shared, F f) {
     int row_bytes = map.box[0] * map.size, bytes = box_bytes(map);
     for (int byte = 0; byte < bytes; byte += 16) {
         uint32_t linear = shared + (uint32_t)byte;
@@ -235,7 +237,8 @@ static inline float operand(Block *b, uint64_t descriptor, int across, int m, in
     uint32_t begin = (uint32_t)(descriptor & 0x3fff) << 4, block = (uint32_t)(descriptor >> 16 & 0x3fff) << 4,
              group = (uint32_t)(descriptor >> 32 & 0x3fff) << 4;
     uint32_t line = (uint32_t)(across ? k : m), within = (uint32_t)(across ? m % 64 : k);
-    uint32_t linear = begin + (across ? (uint32_t)m / 64 * block : 0) + line / 8 * group + line % 8 * 128 + within * 2;
+    uint32_t linear =
+        begin + (across ? (uint32_t)m / 64 * block : 0) + line / 8 * group + line % 8 * 128 + within * 2;
     __nv_bfloat16 number;
     memcpy(&number, shared_at(b, linear ^ (linear >> 7 & 7) << 4, 2), 2);
     return __bfloat162float(number);
@@ -252,7 +255,8 @@ static inline void multiply(Block *block, const Product &p) {
     float a[16][64], b[16][256];
     for (int k = 0; k < 16; k++) {
         for (int m = 0; m < 64; m++) {
-            a[k][m] = p.registers[0] != NULL ? register_operand(p, m, k) : operand(block, p.a, p.across_a, m, k);
+            a[k][m] =
+                p.registers[0] != NULL ? register_operand(p, m, k) : operand(block, p.a, p.across_a, m, k);
         }
         for (int n = 0; n < p.N; n++) {
             b[k][n] = operand(block, p.b, p.across_b, n, k);
@@ -424,13 +428,13 @@ static inline void add_box(uint32_t to, const CUtensorMap *map, uint32_t barrier
     add_copy(copy);
 }
 
-static inline void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks, int column,
-                                 int row, int sheet = 0) {
+static inline void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks,
+                                 int column, int row, int sheet = 0) {
     add_box(to, map, barrier, blocks, {column, row, sheet});
 }
 
-static inline void tma_multicast_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks,
-                                        int column, int group, int sheet) {
+static inline void tma_multicast_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                        uint16_t blocks, int column, int group, int sheet) {
     add_box(to, map, barrier, blocks, {column, 0, group, 0, sheet});
 }
 
@@ -438,16 +442,18 @@ static inline uint16_t own_block(void) {
     return (uint16_t)(1 << emulator::here()->rank);
 }
 
-static inline void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column, int row, int sheet = 0) {
+static inline void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column, int row,
+                            int sheet = 0) {
     tma_multicast(to, map, barrier, own_block(), column, row, sheet);
 }
 
-static inline void tma_load_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column, int group,
-                                   int sheet) {
+static inline void tma_load_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column,
+                                   int group, int sheet) {
     tma_multicast_paired(to, map, barrier, own_block(), column, group, sheet);
 }
 
-static inline void add_store(const CUtensorMap *map, uint32_t from, int column, int row, int sheet, bool adds) {
+static inline void add_store(const CUtensorMap *map, uint32_t from, int column, int row, int sheet,
+                             bool adds) {
     emulator::Store store = {*map, from, {column, row, sheet}, adds};
     emulator::async()->stores[emulator::here()->current].open.push_back(store);
 }

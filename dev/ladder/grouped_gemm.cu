@@ -724,7 +724,8 @@ static Row time_product(const Layer &l, int product, const Dense &dense, const f
             }
         };
         sustain(ours, restore, [&] { run(l, product); });
-        sustain(theirs, [] {}, [&] { dense_run(dense); });
+        sustain(
+            theirs, [] {}, [&] { dense_run(dense); });
     }
     return {median(ours), median(theirs)};
 }

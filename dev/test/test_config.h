@@ -1,5 +1,5 @@
 /*
-config.h: parameters and FLOPs of DESIGN's presets, options that make no model, config.json written and read
+config.h: parameters and FLOPs of the presets, options that make no model, config.json written and read
 back, configurations that others write, and everything that is refused.
 */
 #ifndef TEST_CONFIG_H

@@ -1,6 +1,6 @@
 /*
-model.h: the table of tensors against DESIGN's names and shapes, the pointers into it, and the initial
-weights: mean and deviation a tensor, and some exact bits.
+model.h: the table of tensors against the names and shapes of dev/doc/design.md, the pointers into it, and the
+initial weights: mean and deviation per tensor, and some exact bits.
 */
 #ifndef TEST_MODEL_H
 #define TEST_MODEL_H

@@ -1,5 +1,6 @@
 /*
-schedule.h: DESIGN's values at the corners of the curve, its shape between them, and very short runs.
+schedule.h: the values of dev/doc/design.md at the corners of the curve, its shape between them, and very
+short runs.
 */
 #ifndef TEST_SCHEDULE_H
 #define TEST_SCHEDULE_H

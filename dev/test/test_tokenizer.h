@@ -1,7 +1,11 @@
 /*
 tokenizer.h: words and merges against a literal reading of their definition on random text, any bytes there
-and back, very long words, special tokens, damaged vocabularies; GPT-2's ids on the strings and files on which
-five other implementations agree (../shared/data, where it is present); and the built-in sample's shards.
+and back, very long words, special tokens, damaged vocabularies; GPT-2's ids, where its vocabulary is
+present; and the built-in sample's shards.
+
+GPT-2's vocabulary is looked for in the folder that the environment variable GPT2_VOCABULARY names, data/gpt2 by
+default (data/download_gpt2.sh). Strings and files with the ids on which five other implementations agree are
+checked where they lie beside it: golden.jsonl, golden_special.jsonl, corpus_tokens.json and ../corpus.
 */
 #ifndef TEST_TOKENIZER_H
 #define TEST_TOKENIZER_H
@@ -16,7 +20,6 @@ five other implementations agree (../shared/data, where it is present); and the 
 #include "harness.h"
 
 #define TK_FOLDER "build/test/vocabulary"
-#define TK_DATA "../shared/data"
 
 // ----------------------------------------------------------------------------
 // a tiny vocabulary: the bytes, these merges, <|endoftext|>
@@ -561,15 +564,16 @@ static void tk_hash_file(Tokenizer *t, const char *path, int with_eot, char *hex
     free(ids);
 }
 
-static void test_tokenizer_corpus(Tokenizer *t) {
+static void test_tokenizer_corpus(Tokenizer *t, const char *folder) {
     char path[256], hex[65];
     JsonArena arena;
     json_arena_init(&arena);
-    const Json *files = json_parse_file(TK_DATA "/gpt2/corpus_tokens.json", &arena, "");
+    check_format(path, sizeof(path), "%s/corpus_tokens.json", folder);
+    const Json *files = json_parse_file(path, &arena, "");
     for (const Json *file = files->child; file != NULL; file = file->next) {
         const Json *plain = json_get(file, "sha256_u16le");
         const Json *want = plain != NULL ? plain : json_get(file, "sha256_u16le_with_eot");
-        check_format(path, sizeof(path), TK_DATA "/corpus/%s.%s", file->key,
+        check_format(path, sizeof(path), "%s/../corpus/%s.%s", folder, file->key,
                      plain != NULL ? "txt" : "jsonl.zst");
         tk_hash_file(t, path, plain == NULL, hex);
         CHECK(strcmp(hex, want->text) == 0);
@@ -578,20 +582,39 @@ static void test_tokenizer_corpus(Tokenizer *t) {
     json_arena_free(&arena);
 }
 
-static void test_tokenizer_gpt2(void) {
-    if (access(TK_DATA "/gpt2/vocab.json", R_OK) != 0) {
-        skip_case("GPT-2's ids: no ../shared/data/gpt2");
+static void test_tokenizer_agreed(Tokenizer *t, const char *folder) {
+    char path[256];
+    check_format(path, sizeof(path), "%s/golden.jsonl", folder);
+    if (access(path, R_OK) != 0) {
+        skip_case("GPT-2's ids of the agreed strings: no golden.jsonl beside the vocabulary");
         return;
     }
-    Tokenizer *t = tokenizer_load(TK_DATA "/gpt2");
-    CHECK(t->vocab_size == 50257 && t->eot == 50256);
-    CHECK(tk_golden(t, TK_DATA "/gpt2/golden.jsonl", 0) == 318);
-    CHECK(tk_golden(t, TK_DATA "/gpt2/golden_special.jsonl", 1) == 8);
+    CHECK(tk_golden(t, path, 0) == 318);
+    check_format(path, sizeof(path), "%s/golden_special.jsonl", folder);
+    CHECK(tk_golden(t, path, 1) == 8);
     if (system("zstd --version >/dev/null 2>&1") != 0) {
         skip_case("GPT-2's ids of whole files: no zstd");
     } else {
-        test_tokenizer_corpus(t);
+        test_tokenizer_corpus(t, folder);
     }
+}
+
+static void test_tokenizer_gpt2(void) {
+    const char *named = getenv("GPT2_VOCABULARY"), *folder = named != NULL ? named : "data/gpt2";
+    char path[256];
+    int *ids = NULL;
+    size_t n = 0, capacity = 0;
+    check_format(path, sizeof(path), "%s/vocab.json", folder);
+    if (named == NULL && access(path, R_OK) != 0) {
+        skip_case("GPT-2's ids: no data/gpt2 (data/download_gpt2.sh fetches it)");
+        return;
+    }
+    Tokenizer *t = tokenizer_load(folder);
+    CHECK(t->vocab_size == 50257 && t->eot == 50256);
+    tokenizer_encode(t, "Hello, world!", 13, &ids, &n, &capacity);
+    CHECK(n == 4 && ids[0] == 15496 && ids[1] == 11 && ids[2] == 995 && ids[3] == 0);
+    free(ids);
+    test_tokenizer_agreed(t, folder);
     tokenizer_free(t);
 }
 

@@ -22,7 +22,7 @@ enum { OPTION_TEXT_SIZE = 1024 };
 
 #define OPTION_TABLE(OPTION)                                                                                 \
     OPTION(TEXT, preset, "tiny", 0, 0,                                                                       \
-           "tiny, small, medium or large: a set of the options below (DESIGN: Table 1)")                     \
+           "tiny, small, medium or large: a set of the options below (the paper's Table 1)")                 \
     OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                              \
     OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                       \
     OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")                \

@@ -240,7 +240,7 @@ static inline void show_sample(Run *run, const char *prompt) {
 }
 
 // ----------------------------------------------------------------------------
-// dump: one micro-batch, forward and backward in training mode, for checkers (DESIGN.md, section 4)
+// dump: one micro-batch, forward and backward in training mode, for checkers (dump.h)
 
 static inline void dump(Run *run) {
     Model *m = run->model;

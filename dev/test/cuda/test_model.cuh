@@ -4,7 +4,7 @@ micro-batch on the same weights and tokens; ten optimizer steps; and what must n
 repeat, the pair budget, recomputation, a plan that was too small, a CUDA graph.
 
 In bf16 the active set is the CPU's (forced), so that a gate near zero cannot flip; one case compares the free
-routes too. Tolerances are those of dev/doc/design.md.
+routes too. Tolerances: dev/doc/design.md, Tests.
 */
 #ifndef TEST_MODEL_CUH
 #define TEST_MODEL_CUH
