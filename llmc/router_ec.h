@@ -22,11 +22,15 @@ typedef struct {
     int64_t token;
 } EcCandidate;
 
-// larger score first, then lower token
+// larger score first, what is no number before all (so that it is seen: router_relu.h), then lower token
 static inline int ec_compare(const void *a, const void *b) {
     const EcCandidate *x = (const EcCandidate *)a;
     const EcCandidate *y = (const EcCandidate *)b;
-    if (x->score != y->score) {
+    int x_broken = x->score != x->score, y_broken = y->score != y->score;
+    if (x_broken != y_broken) {
+        return x_broken ? -1 : 1;
+    }
+    if (x->score != y->score && !x_broken) {
         return x->score > y->score ? -1 : 1;
     }
     return (x->token > y->token) - (x->token < y->token);

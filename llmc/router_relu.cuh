@@ -1,7 +1,7 @@
 /*
 The ReLU router on the device (router_relu.h has the formulas).
 
-    forward   mask bit = z_te > 0; the gates are the logits themselves
+    forward   mask bit = z_te > 0, or not finite; the gates are the logits themselves
     loss      scale / N sum_p f_e(p) gate_p over the pair list, products and sums in double, in a fixed order
     backward  dz_te = dR_te + weight f_e / N for the active pairs, 0 elsewhere: a group of lanes writes its
               token's zeros, then the pairs over them
@@ -19,7 +19,8 @@ struct ActiveIfPositive {
     const float *logits;
     int E;
     __device__ bool operator()(int t, int e) const {
-        return logits[(int64_t)t * E + e] > 0.0f; // R = relu(z) (Eq. 4, 5)
+        float z = logits[(int64_t)t * E + e];
+        return !(z <= 0.0f && z >= -FLT_MAX); // R = relu(z) (Eq. 4, 5); router_relu_is_active()
     }
 };
 

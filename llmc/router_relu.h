@@ -17,11 +17,20 @@ logits [N, E] fp32; E = E_tot experts, k = k_tot; n_e = counts[e] over the N tok
 #define ROUTER_RELU_H
 
 #include "llmc/pairs.h"
+#include <float.h>
+// defines: FLT_MAX
+
+// A logit that is no number, or infinite, is active too: were it "off", a router that has broken would look
+// like one that is sparse, and nothing would ever show it. So its gate reaches the loss, which is then not
+// finite
+static inline int router_relu_is_active(float z) {
+    return !(z <= 0.0f && z >= -FLT_MAX);
+}
 
 static inline void router_relu_forward(PairList *pairs, const float *logits, int64_t N, int E) {
     int64_t count = 0;
     for (int64_t i = 0; i < N * E; i++) {
-        count += logits[i] > 0.0f;
+        count += router_relu_is_active(logits[i]);
     }
     pairs_reserve(pairs, N, count);
     int64_t p = 0;
@@ -29,7 +38,7 @@ static inline void router_relu_forward(PairList *pairs, const float *logits, int
         pairs->row_start[t] = p;
         for (int e = 0; e < E; e++) {
             float z = logits[t * E + e];
-            if (z > 0.0f) { // R = relu(z) (Eq. 4, 5)
+            if (router_relu_is_active(z)) { // R = relu(z) (Eq. 4, 5)
                 pairs->expert[p] = e;
                 pairs->gate[p] = z;
                 p++;

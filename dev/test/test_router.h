@@ -155,7 +155,27 @@ static void test_router_forced(void) {
     CHECK(hash.gates[0] == 1.0f && hash.gates[1] == 1.0f); // hash has no choice to replace
 }
 
+// one logit of one token that is no number: whatever the method, some gate is none either, so that the loss
+// shows it
+static void test_router_not_a_number(void) {
+    const RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_EC};
+    for (int m = 0; m < 3; m++) {
+        float logits[ROUTER_CELLS];
+        int broken = 0;
+        PairList pairs = pairs_empty();
+        fill_uniform(logits, ROUTER_CELLS, 1, 1.0f);
+        logits[7 * ROUTER_E + 2] = NAN;
+        router_forward(&pairs, logits, NULL, NULL, router_of(methods[m], 1), ROUTER_TOKENS);
+        for (int64_t p = pairs.row_start[7]; p < pairs.row_start[8]; p++) {
+            broken += isnan(pairs.gate[p]);
+        }
+        CHECK(broken > 0);
+        pairs_free(&pairs);
+    }
+}
+
 static void test_router(void) {
+    test_router_not_a_number();
     test_router_names();
     test_router_relu_switch();
     test_router_topk_switch();

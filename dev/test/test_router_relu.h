@@ -10,7 +10,8 @@ and regulariser against central differences.
 
 static void test_router_relu_active(void) {
     enum { N = 4, E = 3 };
-    const float z[N * E] = {0.0f, -0.0f, 1e-45f, -1.0f, -2.0f, -1e-45f, 3.0f, 2.0f, 1.0f, 1e30f, NAN, 0.5f};
+    const float z[N * E] = {0.0f, -0.0f, 1e-45f, -1.0f, -FLT_MAX, -1e-45f,
+                            3.0f, 2.0f,  1.0f,   1e30f, -1.0f,    0.5f};
     const int experts[] = {2, 0, 1, 2, 0, 2};
     const float gates[] = {1e-45f, 3.0f, 2.0f, 1.0f, 1e30f, 0.5f};
     const int64_t starts[] = {0, 1, 1, 4, 6};
@@ -22,6 +23,17 @@ static void test_router_relu_active(void) {
     CHECK(memcmp(pairs.gate, gates, sizeof(gates)) == 0);
     router_relu_forward(&pairs, z, 1, 2); // a token without experts
     CHECK(pairs.tokens == 1 && pairs.num_pairs == 0 && pairs.row_start[1] == 0);
+    pairs_free(&pairs);
+}
+
+// what is not finite is never "off": it must reach the loss
+static void test_router_relu_not_finite(void) {
+    const float z[4] = {-1.0f, NAN, INFINITY, -INFINITY};
+    PairList pairs = pairs_empty();
+    router_relu_forward(&pairs, z, 1, 4);
+    CHECK(pairs.num_pairs == 3 && pairs.expert[0] == 1 && isnan(pairs.gate[0]));
+    CHECK(isinf(pairs.gate[1]) && isinf(pairs.gate[2]) &&
+          !isfinite(router_relu_loss(&pairs, pairs.counts, 1, 4, 1, 0)));
     pairs_free(&pairs);
 }
 
@@ -89,6 +101,7 @@ static void router_relu_check_gradient(int64_t global_tokens, int k, int load_ba
 
 static void test_router_relu(void) {
     test_router_relu_active();
+    test_router_relu_not_finite();
     test_router_relu_loss_by_hand();
     router_relu_check_gradient(RELU_TOKENS, 1, 1, 0.3);
     router_relu_check_gradient(RELU_TOKENS, 2, 0, 0.3);

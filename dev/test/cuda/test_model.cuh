@@ -420,6 +420,44 @@ static void graph_case(void) {
     examination_free(&x);
 }
 
+// a router that has broken is no router that is sparse: the loss is not finite, on either side
+static void broken_router_case(const char *router, float value) {
+    const ModelCase t = {"broken", router, 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 1.0f};
+    Examination want, got;
+    TensorTable table = {};
+    Weights weights = {};
+    examination_init(&want, &t);
+    examination_init(&got, &t);
+    examine_on_cpu(&want, &t);
+    model_tensors(&table, &weights, &want.config, NULL);
+    model_tensors(&table, &weights, &want.config, want.params);
+    for (int c = 0; c < t.d; c++) {
+        weights.layers[0].router[t.d + c] = value; // of expert 1
+    }
+    cpu::Model *reference = open_on_cpu(&want, FOR_GRADIENTS);
+    int64_t n = table.num_params;
+    memcpy(cpu::model_borrow(reference, BUFFER_PARAMS), want.params, (size_t)n * sizeof(float));
+    want.stats.lm_loss = 0.0;
+    cpu::model_examine(reference, want.inputs, want.targets, t.B, t.T, 0.03, NULL, want.logits, want.gates,
+                       &want.stats);
+    Model *m = open_for(&got, FOR_GRADIENTS);
+    examine_on_device(&got, m, &t, want.params, NULL);
+    CHECK(!isfinite(want.stats.lm_loss) && !isfinite(got.stats.lm_loss));
+    cpu::model_close(reference);
+    model_close(m);
+    free(table.tensors);
+    free(weights.layers);
+    examination_free(&got);
+    examination_free(&want);
+}
+
+static void broken_routers_case(void) {
+    broken_router_case("relu", NAN);
+    broken_router_case("relu", INFINITY);
+    broken_router_case("topk", NAN);
+    broken_router_case("ec", NAN);
+}
+
 // ----------------------------------------------------------------------------
 // steps and sampling
 
@@ -509,7 +547,8 @@ static void test_cuda_model(void) {
         void (*run)(void);
     } others[] = {{"free routes", free_routes_case}, {"bits", same_bits_case},
                   {"overflow", overflow_case},       {"graph", graph_case},
-                  {"update", update_case},           {"sampling", sampling_case}};
+                  {"update", update_case},           {"sampling", sampling_case},
+                  {"broken", broken_routers_case}};
     model_table_cases();
     for (size_t i = few_cases; i < sizeof(others) / sizeof(others[0]);
          i++) { // the first has no kernel of its own

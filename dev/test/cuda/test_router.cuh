@@ -222,6 +222,39 @@ static void router_case(RouterMethod method, int E, int k, int N, int kind) {
     router_case_once(c);
 }
 
+// logits that are not finite: the same experts as in C, and a gate that is none either
+static void test_router_not_finite(void) {
+    enum { N = 70, E = 8, AT = 33 * E + 5 };
+    const float values[] = {NAN, INFINITY, -INFINITY};
+    for (int method = ROUTER_RELU; method <= ROUTER_EC; method++) {
+        for (int i = 0; i < 3; i++) {
+            RouterCase c = {{(RouterMethod)method, E, 2, 1}, N, LOGITS_RANDOM, 1, NULL};
+            if (method != ROUTER_RELU && i == 2) { // a probability of 0, which is a number
+                continue;
+            }
+            float *logits = sample_logits(c.kind, N, E);
+            logits[AT] = values[i];
+            PairList want = pairs_empty();
+            DeviceRouting r = device_routing(c, logits);
+            router_forward(&want, logits, NULL, NULL, c.router, N);
+            int *row_start = fetch(r.pairs.row_start, N + 1), broken = 0, wrong = 0;
+            int *expert = fetch(r.pairs.expert, want.num_pairs);
+            float *gate = fetch(r.pairs.gate, want.num_pairs);
+            for (int p = 0; p < (int)want.num_pairs; p++) {
+                wrong += method == ROUTER_RELU && expert[p] != want.expert[p];
+                broken += p >= row_start[AT / E] && p < row_start[AT / E + 1] && !isfinite(gate[p]);
+            }
+            CHECK(row_start[N] == want.num_pairs && wrong == 0 && broken > 0);
+            free(row_start);
+            free(expert);
+            free(gate);
+            free(logits);
+            pairs_free(&want);
+            device_routing_release(r);
+        }
+    }
+}
+
 // what a forced set must do for every method that has weights: hash and dense ignore it
 static void test_router_sets(void) {
     RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_EC, ROUTER_HASH};
@@ -309,6 +342,7 @@ static void test_cuda_router(void) {
     }
     test_router_shapes();
     test_router_sets();
+    test_router_not_finite();
     test_router_repeats();
     if (!emulated()) {
         test_router_large();
