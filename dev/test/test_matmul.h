@@ -1,7 +1,7 @@
 /*
-Tests of llmc/matmul.h and matmul_kernel.h. What is computed: every transpose, odd sizes, leading dimensions and accumulation
+matmul_kernel.h and matmul.h. What is computed: every transpose, odd sizes, leading dimensions and accumulation
 against a float64 product, relative to the norm of |A| |B| (a sum that cancels has no relative accuracy). How:
-the same bits as one chain of multiply-adds a block of k, whatever the tile, the number of threads and the
+the same bits as one chain of multiply-adds per block of k, whatever the tile, the number of threads and the
 neighbours.
 */
 #ifndef TEST_MATMUL_H

@@ -18,7 +18,7 @@ Errors: whatever is missing or does not fit is named with its file, and exit 1.
 
 #include "llmc/lambda.h"
 #include "llmc/model.h"
-#include "llmc/files/safetensors.h"
+#include "llmc/files/safetensors_writer.h"
 #include <dirent.h>
 // defines: opendir, readdir, mkdir, rename, symlink, unlink, rmdir, fsync
 
