@@ -1,11 +1,11 @@
 /*
-options.h: spellings, presets and aliases of the command line, everything it refuses, and the way into a
-checkpoint and back.
+options.h: spellings, presets and aliases of the command line, everything it refuses, what of it makes the
+model, and the way into a checkpoint and back (state_file.h).
 */
 #ifndef TEST_OPTIONS_H
 #define TEST_OPTIONS_H
 
-#include "llmc/run/options.h"
+#include "llmc/files/state_file.h"
 #include "harness.h"
 
 #define OPTIONS_PATH "build/test/options.json"
@@ -184,6 +184,19 @@ static void test_options_help(void) {
 }
 
 // ----------------------------------------------------------------------------
+// scopes
+
+static void test_options_forget_once(void) {
+    Options o = options_of("--eval --bench --load a --resume b --dump c --route-from d --sample e --steps 9 "
+                           "--layers 5 --router hash"),
+            want = options_of("--steps 9 --layers 5 --router hash");
+    options_forget_once(&o);
+    CHECK(o.eval == 0 && o.bench == 0 && o.load[0] == '\0' && o.resume[0] == '\0' && o.dump[0] == '\0');
+    CHECK(o.route_from[0] == '\0' && o.sample[0] == '\0');
+    CHECK(o.steps == want.steps && o.layers == want.layers && strcmp(o.router, want.router) == 0);
+}
+
+// ----------------------------------------------------------------------------
 // in a checkpoint
 
 static void options_save_text(const char *text) {
@@ -247,6 +260,7 @@ static void test_options(void) {
     test_options_refused();
     test_options_given();
     test_options_help();
+    test_options_forget_once();
     test_options_round_trip();
     test_options_bad_json();
     unlink(OPTIONS_PATH);

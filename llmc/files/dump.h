@@ -1,6 +1,5 @@
 /*
-The dump: one micro-batch's losses, gates and gradients in a safetensors file, for checkers (DESIGN.md,
-section 4). Fp32:
+The dump: one micro-batch's losses, gates and gradients in a safetensors file, for checkers. Fp32:
 
     lm_loss, reg_loss, loss = lm_loss + weight reg_loss, sparsity       [1] each
     logits [B*T, V] when B*T <= 256;  gates.N [B*T, E] of layer N, 0 where not active (none when dense)

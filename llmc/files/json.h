@@ -94,6 +94,12 @@ static inline int json_double(const Json *value, double *out) {
     return 1;
 }
 
+// is the value this text? (It may hold a zero byte)
+static inline int json_is_text(const Json *value, const char *text) {
+    return value != NULL && value->type == JSON_STRING && value->text_size == strlen(text) &&
+           memcmp(value->text, text, value->text_size) == 0;
+}
+
 // ----------------------------------------------------------------------------
 // writing
 
