@@ -391,6 +391,23 @@ static inline void option_format(char *out, size_t capacity, const Options *opti
     }
 }
 
+// the preset's name, where the model's sizes are the preset's; how a model routes is no part of a preset
+static inline const char *options_model_name(const Options *options) {
+    Options preset;
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    options_defaults(&preset, options->preset);
+    for (int i = 0; i < count; i++) {
+        char want[OPTION_TEXT_SIZE], have[OPTION_TEXT_SIZE];
+        option_format(want, sizeof(want), &preset, &rows[i], 17);
+        option_format(have, sizeof(have), options, &rows[i], 17);
+        if (rows[i].scope == OPTION_SHAPE && strcmp(want, have) != 0) {
+            return "custom";
+        }
+    }
+    return options->preset;
+}
+
 static inline void options_help(const Options *defaults, const char *program) {
     int count;
     const OptionRow *rows = option_rows(&count);
