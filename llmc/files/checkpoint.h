@@ -28,6 +28,7 @@ static_assert(sizeof("exp_avg_sq.") + sizeof(((Tensor *)0)->name) <= TENSOR_NAME
               "a moment's name fits");
 static_assert(sizeof(((Tensor *)0)->shape) / sizeof(int64_t) <= SAFETENSORS_MAX_DIMS,
               "the format takes our shapes");
+static_assert(PATH_SIZE + sizeof(".tmp") <= sizeof(((NewFile *)0)->temporary), "a file has a temporary name");
 
 static inline int path_exists(const char *path) {
     struct stat status;

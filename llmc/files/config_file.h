@@ -1,12 +1,12 @@
 /*
 config.json, with Hugging Face's keys: one table of them, which config_write and config_read both walk.
 
-Who else reads it: transformers a dense model, as a Llama. Whom we read: any configuration of our models and
-of Llamas. What a model has that this trainer does not compute is refused by its key, never silently computed
-wrong; keys that no row names are skipped.
+A dense model's file is a Llama's, which transformers reads too; we read Llamas' files besides our own. What
+a model has that this trainer does not compute is refused by its key, never silently computed wrong. Keys that
+mean nothing here are skipped.
 
-A new key is a row of config_keys. A model of a router that needs the key has its bit in `models`: a file of
-another router neither holds the key nor is asked for it.
+A new key is a row of config_keys. Its column `models` has a bit per router: only configurations of these
+routers hold the key, and only they are asked for it.
 
 Errors: exit 1 with the file's name, the key, what was expected and the remedy.
 */

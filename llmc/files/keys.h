@@ -3,7 +3,7 @@ The fields of a struct as keys of a JSON object. A format is one table of rows (
 which its writer and its reader both walk: what is written is what is read back, and a new key is one line.
 
     KEY_INTEGER    int or int64_t
-    KEY_REAL       float or double, written with `digits` digits
+    KEY_REAL       float or double
     KEY_FLAG       int: true or false, read from 1 or 0 too
     KEY_NAME       an enum by its name, which the format writes and reads itself
     KEY_CONSTANT   no field: `text`, the one value that this program knows; any other must be refused
@@ -27,9 +27,9 @@ typedef struct {
     unsigned models;     // bit m: a model whose router is method m has this key
     size_t offset, size; // of the field in the struct
     double least, most;
-    double absent; // what a file without the key means, or KEY_REQUIRED
-    int digits;
-    const char *text; // JSON
+    double absent;    // what a file without the key means, or KEY_REQUIRED
+    int digits;       // of a real number, written
+    const char *text; // of a constant or note: its JSON
 } Key;
 
 #define KEY_EVERY_MODEL (~0u)

@@ -225,7 +225,7 @@ static inline void option_spell(char *out, size_t capacity, const char *field) {
 __attribute__((noreturn)) static inline void option_unknown(const char *name, size_t size) {
     int count;
     const OptionRow *rows = option_rows(&count);
-    size = size > OPTION_NAME_SIZE ? OPTION_NAME_SIZE : size;
+    size = size < OPTION_NAME_SIZE ? size : (size_t)OPTION_NAME_SIZE;
     const OptionRow *best = &rows[0];
     int best_distance = 1000;
     for (int i = 0; i < count; i++) {
