@@ -1,4 +1,5 @@
-// config_file.h: any config.json is read or refused with exit 1; what is read is a model whose sizes fit, and is written back as itself.
+// config_file.h: any config.json is read or refused with exit 1; what is read is a model whose sizes fit, and
+// is written back as itself.
 #include "fuzz.h"
 #include "fuzz_document.h"
 #include "llmc/files/config_file.h"

@@ -1,4 +1,5 @@
-// state_file.h: any state.json is read or refused with exit 1; what is read is in range, and is written back as itself.
+// state_file.h: any state.json is read or refused with exit 1; what is read is in range, and is written back
+// as itself.
 #include "fuzz.h"
 #include "fuzz_document.h"
 #include "llmc/files/checkpoint.h"

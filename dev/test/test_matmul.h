@@ -130,7 +130,7 @@ static void test_matmul_sizes(void) {
     test_matmul_one_size(2 * BLOCK_M + 1, 51, 2 * BLOCK_K + 1);
 }
 
-// the promise of matmul.h: from 0, in the order of k, over each block; the blocks' sums in turn
+// the promise of matmul_kernel.h: from 0, in the order of k, over each block; the blocks' sums in turn
 static float matmul_chain(const MatmulCase *c, int i, int j) {
     float total = c->C[i * c->ldc + j];
     for (int k0 = 0; k0 < c->K; k0 += BLOCK_K) {
