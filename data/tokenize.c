@@ -16,8 +16,8 @@ end manifest.json counts documents, tokens and bytes a domain and names the shar
 Shards: 256 int32 {20240520, 1, number of tokens, 0...}, then uint16 tokens. Errors: exit 1, 2 for usage; a
 record that is no document is counted and named in unreadable.txt.
 */
-#include "llmc/files/dataloader.h"
 #include "llmc/files/newfile.h"
+#include "llmc/files/shard.h"
 #include "llmc/files/tokenizer.h"
 #include "data/corpus.h"
 #include "data/sha256.h"

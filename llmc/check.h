@@ -12,13 +12,18 @@ instead.
 #ifndef CHECK_H
 #define CHECK_H
 
+#include <assert.h>
 #include <errno.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-// defines: fopen, fread, fwrite, fclose, vfprintf, exit, calloc, realloc, free, strerror, errno, va_list
+// defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, exit, calloc, realloc, free, strerror,
+// errno, va_list
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files hold numbers as they lie in memory");
+static_assert(sizeof(float) == 4 && sizeof(double) == 8, "fp32 and fp64");
 
 #ifndef DIE_EXIT
 #define DIE_EXIT(status) exit(status)
@@ -93,6 +98,12 @@ static inline void *check_realloc(void *p, size_t n, size_t size) {
 
 #define NEW(type, n) ((type *)check_calloc((size_t)(n), sizeof(type)))
 #define GROW(type, p, n) ((type *)check_realloc((p), (size_t)(n), sizeof(type)))
+
+// a copy of text, for the caller to free
+static inline char *check_strdup(const char *text) {
+    size_t size = strlen(text) + 1;
+    return (char *)memcpy(GROW(char, NULL, size), text, size);
+}
 
 // ----------------------------------------------------------------------------
 // files

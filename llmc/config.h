@@ -1,17 +1,16 @@
 /*
-The shape of a model: from the options, from and to config.json (Hugging Face's keys), its parameters and
-FLOPs.
+The shape of a model: its sizes, from the options (config_file.h reads and writes them as config.json), its
+parameters and FLOPs.
 
     E_tot = E G experts of width F = ffn_mult d / G, k_tot = k G of them active          (Eq. 12, 13)
-    FLOPs a sequence, forward and backward, no causal halving (Narayanan et al., 2021; the paper's Table 1):
+    FLOPs per sequence, forward and backward, no causal halving (Narayanan et al., 2021; the paper's Table 1):
         12 T L d^2 [(1 + KV/H + T/d) + 1.5 (F/d) k_tot + V / (2 L d)]
 
-Errors: an impossible or unsupported shape is refused by the name of its key or flag.
+Errors: an impossible or unsupported shape is refused by the names of its sizes or flags.
 */
 #ifndef CONFIG_H
 #define CONFIG_H
 
-#include "llmc/files/json.h"
 #include "llmc/run/options.h"
 #include "llmc/router.h"
 
@@ -62,9 +61,9 @@ static inline Config config_from_options(const Options *o) {
     memset(&c, 0, sizeof(c));
     int method = router_from_name(o->router);
     if (method < 0) {
-        die_usage("--router %s: unknown\n  ---> one of: relu, topk, ec, hash, dense", o->router);
+        die_usage("--router %s: unknown\n  ---> one of:" ROUTER_NAMES, o->router);
     }
-    int dense = method == ROUTER_DENSE;
+    int dense = !router_has_experts((RouterMethod)method);
     c.vocab_size = (int)o->vocab_size;
     c.hidden = (int)o->hidden;
     c.layers = (int)o->layers;
@@ -118,187 +117,6 @@ static inline double config_flops(const Config *c, int64_t T, double active) {
     double experts = 1.5 * (c->ffn / d) * active;
     double head = c->vocab_size / (2.0 * c->layers * d);
     return 12.0 * (double)T * c->layers * d * d * (attention + experts + head);
-}
-
-// ----------------------------------------------------------------------------
-// config.json
-
-static inline void config_write(const Config *c, FILE *file) {
-    int dense = c->router.method == ROUTER_DENSE;
-    fprintf(file, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
-            dense ? "LlamaForCausalLM" : "RemoeForCausalLM", dense ? "llama" : "remoe");
-    fprintf(file, "  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->hidden, c->layers);
-    fprintf(file, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", c->heads, c->kv_heads);
-    fprintf(file, "  \"intermediate_size\": %d,\n  \"vocab_size\": %d,\n", c->ffn, c->vocab_size);
-    fprintf(file, "  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": %.15g,\n", c->max_seq_len,
-            c->norm_eps);
-    fprintf(file, "  \"rope_theta\": %.15g,\n  \"hidden_act\": \"silu\",\n", c->rope_theta);
-    if (!dense) {
-        fprintf(file, "  \"num_experts\": %d,\n  \"num_experts_per_tok\": %d,\n", c->router.experts,
-                c->router.active);
-        fprintf(file, "  \"granularity\": %d,\n  \"router\": \"%s\",\n", c->granularity,
-                router_name(c->router.method));
-        fprintf(file, "  \"load_balance\": %s,\n", c->router.load_balance ? "true" : "false");
-    }
-    fprintf(file,
-            "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  \"tie_word_embeddings\": false\n}\n");
-}
-
-// an integer key from 1 to `most`; fallback < 0: the key is required
-static inline int config_int(const Json *json, const char *path, const char *key, int64_t most,
-                             int fallback) {
-    const Json *value = json_get(json, key);
-    int64_t integer = 0;
-    if (value == NULL && fallback >= 0) {
-        return fallback;
-    }
-    if (value == NULL || !json_int64(value, &integer) || integer < 1 || integer > most) {
-        die("%s: \"%s\" is %s; expected an integer from 1 to %lld\n  ---> write the model's value there",
-            path, key, value == NULL ? "missing" : "unusable", (long long)most);
-    }
-    return (int)integer;
-}
-
-static inline double config_real(const Json *json, const char *path, const char *key) {
-    double real = 0.0;
-    const Json *value = json_get(json, key);
-    if (value == NULL || !json_double(value, &real) || real < 1e-30 || real > 1e30) {
-        die("%s: \"%s\" is %s; expected a positive number, 1e-30 to 1e30\n  ---> write the model's value "
-            "there",
-            path, key, value == NULL ? "missing" : "unusable");
-    }
-    return real;
-}
-
-// absent, null or false; anything else means yes, in one language or another
-static inline int config_is_off(const Json *value) {
-    return value == NULL || value->type == JSON_NULL || (value->type == JSON_BOOL && !value->boolean);
-}
-
-static inline int config_is_text(const Json *value, const char *text) {
-    return value != NULL && value->type == JSON_STRING && value->text_size == strlen(text) &&
-           memcmp(value->text, text, value->text_size) == 0; // it may hold a zero byte
-}
-
-__attribute__((noreturn)) static inline void config_refuse(const char *path, const char *key,
-                                                           const char *expected) {
-    die("%s: \"%s\" asks for what this trainer does not compute; expected %s\n  ---> use a checkpoint of a "
-        "model without it",
-        path, key, expected);
-}
-
-// what the model lacks is refused by name, never silently computed wrong
-static inline void config_refuse_foreign(const Json *json, const Config *c, const char *path) {
-    const Json *act = json_get(json, "hidden_act");
-    const Json *scaling = json_get(json, "rope_scaling");
-    const Json *parameters = json_get(json, "rope_parameters");
-    const Json *rope_type = json_get(parameters, json_get(parameters, "type") != NULL ? "type" : "rope_type");
-    const Json *head_dim = json_get(json, "head_dim");
-    const Json *type = json_get(json, "model_type");
-    int64_t head_size = 0;
-    if (type != NULL && !config_is_text(type, "remoe") && !config_is_text(type, "llama")) {
-        config_refuse(path, "model_type", "\"remoe\" or \"llama\"");
-    }
-    if (!config_is_off(json_get(json, "tie_word_embeddings"))) {
-        config_refuse(path, "tie_word_embeddings", "false");
-    }
-    if (!config_is_off(json_get(json, "attention_bias"))) {
-        config_refuse(path, "attention_bias", "false");
-    }
-    if (!config_is_off(json_get(json, "mlp_bias"))) {
-        config_refuse(path, "mlp_bias", "false");
-    }
-    if (scaling != NULL && scaling->type != JSON_NULL) {
-        config_refuse(path, "rope_scaling", "null");
-    }
-    if (rope_type != NULL && !config_is_text(rope_type, "default")) {
-        config_refuse(path, "rope_parameters", "\"rope_type\": \"default\"");
-    }
-    if (act != NULL && !config_is_text(act, "silu")) {
-        config_refuse(path, "hidden_act", "\"silu\"");
-    }
-    if (head_dim != NULL && head_dim->type != JSON_NULL &&
-        (!json_int64(head_dim, &head_size) || head_size != c->head_size)) {
-        config_refuse(path, "head_dim", "hidden_size / num_attention_heads");
-    }
-}
-
-// the routing keys; no num_experts means dense
-static inline void config_read_router(Config *c, const Json *json, const char *path) {
-    const Json *name = json_get(json, "router");
-    const Json *balance = json_get(json, "load_balance");
-    int64_t flag = 1;
-    if (json_get(json, "num_experts") == NULL) {
-        if ((name != NULL && !config_is_text(name, "dense")) ||
-            json_get(json, "num_experts_per_tok") != NULL) {
-            die("%s: \"router\" or \"num_experts_per_tok\" without \"num_experts\"\n"
-                "  ---> write all of them, or none for a dense model",
-                path);
-        }
-        c->router.method = ROUTER_DENSE;
-        c->router.experts = c->router.active = c->granularity = 1;
-        return;
-    }
-    int method = name != NULL && name->type == JSON_STRING ? router_from_name(name->text) : -1;
-    if (method < 0 || method == ROUTER_DENSE || !config_is_text(name, router_name((RouterMethod)method)) ||
-        config_is_text(json_get(json, "model_type"), "llama")) {
-        die("%s: \"num_experts\" needs \"router\": \"relu\", \"topk\", \"ec\" or \"hash\", and "
-            "\"model_type\": \"remoe\"\n"
-            "  ---> write them, or drop the experts' keys of a dense model",
-            path);
-    }
-    c->router.method = (RouterMethod)method;
-    c->router.experts = config_int(json, path, "num_experts", 65536, -1);
-    c->router.active = config_int(json, path, "num_experts_per_tok", 65536, -1);
-    c->granularity = config_int(json, path, "granularity", 65536, 1);
-    c->router.load_balance = 1;
-    if (balance != NULL && balance->type == JSON_BOOL) {
-        c->router.load_balance = balance->boolean;
-    } else if (balance != NULL && json_int64(balance, &flag) && (flag == 0 || flag == 1)) {
-        c->router.load_balance = (int)flag;
-    } else if (balance != NULL) {
-        die("%s: \"load_balance\" is unusable; expected true or false\n  ---> write one of them", path);
-    }
-}
-
-// newer configurations keep it in rope_parameters
-static inline double config_rope_theta(const Json *json, const char *path) {
-    const Json *parameters = json_get(json, "rope_parameters");
-    if (json_get(parameters, "rope_theta") == NULL) {
-        return config_real(json, path, "rope_theta");
-    }
-    double theta = config_real(parameters, path, "rope_theta");
-    if (json_get(json, "rope_theta") != NULL && config_real(json, path, "rope_theta") != theta) {
-        die("%s: \"rope_theta\" differs from the one in \"rope_parameters\"\n  ---> drop one of them", path);
-    }
-    return theta;
-}
-
-static inline Config config_read(const char *path) {
-    JsonArena arena;
-    Config c;
-    memset(&c, 0, sizeof(c));
-    json_arena_init(&arena);
-    const Json *json = json_parse_file(path, &arena, "name a checkpoint folder with --load");
-    if (json->type != JSON_OBJECT || json_duplicate_key(json) != NULL) {
-        die("%s: expected one JSON object without repeated keys\n  ---> name another checkpoint folder",
-            path);
-    }
-    c.vocab_size = config_int(json, path, "vocab_size", 1 << 24, -1);
-    c.hidden = config_int(json, path, "hidden_size", 65536, -1);
-    c.layers = config_int(json, path, "num_hidden_layers", 1024, -1);
-    c.heads = config_int(json, path, "num_attention_heads", 65536, -1);
-    c.kv_heads = config_int(json, path, "num_key_value_heads", 65536, -1);
-    c.ffn = config_int(json, path, "intermediate_size", 1 << 24, -1);
-    c.max_seq_len = config_int(json, path, "max_position_embeddings", 1 << 24, 1024);
-    c.norm_eps = config_real(json, path, "rms_norm_eps");
-    c.rope_theta = config_rope_theta(json, path);
-    c.head_size = c.hidden / c.heads;
-    config_read_router(&c, json, path);
-    config_refuse_foreign(json, &c, path);
-    config_check(&c, path, die);
-    json_arena_free(&arena);
-    return c;
 }
 
 #endif

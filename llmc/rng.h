@@ -15,10 +15,14 @@ from the optimiser.
 #ifndef RNG_H
 #define RNG_H
 
+#include <assert.h>
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-// defines: sqrt, uint64_t, memcpy
+// defines: static_assert, DBL_MANT_DIG, sqrt, uint64_t, memcpy
+
+static_assert(DBL_MANT_DIG == 53, "rng_uniform fills a double's 53 bits, rng_log takes them apart");
 
 static inline uint64_t rng_mix(uint64_t x) {
     x += 0x9E3779B97F4A7C15ull;

@@ -12,7 +12,7 @@ Routing, whichever the method: the one place that knows them all.
     dense   1, one expert                0                     (each in router_METHOD.h, dense beside hash)
 
 Whatever else the rest of the program asks of a method (has it weights? what weighs its loss? how is a single
-token routed?) stands in one table, router_row(): nobody compares methods by name.
+token routed?) stands in one table, ROUTER_TABLE: nobody compares methods by name.
 
 The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place. hash and dense
 have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's own: two implementations,
@@ -29,12 +29,26 @@ switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
 #include "llmc/router_hash.h"
 #include "llmc/router_relu.h"
 #include "llmc/router_topk.h"
-#include <assert.h>
-// defines: router_METHOD_forward, _loss, _backward; PairList; static_assert
-
-typedef enum { ROUTER_RELU, ROUTER_TOPK, ROUTER_EC, ROUTER_HASH, ROUTER_DENSE, ROUTER_COUNT } RouterMethod;
+// defines: router_METHOD_forward, _loss, _backward; PairList
 
 typedef enum { WEIGHS_NOTHING, WEIGHS_LAMBDA, WEIGHS_AUX_COEFF } RouterLossWeight;
+
+// clang-format off
+#define ROUTER_TABLE(ROW)                                                                                    \
+    /*                 has      has      has      its loss is  a token alone  k warms  number   gradient     \
+          method name  experts  weights  softmax  weighed by   goes by        up       is open  is sparse */ \
+    ROW(RELU,  "relu",   1,       1,       0,     LAMBDA,      RELU,          0,       1,       1)           \
+    ROW(TOPK,  "topk",   1,       1,       1,     AUX_COEFF,   TOPK,          1,       0,       0)           \
+    ROW(EC,    "ec",     1,       1,       1,     NOTHING,     TOPK,          0,       0,       0)           \
+    ROW(HASH,  "hash",   1,       0,       0,     NOTHING,     HASH,          0,       0,       0)           \
+    ROW(DENSE, "dense",  0,       0,       0,     NOTHING,     DENSE,         0,       0,       0)
+// clang-format on
+
+#define ROUTER_METHOD(method, ...) ROUTER_##method,
+#define ROUTER_NAME(method, name, ...) " " name
+#define ROUTER_NAMES ROUTER_TABLE(ROUTER_NAME) // each with a space before it
+
+typedef enum { ROUTER_TABLE(ROUTER_METHOD) ROUTER_COUNT } RouterMethod;
 
 typedef struct {
     const char *name;
@@ -48,20 +62,11 @@ typedef struct {
     int gradient_is_sparse;       // only the logits of active pairs have one
 } RouterRow;
 
+#define ROUTER_ROW(method, name, experts, weights, softmax, weight, one, warms, open, sparse)                \
+    {name, experts, weights, softmax, WEIGHS_##weight, ROUTER_##one, warms, open, sparse},
+
 static inline const RouterRow *router_row(RouterMethod method) {
-    // clang-format off
-    static const RouterRow rows[] = {
-        //       has      has      has      its loss is       a token alone  k warms  number    gradient
-        //       experts  weights  softmax  weighed by        goes by        up       is open   is sparse
-        {"relu",   1,       1,       0,     WEIGHS_LAMBDA,    ROUTER_RELU,   0,       1,        1},
-        {"topk",   1,       1,       1,     WEIGHS_AUX_COEFF, ROUTER_TOPK,   1,       0,        0},
-        {"ec",     1,       1,       1,     WEIGHS_NOTHING,   ROUTER_TOPK,   0,       0,        0},
-        {"hash",   1,       0,       0,     WEIGHS_NOTHING,   ROUTER_HASH,   0,       0,        0},
-        {"dense",  0,       0,       0,     WEIGHS_NOTHING,   ROUTER_DENSE,  0,       0,        0},
-    };
-    // clang-format on
-    static_assert(sizeof(rows) / sizeof(rows[0]) == ROUTER_COUNT,
-                  "each routing method has its row, in order");
+    static const RouterRow rows[] = {ROUTER_TABLE(ROUTER_ROW)};
     return &rows[method];
 }
 

@@ -1,6 +1,8 @@
-// config.h: any config.json is read or refused with exit 1; what is read is a model whose sizes fit, and is written back as itself.
+// config_file.h: any config.json is read or refused with exit 1; what is read is a model whose sizes fit, and
+// is written back as itself.
 #include "fuzz.h"
 #include "fuzz_document.h"
+#include "llmc/files/config_file.h"
 #include "llmc/model.h"
 
 static void check_config(const Config *c) {

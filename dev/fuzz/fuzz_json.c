@@ -1,4 +1,4 @@
-// json.h: any bytes are parsed or refused; what is parsed, written and parsed again is the same.
+// json_parser.h, json.h: any bytes are parsed or refused; what is parsed, written and parsed again is the same.
 #include "fuzz.h"
 #include "llmc/files/json.h"
 

@@ -1,4 +1,4 @@
-// dataloader.h: any file is a shard or refused, every window of it lies within; any list of globs is cut up.
+// shard.h, dataloader.h: any file is a shard or refused, every window of it lies within; any list of globs is cut up.
 #include "fuzz.h"
 #include "llmc/files/dataloader.h"
 

@@ -1,4 +1,5 @@
-// checkpoint.h: any state.json is read or refused with exit 1; what is read is in range, and is written back as itself.
+// state_file.h: any state.json is read or refused with exit 1; what is read is in range, and is written back
+// as itself.
 #include "fuzz.h"
 #include "fuzz_document.h"
 #include "llmc/files/checkpoint.h"
@@ -56,7 +57,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         reading = 0; // from here on nothing is refused
         check_ranges(&state, &options);
         char *before = describe(&state, &options);
-        save_state(fuzz_path, &state, &options);
+        state_write(fuzz_path, &state, &options);
         load(&state, &options);
         char *after = describe(&state, &options);
         FUZZ_CHECK(strcmp(before, after) == 0);

@@ -1,6 +1,6 @@
-// tokenizer.h: any two files are a vocabulary or refused; with a good one any bytes become ids and come back,
-// and the quick ways to cut and merge words give what the slow ones give. An input is "V" vocab.json "\0"
-// merges.txt "\0" text, or "T" text for the vocabulary of 256 bytes and a few merges.
+// bpe.h, vocabulary.h, tokenizer.h: any two files are a vocabulary or refused; with a good one any bytes
+// become ids and come back, and the quick ways to cut and merge words give what the slow ones give. An input
+// is "V" vocab.json "\0" merges.txt "\0" text, or "T" text for the vocabulary of 256 bytes and a few merges.
 #include "fuzz.h"
 #include <string.h>
 #include <unistd.h>

@@ -1,11 +1,11 @@
 /*
-config.h: parameters and FLOPs of the presets, options that make no model, config.json written and read
-back, configurations that others write, and everything that is refused.
+config.h and config_file.h: parameters and FLOPs of the paper's presets, options that make no model,
+config.json written and read back, configurations that others write, and everything that is refused.
 */
 #ifndef TEST_CONFIG_H
 #define TEST_CONFIG_H
 
-#include "llmc/config.h"
+#include "llmc/files/config_file.h"
 #include "harness.h"
 
 #define CONFIG_PATH "build/test/config.json"
@@ -98,6 +98,51 @@ static void test_config_options_refused(void) {
 // ----------------------------------------------------------------------------
 // to a file and back
 
+// the fields of all keys that the model has, bit for bit
+static int config_keys_equal(const Config *a, const Config *b) {
+    int count, equal = 1;
+    const Key *keys = config_keys(&count);
+    for (int i = 0; i < count; i++) {
+        const char *x = (const char *)a + keys[i].offset, *y = (const char *)b + keys[i].offset;
+        equal &= !key_is_of(&keys[i], a->router.method) || memcmp(x, y, keys[i].size) == 0;
+    }
+    return equal;
+}
+
+// a value of an option that is not its default
+static void config_other_value(char *text, size_t capacity, const OptionRow *row) {
+    long long number = strtoll(row->initial, NULL, 10);
+    if (row->kind == OPTION_INT) {
+        check_format(text, capacity, "%lld", number > 0 ? 2 * number : 1);
+    } else if (row->kind == OPTION_FLAG) {
+        check_format(text, capacity, "%d", number == 0);
+    } else {
+        check_format(text, capacity, "%s", strcmp(row->field, "router") == 0 ? "hash" : "1");
+    }
+}
+
+// an option makes another model if and only if the table says so: what is refused beside a loaded model
+static void test_config_scopes(void) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    Config plain = config_of(NULL, "--heads 8"); // a multiple of twice the default KV
+    for (int i = 0; i < count; i++) {
+        char text[OPTION_TEXT_SIZE];
+        Options o;
+        options_defaults(&o, NULL);
+        options_parse_line(&o, "--heads 8");
+        config_other_value(text, sizeof(text), &rows[i]);
+        option_set(&o, &rows[i], text, "");
+        Config c = config_from_options(&o);
+        c.max_seq_len = plain.max_seq_len; // RoPE needs no table of positions: any model takes any length
+        int decides = c.router.method != plain.router.method || !config_keys_equal(&c, &plain);
+        int says = rows[i].scope == OPTION_SHAPE || rows[i].scope == OPTION_ROUTING;
+        if (!CHECK(decides == says || strcmp(rows[i].field, "preset") == 0)) { // which acts by other options
+            printf("    --%s\n", rows[i].field);
+        }
+    }
+}
+
 static void test_config_round_trip(void) {
     static const char *const lines[] = {"--router relu --granularity 2 --active 2",
                                         "--router topk --load-balance 0", "--router ec", "--router hash",
@@ -110,14 +155,10 @@ static void test_config_round_trip(void) {
         config_write(&c, file);
         check_fclose(file, CONFIG_PATH);
         Config back = config_read(CONFIG_PATH);
-        back.router.load_balance =
-            c.router.method == ROUTER_DENSE ? c.router.load_balance : back.router.load_balance;
-        CHECK(back.vocab_size == c.vocab_size && back.hidden == c.hidden && back.layers == c.layers);
-        CHECK(back.heads == c.heads && back.kv_heads == c.kv_heads && back.head_size == c.head_size);
-        CHECK(back.ffn == c.ffn && back.granularity == c.granularity && back.max_seq_len == c.max_seq_len);
-        CHECK(back.router.method == c.router.method && back.router.experts == c.router.experts);
-        CHECK(back.router.active == c.router.active && back.router.load_balance == c.router.load_balance);
-        CHECK(back.norm_eps == 1e-6 && back.rope_theta == 123456.75);
+        CHECK(back.router.method == c.router.method && config_keys_equal(&back, &c));
+        CHECK(back.head_size == c.head_size && back.router.experts == c.router.experts);
+        CHECK(back.router.active == c.router.active && back.granularity == c.granularity);
+        CHECK(back.norm_eps == 1e-6 && back.rope_theta == 123456.75 && back.hidden == c.hidden);
     }
 }
 
@@ -298,6 +339,7 @@ static void test_config(void) {
     test_config_counts();
     test_config_from_options();
     test_config_options_refused();
+    test_config_scopes();
     test_config_round_trip();
     test_config_written();
     test_config_accepted();

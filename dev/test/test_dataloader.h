@@ -1,7 +1,7 @@
 /*
-dataloader.h and prefetch.h: a shard's bytes, which window each sequence is, that an epoch is a permutation,
-that weighted sources keep to their weights at every moment, damaged and foreign files, and batches assembled
-ahead.
+shard.h, dataloader.h and prefetch.h: a shard's bytes, which window each sequence is, that an epoch is a
+permutation, that weighted sources keep to their weights at every moment, damaged and foreign files, and
+batches assembled ahead.
 */
 #ifndef TEST_DATALOADER_H
 #define TEST_DATALOADER_H

@@ -1,6 +1,7 @@
 /*
-json.h: what RFC 8259 accepts and forbids, each case as small as it can be (the cases follow the public
-JSONTestSuite's rules), values read back, errors placed, an arena used again, and what is written read again.
+json_parser.h and json.h: what RFC 8259 accepts and forbids, each case as small as it can be (the cases follow
+the public JSONTestSuite's rules), values read back, errors placed, an arena used again, and what is written
+read again.
 */
 #ifndef TEST_JSON_H
 #define TEST_JSON_H

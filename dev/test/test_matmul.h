@@ -1,7 +1,7 @@
 /*
-Tests of llmc/matmul.h. What is computed: every transpose, odd sizes, leading dimensions and accumulation
+matmul_kernel.h and matmul.h. What is computed: every transpose, odd sizes, leading dimensions and accumulation
 against a float64 product, relative to the norm of |A| |B| (a sum that cancels has no relative accuracy). How:
-the same bits as one chain of multiply-adds a block of k, whatever the tile, the number of threads and the
+the same bits as one chain of multiply-adds per block of k, whatever the tile, the number of threads and the
 neighbours.
 */
 #ifndef TEST_MATMUL_H
@@ -130,7 +130,7 @@ static void test_matmul_sizes(void) {
     test_matmul_one_size(2 * BLOCK_M + 1, 51, 2 * BLOCK_K + 1);
 }
 
-// the promise of matmul.h: from 0, in the order of k, over each block; the blocks' sums in turn
+// the promise of matmul_kernel.h: from 0, in the order of k, over each block; the blocks' sums in turn
 static float matmul_chain(const MatmulCase *c, int i, int j) {
     float total = c->C[i * c->ldc + j];
     for (int k0 = 0; k0 < c->K; k0 += BLOCK_K) {

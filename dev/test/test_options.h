@@ -1,11 +1,11 @@
 /*
-options.h: spellings, presets and aliases of the command line, everything it refuses, and the way into a
-checkpoint and back.
+options.h: spellings, presets and aliases of the command line, everything it refuses, what of it makes the
+model, and the way into a checkpoint and back (state_file.h).
 */
 #ifndef TEST_OPTIONS_H
 #define TEST_OPTIONS_H
 
-#include "llmc/run/options.h"
+#include "llmc/files/state_file.h"
 #include "harness.h"
 
 #define OPTIONS_PATH "build/test/options.json"
@@ -184,6 +184,46 @@ static void test_options_help(void) {
 }
 
 // ----------------------------------------------------------------------------
+// scopes
+
+// the name that a run's start-up table gives its model
+static void test_options_model_name(void) {
+    static const char *const cases[][2] = {
+        {"", "tiny"},
+        {"--router topk --experts 16 --active 2 --granularity 2 --load-balance 0", "tiny"},
+        {"--seq-len 5 --batch 2 --steps 3 --lr 1 --seed 7", "tiny"},
+        {"--hidden 192 --layers 3", "tiny"}, // as they are
+        {"--layers 4", "custom"},
+        {"--hidden 256 --heads 8", "custom"},
+        {"--kv-heads 1", "custom"},
+        {"--ffn-mult 3", "custom"},
+        {"--vocab-size 4096", "custom"},
+    };
+    Options o;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        options_defaults(&o, "tiny");
+        options_parse_line(&o, cases[i][0]);
+        if (!CHECK(strcmp(options_model_name(&o), cases[i][1]) == 0)) {
+            printf("    %s\n", cases[i][0]);
+        }
+    }
+    options_defaults(&o, "medium");
+    CHECK(strcmp(options_model_name(&o), "medium") == 0);
+    options_parse_line(&o, "--hidden 192 --layers 3 --heads 6"); // tiny's, but for V and KV
+    CHECK(strcmp(options_model_name(&o), "custom") == 0);
+}
+
+static void test_options_forget_once(void) {
+    Options o = options_of("--eval --bench --load a --resume b --dump c --route-from d --sample e --steps 9 "
+                           "--layers 5 --router hash"),
+            want = options_of("--steps 9 --layers 5 --router hash");
+    options_forget_once(&o);
+    CHECK(o.eval == 0 && o.bench == 0 && o.load[0] == '\0' && o.resume[0] == '\0' && o.dump[0] == '\0');
+    CHECK(o.route_from[0] == '\0' && o.sample[0] == '\0');
+    CHECK(o.steps == want.steps && o.layers == want.layers && strcmp(o.router, want.router) == 0);
+}
+
+// ----------------------------------------------------------------------------
 // in a checkpoint
 
 static void options_save_text(const char *text) {
@@ -247,6 +287,8 @@ static void test_options(void) {
     test_options_refused();
     test_options_given();
     test_options_help();
+    test_options_model_name();
+    test_options_forget_once();
     test_options_round_trip();
     test_options_bad_json();
     unlink(OPTIONS_PATH);

@@ -1,6 +1,6 @@
 /*
-safetensors.h and newfile.h: number formats against their definitions, files written and read back, offsets
-beyond 4 GB, every kind of damaged or hostile header, and a disk that fills up.
+safetensors.h, safetensors_writer.h and newfile.h: number formats against their definitions, files written and
+read back, offsets beyond 4 GB, every kind of damaged or hostile header, and a disk that fills up.
 */
 #ifndef TEST_SAFETENSORS_H
 #define TEST_SAFETENSORS_H
@@ -10,7 +10,7 @@ beyond 4 GB, every kind of damaged or hostile header, and a disk that fills up.
 #include <signal.h>
 #include <sys/resource.h>
 // defines: glob, ldexp, isnan, isinf, nextafter, signal, setrlimit
-#include "llmc/files/safetensors.h"
+#include "llmc/files/safetensors_writer.h"
 #include "harness.h"
 
 #define ST_PATH "build/test/test.safetensors"

@@ -1,7 +1,7 @@
 /*
-tokenizer.h: words and merges against a literal reading of their definition on random text, any bytes there
-and back, very long words, special tokens, damaged vocabularies; GPT-2's ids, where its vocabulary is
-present; and the built-in sample's shards.
+bpe.h, vocabulary.h and tokenizer.h: words and merges against a literal reading of their definition on random
+text, the fast way against bpe.h on long text, any bytes there and back, very long words, special tokens,
+damaged vocabularies; GPT-2's ids, where its vocabulary is present; and the built-in sample's shards.
 
 GPT-2's vocabulary is looked for in the folder that the environment variable GPT2_VOCABULARY names, data/gpt2 by
 default (data/download_gpt2.sh). Strings and files with the ids on which five other implementations agree are
@@ -172,53 +172,60 @@ static size_t tk_reference(const Tokenizer *t, const char *text, size_t size, in
     return n;
 }
 
+static const char *const tk_parts[] = {
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "a",
+    "ab",
+    "abab",
+    "abc",
+    "aaaaaaa",
+    "hello",
+    " hello",
+    "'",
+    "'s",
+    "'ll",
+    "'re",
+    "'T",
+    "'ve",
+    "12",
+    "7",
+    "!",
+    "...",
+    "\u00e9",
+    "\u00c9t\u00e9",
+    "\u65e5\u672c",
+    "\u0663",
+    "\u00a0",
+    "\u2003",
+    "\u3000",
+    "\xff",
+    "\xe2\x82",
+    "\xf0\x9f",
+    "\U0001F600",
+    "\u0301",
+    "_",
+    "<|endoftext|>",
+    "abcdefghijklmn",
+    "Abcdefghijklmnop",
+    "                  ",
+    "\u1c89",
+    "\u01c5",
+    "\u00bd",
+    "\x1c",
+};
+
+// one of tk_parts, drawn
+static const char *tk_draw_part(unsigned long long *state) {
+    *state = *state * 6364136223846793005ull + 1442695040888963407ull;
+    return tk_parts[(*state >> 33) % (sizeof(tk_parts) / sizeof(tk_parts[0]))];
+}
+
 static void test_tokenizer_definition(Tokenizer *t) {
-    static const char *const parts[] = {
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "\r\n",
-        "a",
-        "ab",
-        "abab",
-        "abc",
-        "aaaaaaa",
-        "hello",
-        " hello",
-        "'",
-        "'s",
-        "'ll",
-        "'re",
-        "'T",
-        "'ve",
-        "12",
-        "7",
-        "!",
-        "...",
-        "\u00e9",
-        "\u00c9t\u00e9",
-        "\u65e5\u672c",
-        "\u0663",
-        "\u00a0",
-        "\u2003",
-        "\u3000",
-        "\xff",
-        "\xe2\x82",
-        "\xf0\x9f",
-        "\U0001F600",
-        "\u0301",
-        "_",
-        "<|endoftext|>",
-        "abcdefghijklmn",
-        "Abcdefghijklmnop",
-        "                  ",
-        "\u1c89",
-        "\u01c5",
-        "\u00bd",
-        "\x1c",
-    };
     int merges[TK_MERGES][3], want[1024];
     char text[1024];
     unsigned long long state = 1;
@@ -232,8 +239,7 @@ static void test_tokenizer_definition(Tokenizer *t) {
         size_t size = 0, n = 0, capacity = 0, back_size;
         int *ids = NULL;
         for (int i = 0; i <= trial % 13; i++) {
-            state = state * 6364136223846793005ull + 1442695040888963407ull;
-            const char *part = parts[(state >> 33) % (sizeof(parts) / sizeof(parts[0]))];
+            const char *part = tk_draw_part(&state);
             memcpy(text + size, part, strlen(part));
             size += strlen(part);
         }
@@ -246,6 +252,46 @@ static void test_tokenizer_definition(Tokenizer *t) {
     }
     CHECK(wrong == 0);
     CHECK(lost == 0);
+}
+
+// the ids that bpe.h gives, one word after the other; returns their number, 0 at a word that is not short
+static size_t tk_plain(const Tokenizer *t, const char *text, size_t size, int *ids) {
+    uint16_t merged[TOKENIZER_SHORT];
+    size_t n = 0, bytes;
+    for (size_t at = 0; at < size; at += bytes) {
+        const uint8_t *word = (const uint8_t *)text + at;
+        bytes = tokenizer_word_size(t, word, size - at);
+        if (bytes == 0 || bytes > TOKENIZER_SHORT) {
+            return 0;
+        }
+        size_t count = tokenizer_merge_short(t, word, bytes, merged);
+        for (size_t i = 0; i < count; i++) {
+            ids[n++] = merged[i];
+        }
+    }
+    return n;
+}
+
+// marks, batches and the cache, empty and then full, on more text than a window of marks
+static void test_tokenizer_fast_is_plain(Tokenizer *t) {
+    enum { SIZE = 1 << 20, NUMBER_EVERY = 3, LONGEST_PART = 32 };
+    char *text = NEW(char, SIZE + LONGEST_PART);
+    int *want = NEW(int, SIZE + LONGEST_PART);
+    unsigned long long state = 11;
+    size_t size = 0;
+    for (int i = 0; size < SIZE; i++) {
+        char number[LONGEST_PART]; // so many different words that some leave the cache
+        check_format(number, sizeof(number), " %llu", state >> 45);
+        const char *part = i % NUMBER_EVERY == 0 ? number : tk_draw_part(&state);
+        memcpy(text + size, part, strlen(part));
+        size += strlen(part);
+    }
+    size_t n = tk_plain(t, text, size, want);
+    CHECK(n > size / LONGEST_PART);
+    CHECK(tk_encodes(t, text, size, want, n));
+    CHECK(tk_encodes(t, text, size, want, n));
+    free(want);
+    free(text);
 }
 
 // ----------------------------------------------------------------------------
@@ -778,6 +824,7 @@ static void test_tokenizer(void) {
     tk_write();
     Tokenizer *t = tokenizer_load(TK_FOLDER);
     test_tokenizer_definition(t);
+    test_tokenizer_fast_is_plain(t);
     test_tokenizer_any_bytes(t);
     test_tokenizer_two_ways(t);
     test_tokenizer_long_words(t);

@@ -1,10 +1,10 @@
 /*
-Checkpoints: a folder step_00001000/ a checkpoint, in the formats of Hugging Face.
+Checkpoints: a folder step_00001000/ per checkpoint, in the formats of Hugging Face.
 
-    config.json            the model's shape (config.h)
+    config.json            the model's shape (config_file.h)
     model.safetensors      the fp32 weights, or bf16 for exports, by the names of model.h
     optimizer.safetensors  AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
-    state.json             step, AdamW's t, loader position, lambda and stage, random state, all options
+    state.json             what else the run needs to go on, and its options (state_file.h)
 
 Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last; then the oldest
 are removed (--keep). So a full disk or a kill at any moment leaves the earlier checkpoints as they were. A
@@ -16,16 +16,19 @@ Errors: whatever is missing or does not fit is named with its file, and exit 1.
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
-#include "llmc/files/safetensors.h"
+#include "llmc/files/config_file.h"
+#include "llmc/files/safetensors_writer.h"
+#include "llmc/files/state_file.h"
 #include "llmc/model.h"
-#include "llmc/step.h"
 #include <dirent.h>
 // defines: opendir, readdir, mkdir, rename, symlink, unlink, rmdir, fsync
 
-enum { PATH_SIZE = 2048 };
-
-#define STATE_MOST 1e15 // far from overflow, whatever a run adds to it, and exact in a double
-#define STATE_HINT "name another checkpoint, or remove the file and --load the folder for its weights alone"
+enum { PATH_SIZE = 2048, TENSOR_NAME_SIZE = 128 };
+static_assert(sizeof("exp_avg_sq.") + sizeof(((Tensor *)0)->name) <= TENSOR_NAME_SIZE,
+              "a moment's name fits");
+static_assert(sizeof(((Tensor *)0)->shape) / sizeof(int64_t) <= SAFETENSORS_MAX_DIMS,
+              "the format takes our shapes");
+static_assert(PATH_SIZE + sizeof(".tmp") <= sizeof(((NewFile *)0)->temporary), "a file has a temporary name");
 
 static inline int path_exists(const char *path) {
     struct stat status;
@@ -73,7 +76,7 @@ static inline void save_tensors(const char *path, const TensorTable *table, cons
     safetensors_writer_open(&writer, path);
     for (int b = 0; b < count; b++) {
         for (int i = 0; i < table->count; i++) {
-            char name[128];
+            char name[TENSOR_NAME_SIZE];
             check_format(name, sizeof(name), "%s%s", prefixes[b], table->tensors[i].name);
             safetensors_declare(&writer, name, dtype, table->tensors[i].ndim, table->tensors[i].shape);
         }
@@ -86,25 +89,6 @@ static inline void save_tensors(const char *path, const TensorTable *table, cons
         }
     }
     safetensors_writer_finish(&writer);
-}
-
-static inline void save_state(const char *path, const RunState *state, const Options *options) {
-    NewFile file;
-    const LambdaState *s = &state->sparsity;
-    newfile_open(&file, path);
-    fprintf(file.file, "{\n  \"step\": %lld,\n  \"optimizer_step\": %lld,\n  \"sequences\": %lld,\n",
-            (long long)state->step, (long long)state->optimizer_step, (long long)state->sequences);
-    fprintf(file.file, "  \"lambda\": %.9g,\n  \"stage\": %d,\n  \"min_sparsity\": %.17g,\n", s->lambda,
-            s->stage, s->min_sparsity);
-    fprintf(file.file, "  \"rising_steps\": %d,\n  \"stage2_step\": %lld,\n  \"stage3_step\": %lld,\n",
-            s->rising_steps, (long long)s->stage2_step, (long long)s->stage3_step);
-    // every draw is a function of (seed, stream, counter): the seed and the step are the random state
-    fprintf(file.file,
-            "  \"rng\": {\"seed\": %lld, \"counter\": %lld},\n  \"options\": ", (long long)options->seed,
-            (long long)state->step);
-    options_write_json(file.file, options);
-    fprintf(file.file, "\n}\n");
-    newfile_close(&file);
 }
 
 // "step_" and digits; what is named otherwise is not ours to remove
@@ -196,7 +180,7 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
         check_format(path, sizeof(path), "%s/optimizer.safetensors", temporary);
         save_tensors(path, table, moment_prefixes, moments, 2, "F32");
         check_format(path, sizeof(path), "%s/state.json", temporary);
-        save_state(path, state, options);
+        state_write(path, state, options);
     }
     place_folder(temporary, folder);
     point_latest(out, name);
@@ -226,7 +210,7 @@ static inline void load_tensors(float *buffer, const Safetensors *st, const Tens
                                 const char *prefix) {
     for (int i = 0; i < table->count; i++) {
         const Tensor *tensor = &table->tensors[i];
-        char name[128];
+        char name[TENSOR_NAME_SIZE];
         check_format(name, sizeof(name), "%s%s", prefix, tensor->name);
         safetensors_read_f32(st, safetensors_require(st, name, tensor->ndim, tensor->shape),
                              buffer + tensor->offset);
@@ -256,57 +240,14 @@ static inline int checkpoint_load_moments(float *exp_avg, float *exp_avg_sq, con
     return 1;
 }
 
-static inline double state_real(const Json *json, const char *path, const char *key, double least,
-                                double most) {
-    double value = 0.0;
-    const Json *member = json_get(json, key);
-    if (member == NULL || !json_double(member, &value) || value < least || value > most) {
-        die("%s: \"%s\" is missing or unusable, expected a number from %.15g to %.15g\n  ---> " STATE_HINT,
-            path, key, least, most);
-    }
-    return value;
-}
-
-// an integer below 2^53, which a double holds exactly
-static inline int64_t state_int(const Json *json, const char *path, const char *key, double least,
-                                double most) {
-    int64_t value = 0;
-    double real = state_real(json, path, key, least, most);
-    if (!json_int64(json_get(json, key), &value)) {
-        die("%s: \"%s\" is unusable: %g, expected an integer\n  ---> " STATE_HINT, path, key, real);
-    }
-    return value;
-}
-
-// 1 when the folder has a state; options NULL: only the state is wanted. alpha is the options' business.
+// 1 when the folder has a state; options NULL: only the state is wanted
 static inline int checkpoint_load_state(RunState *state, Options *options, const char *folder) {
     char path[PATH_SIZE];
-    JsonArena arena;
     check_format(path, sizeof(path), "%s/state.json", folder);
     if (!path_exists(path)) {
         return 0;
     }
-    json_arena_init(&arena);
-    const Json *json = json_parse_file(path, &arena, STATE_HINT);
-    if (json->type != JSON_OBJECT || json_duplicate_key(json) != NULL) {
-        die("%s: expected one JSON object without repeated keys\n  ---> " STATE_HINT, path);
-    }
-    state->step = state_int(json, path, "step", 0, STATE_MOST);
-    state->optimizer_step = state_int(json, path, "optimizer_step", 0, STATE_MOST);
-    state->sequences = state_int(json, path, "sequences", 0, STATE_MOST);
-    state->sparsity.lambda = (float)state_real(json, path, "lambda", 1e-30, 1.00000002e30); // as 1e30 prints
-    state->sparsity.stage = (int)state_int(json, path, "stage", STAGE_DENSE, STAGE_SPARSE);
-    state->sparsity.min_sparsity = state_real(json, path, "min_sparsity", 0.0, 1.0);
-    state->sparsity.rising_steps = (int)state_int(json, path, "rising_steps", 0, 1 << 30);
-    state->sparsity.stage2_step = state_int(json, path, "stage2_step", -1, STATE_MOST);
-    state->sparsity.stage3_step = state_int(json, path, "stage3_step", -1, STATE_MOST);
-    if (options != NULL) {
-        options_read_json(options, json_get(json, "options"), path);
-        // where that process began, and what else it was asked for, is not what a resumed one is asked for
-        options->load[0] = options->dump[0] = options->route_from[0] = options->sample[0] = '\0';
-        options->eval = options->bench = 0;
-    }
-    json_arena_free(&arena);
+    state_read(state, options, path);
     return 1;
 }
 

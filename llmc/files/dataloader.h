@@ -1,6 +1,5 @@
 /*
-Token shards and the order in which they are read. A shard is llm.c's: 256 int32 {20240520, 1, ntok, 0, ...},
-then ntok uint16 tokens; the files are mapped, not read.
+The order in which token shards (shard.h) are read.
 
 A shard of ntok tokens has floor((ntok - 1) / T) windows; window w is tokens [w T, w T + T]: T inputs, and the
 T targets one token later. Sequence i is a pure function of (files, T, seed, i): a position in the data is one
@@ -8,158 +7,20 @@ integer, and ranks need no state.
     i -> source     weighted sources take turns: after any n sequences, source s was used n w_s times, +- 1
     use u of it     epoch = u / windows, j = u % windows
     j -> window     a seeded permutation of [0, windows), another each epoch (--shuffle 0: j itself)
-so within an epoch of a source no window is repeated or skipped.
+So within an epoch of a source no window is repeated or skipped.
 
-Shapes: inputs, targets [T]. Errors: a file that is no whole shard, too few tokens for one window, or a token
-that the vocabulary does not have, dies naming file, position and remedy.
+Shapes: inputs, targets [T]. Errors: too few tokens for one window, or a token that the vocabulary does not
+have, dies naming file, position and remedy.
 */
 #ifndef DATALOADER_H
 #define DATALOADER_H
 
-#include <fcntl.h>
 #include <glob.h>
 #include <math.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-// defines: open, glob, llround, mmap, munmap, fstat, close
+// defines: glob, llround
 #include "llmc/check.h"
-#include "llmc/files/newfile.h"
+#include "llmc/files/shard.h"
 #include "llmc/rng.h"
-
-#define SHARD_MAGIC 20240520
-#define SHARD_VERSION 1
-#define SHARD_HEADER_BYTES 1024
-#define DATALOADER_HINT "make sample, or name your own shards with --train-data and --val-data"
-
-static inline char *dataloader_copy(const char *text) {
-    size_t size = strlen(text) + 1;
-    return (char *)memcpy(GROW(char, NULL, size), text, size);
-}
-
-// ----------------------------------------------------------------------------
-// writing a shard
-
-typedef struct {
-    NewFile file;
-    int64_t num_tokens; // so far
-} ShardWriter;
-
-static inline void shard_writer_open(ShardWriter *w, const char *path) {
-    const int32_t header[SHARD_HEADER_BYTES / 4] = {SHARD_MAGIC, SHARD_VERSION, 0};
-    w->num_tokens = 0;
-    newfile_open(&w->file, path);
-    newfile_write(&w->file, header, 1, sizeof(header));
-}
-
-static inline void shard_writer_append(ShardWriter *w, const uint16_t *tokens, size_t n) {
-    if (n > (size_t)(INT32_MAX - w->num_tokens)) {
-        die("%s: a shard cannot hold more than %d tokens\n  ---> write several shards", w->file.path,
-            INT32_MAX);
-    }
-    newfile_write(&w->file, tokens, sizeof(tokens[0]), n);
-    w->num_tokens += (int64_t)n;
-}
-
-// the file gets its name here, once its header counts its tokens
-static inline void shard_writer_close(ShardWriter *w) {
-    int32_t count = (int32_t)w->num_tokens;
-    if (fseek(w->file.file, 8, SEEK_SET) != 0) {
-        newfile_fail(&w->file);
-    }
-    newfile_write(&w->file, &count, sizeof(count), 1);
-    newfile_close(&w->file);
-}
-
-// ----------------------------------------------------------------------------
-// reading a shard
-
-typedef struct {
-    char *path;
-    const unsigned char *data; // the whole file
-    size_t size;
-    const uint16_t *tokens;
-    int64_t num_tokens;
-    int64_t first_window; // windows of the shards before it in its source
-} TokenShard;
-
-// says what a file is that is no shard, where that can be seen
-static inline void shard_refuse_foreign(const char *path, const unsigned char *data, size_t size) {
-    static const struct {
-        const char *start;
-        size_t size;
-        const char *what;
-    } formats[] = {
-        {"\xA1\xD9\x34\x01", 4,
-         "a llm.c shard of 32-bit tokens (LLaMA 3)\n  ---> tokenize the text with GPT-2's "
-         "vocabulary, or one of your own"},
-        {"\x28\xB5\x2F\xFD", 4, "compressed with zstd\n  ---> decompress it with zstd -d"},
-        {"\x1F\x8B", 2, "compressed with gzip\n  ---> decompress it with gunzip"},
-        {"\x93NUMPY", 6,
-         "a NumPy array\n  ---> write a shard: 256 int32 {20240520, 1, count}, then uint16 tokens"},
-        {"PAR1", 4, "a Parquet table\n  ---> tokenize its text first"},
-        {"{", 1, "JSON text\n  ---> tokenize it first"},
-    };
-    for (size_t i = 0; i < sizeof(formats) / sizeof(formats[0]); i++) {
-        if (size >= formats[i].size && memcmp(data, formats[i].start, formats[i].size) == 0) {
-            die("%s is not a token shard: it is %s", path, formats[i].what);
-        }
-    }
-}
-
-// the number of tokens of a whole shard; anything else dies
-static inline int64_t shard_check(const char *path, const unsigned char *data, size_t size) {
-    int32_t header[3] = {0, 0, 0};
-    memcpy(header, data, size < sizeof(header) ? size : sizeof(header));
-    if (header[0] != SHARD_MAGIC) {
-        shard_refuse_foreign(path, data, size);
-        die("%s is not a token shard: it begins with %d, expected %d\n  ---> %s", path, header[0],
-            SHARD_MAGIC, DATALOADER_HINT);
-    }
-    if (size < SHARD_HEADER_BYTES) {
-        die("%s is truncated: %zu bytes, its header alone needs %d\n  ---> copy or make it again", path, size,
-            SHARD_HEADER_BYTES);
-    }
-    if (header[1] != SHARD_VERSION) {
-        die("%s is a token shard of version %d, expected %d\n  ---> tokenize the text again", path, header[1],
-            SHARD_VERSION);
-    }
-    int64_t expected = SHARD_HEADER_BYTES + 2 * (int64_t)header[2];
-    if ((int64_t)size != expected) {
-        die("%s %s: its header counts %d tokens, %lld bytes, but the file has %zu\n  ---> copy or make it "
-            "again",
-            path, (int64_t)size < expected ? "is truncated" : "is damaged", header[2], (long long)expected,
-            size);
-    }
-    return header[2];
-}
-
-static inline void shard_open(TokenShard *shard, const char *path) {
-    struct stat status;
-    int file = open(path, O_RDONLY);
-    if (file < 0 || fstat(file, &status) != 0) {
-        die("cannot open %s: %s\n  ---> %s", path, strerror(errno), DATALOADER_HINT);
-    }
-    if (!S_ISREG(status.st_mode) || status.st_size == 0) {
-        die("%s is %s\n  ---> %s", path, S_ISREG(status.st_mode) ? "empty" : "not a regular file",
-            DATALOADER_HINT);
-    }
-    shard->size = (size_t)status.st_size;
-    void *data = mmap(NULL, shard->size, PROT_READ, MAP_PRIVATE, file, 0);
-    if (data == MAP_FAILED) {
-        die("cannot map %s into memory: %s", path, strerror(errno));
-    }
-    close(file);
-    shard->data = (const unsigned char *)data;
-    shard->num_tokens = shard_check(path, shard->data, shard->size);
-    shard->tokens = (const uint16_t *)(shard->data + SHARD_HEADER_BYTES);
-    shard->path = dataloader_copy(path);
-}
-
-static inline void shard_close(TokenShard *shard) {
-    munmap((void *)shard->data, shard->size);
-    free(shard->path);
-}
 
 // ----------------------------------------------------------------------------
 // the loader
@@ -189,7 +50,7 @@ typedef struct {
 static inline void dataloader_glob(const char *pattern, glob_t *found) {
     int failed = glob(pattern, 0, NULL, found); // sorted by name
     if (failed) {
-        die("no file matches %s\n  ---> %s", pattern, DATALOADER_HINT);
+        die("no file matches %s\n  ---> %s", pattern, SHARD_HINT);
     }
 }
 
@@ -242,7 +103,7 @@ static inline void dataloader_add_files(DataSource *source, const char *pattern,
 
 // weighted globs are a source each, globs without weights are one source together
 static inline void dataloader_add_sources(DataLoader *loader, const char *spec) {
-    char *copy = dataloader_copy(spec), *list = copy, *item;
+    char *copy = check_strdup(spec), *list = copy, *item;
     while ((item = dataloader_next_item(&list)) != NULL) {
         double weight = dataloader_cut_weight(item);
         if (loader->num_sources > 0 && (weight > 0.0) != (loader->sources[0].weight > 0.0)) {
@@ -253,7 +114,7 @@ static inline void dataloader_add_sources(DataLoader *loader, const char *spec) 
             DataSource *source = &loader->sources[loader->num_sources++];
             memset(source, 0, sizeof(*source));
             source->weight = weight;
-            source->pattern = dataloader_copy(weight > 0.0 ? item : spec);
+            source->pattern = check_strdup(weight > 0.0 ? item : spec);
         }
         dataloader_add_files(&loader->sources[loader->num_sources - 1], item, loader->seq_len);
     }
@@ -452,7 +313,7 @@ typedef struct {
 
 static inline char *dataloader_domain_name(const char *path) {
     const char *slash = strrchr(path, '/');
-    char *name = dataloader_copy(slash == NULL ? path : slash + 1);
+    char *name = check_strdup(slash == NULL ? path : slash + 1);
     size_t size = strlen(name);
     if (size > 4 && strcmp(name + size - 4, ".bin") == 0) {
         name[size - 4] = '\0';
@@ -465,7 +326,7 @@ static inline char *dataloader_domain_name(const char *path) {
 
 // the files of "GLOB,GLOB,...", one domain each; returns how many
 static inline int dataloader_domains(const char *spec, DataDomain **domains) {
-    char *copy = dataloader_copy(spec), *list = copy, *item;
+    char *copy = check_strdup(spec), *list = copy, *item;
     int n = 0;
     *domains = NULL;
     while ((item = dataloader_next_item(&list)) != NULL) {
@@ -473,7 +334,7 @@ static inline int dataloader_domains(const char *spec, DataDomain **domains) {
         dataloader_glob(item, &found);
         *domains = GROW(DataDomain, *domains, n + (int)found.gl_pathc);
         for (size_t i = 0; i < found.gl_pathc; i++, n++) {
-            (*domains)[n].path = dataloader_copy(found.gl_pathv[i]);
+            (*domains)[n].path = check_strdup(found.gl_pathv[i]);
             (*domains)[n].name = dataloader_domain_name(found.gl_pathv[i]);
         }
         globfree(&found);

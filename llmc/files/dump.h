@@ -13,7 +13,7 @@ safetensors.h.
 #define DUMP_H
 
 #include "llmc/model.h"
-#include "llmc/files/safetensors.h"
+#include "llmc/files/safetensors_writer.h"
 
 enum { DUMP_SCALARS = 4, DUMP_MOST_LOGIT_ROWS = 256 };
 

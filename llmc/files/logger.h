@@ -1,6 +1,6 @@
 /*
-What a run says of itself: runs/NAME/log.jsonl, one JSON object a step and one a validation, and a progress
-line.
+What a run says of itself: runs/NAME/log.jsonl, one JSON object per step and per validation, and a
+progress line.
 
 A resumed run cuts the log back to the step it resumes from, so that the file reads as if the run had never
 stopped. Errors: a log that cannot be written stops the run with its cause; rows that cannot be read back are
@@ -11,6 +11,7 @@ dropped with a warning.
 
 #include "llmc/files/json.h"
 #include "llmc/files/newfile.h"
+#include "llmc/lambda.h"
 #include <sys/resource.h>
 #include <time.h>
 // defines: clock_gettime, getrusage
@@ -21,11 +22,11 @@ typedef struct {
     int stage;                    // 0: the router has no stages
     const double *layer_sparsity; // [L]
     int layers;
-    int64_t tokens_min, tokens_max; // tokens an expert, over layers and experts
+    int64_t tokens_min, tokens_max; // tokens per expert, over layers and experts
     double tokens_mean;
     int64_t dead_experts;       // (layer, expert) pairs without a token
     int64_t zero_expert_tokens; // (layer, token) pairs without an expert
-    double active_experts;      // mean a token
+    double active_experts;      // mean per token
     double grad_norm, lr, ms, tok_s;
     double tflops;          // by the paper's formula at nominal k
     double tflops_active;   // the same at the measured active experts
@@ -160,6 +161,8 @@ static inline void format_duration(char *out, size_t capacity, double seconds) {
 
 static inline void print_step(const StepRecord *r, int64_t steps, double seconds_left) {
     static const char *stages[] = {"-", "I", "II", "III"};
+    static_assert(sizeof(stages) / sizeof(stages[0]) == STAGE_SPARSE + 1,
+                  "a name per stage, and one for none");
     char left[32];
     format_duration(left, sizeof(left), seconds_left);
     printf("step %5lld/%lld | loss %7.4f | lambda %8.2e | S %.4f | stage %-3s | %7.0f tok/s",

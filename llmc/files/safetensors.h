@@ -1,13 +1,13 @@
 /*
-The safetensors format (Hugging Face), both ways: what checkpoints, exports and dumps are made of.
+The safetensors format (Hugging Face), of which checkpoints, exports and dumps are made, and its reader;
+safetensors_writer.h writes it.
 
     file   = N (8 bytes, little-endian), header (N bytes of JSON), data
     header = {"NAME": {"dtype": "F32", "shape": [8, 768], "data_offsets": [begin, end]}, ...}
 
 A name "__metadata__" holds remarks, which are ignored. Begin and end count from the start of data; the
 tensors lie there without gap or overlap, up to the end of the file. All of that is checked when a file is
-opened. Sizes in 64 bits. The reader maps the file; the writer streams it: tensors are declared first, then
-their values follow in that order, in pieces of any size.
+opened. Sizes in 64 bits. The file is mapped, not read.
 
 Shapes: any up to 8 dimensions. Errors: a file that is no such file, or does not hold a tensor in the shape
 that is required, dies naming file, tensor, what was found and what was expected.
@@ -22,7 +22,6 @@ that is required, dies naming file, tensor, what was found and what was expected
 // defines: open, mmap, munmap, fstat, close
 #include "llmc/check.h"
 #include "llmc/files/json.h"
-#include "llmc/files/newfile.h"
 
 #define SAFETENSORS_MAX_DIMS 8
 #define SAFETENSORS_MAX_HEADER 100000000 // the format's own limit
@@ -83,14 +82,17 @@ static inline float f16_to_float(uint16_t h) {
     return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-// bytes an element, 0 for a dtype we do not know
+// bytes per element, 0 for a dtype we do not know
 static inline uint64_t safetensors_dtype_size(const char *dtype) {
-    static const char *const names[] = {"F32", "BF16", "F16", "F64", "I64",  "I32",     "I16",    "I8",
-                                        "U64", "U32",  "U16", "U8",  "BOOL", "F8_E4M3", "F8_E5M2"};
-    static const int sizes[] = {4, 2, 2, 8, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1};
-    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
-        if (strcmp(dtype, names[i]) == 0) {
-            return (uint64_t)sizes[i];
+    static const struct {
+        const char *name;
+        uint64_t size;
+    } dtypes[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2},  {"F64", 8},     {"I64", 8},
+                  {"I32", 4}, {"I16", 2},  {"I8", 1},   {"U64", 8},     {"U32", 4},
+                  {"U16", 2}, {"U8", 1},   {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    for (size_t i = 0; i < sizeof(dtypes) / sizeof(dtypes[0]); i++) {
+        if (strcmp(dtype, dtypes[i].name) == 0) {
+            return dtypes[i].size;
         }
     }
     return 0;
@@ -362,129 +364,6 @@ static inline void safetensors_read_f32_range(const Safetensors *st, const Safet
 
 static inline void safetensors_read_f32(const Safetensors *st, const SafetensorsEntry *entry, float *out) {
     safetensors_read_f32_range(st, entry, 0, safetensors_num_elements(entry), out);
-}
-
-// ----------------------------------------------------------------------------
-// writer
-
-typedef struct {
-    NewFile file;
-    JsonArena arena;           // owns the names
-    SafetensorsEntry *entries; // as declared
-    size_t count;
-    size_t current;   // tensor being written
-    uint64_t written; // bytes of it
-    uint64_t total;   // bytes of all
-} SafetensorsWriter;
-
-static inline void safetensors_writer_open(SafetensorsWriter *w, const char *path) {
-    memset(w, 0, sizeof(*w));
-    newfile_open(&w->file, path);
-}
-
-// dtype: "F32" or "BF16"; before safetensors_write_header
-static inline void safetensors_declare(SafetensorsWriter *w, const char *name, const char *dtype, int ndim,
-                                       const int64_t *shape) {
-    int is_bf16 = strcmp(dtype, "BF16") == 0;
-    if ((!is_bf16 && strcmp(dtype, "F32") != 0) || ndim < 0 || ndim > SAFETENSORS_MAX_DIMS) {
-        die("%s: tensor %s cannot be written as %s with %d dimensions", w->file.path, name, dtype, ndim);
-    }
-    if ((w->count & (w->count - 1)) == 0) { // full at each power of two
-        w->entries = GROW(SafetensorsEntry, w->entries, w->count ? 2 * w->count : 1);
-    }
-    SafetensorsEntry *entry = &w->entries[w->count++];
-    memset(entry, 0, sizeof(*entry));
-    entry->name = safetensors_copy_text(&w->arena, name);
-    entry->dtype = is_bf16 ? "BF16" : "F32";
-    entry->ndim = ndim;
-    for (int i = 0; i < ndim; i++) {
-        entry->shape[i] = shape[i];
-    }
-    entry->offset = w->total;
-    entry->size = safetensors_num_elements(entry) * (is_bf16 ? 2 : 4);
-    w->total += entry->size;
-}
-
-static inline void safetensors_print_entry(FILE *out, const SafetensorsEntry *entry) {
-    char shape[256];
-    safetensors_format_shape(shape, sizeof(shape), entry->ndim, entry->shape);
-    fputc(',', out);
-    json_write_string(out, entry->name, strlen(entry->name));
-    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}", entry->dtype, shape,
-            (unsigned long long)entry->offset, (unsigned long long)(entry->offset + entry->size));
-}
-
-// a complete tensor, or an empty one, makes room for the next
-static inline void safetensors_skip_complete(SafetensorsWriter *w) {
-    while (w->current < w->count && w->written == w->entries[w->current].size) {
-        w->current++;
-        w->written = 0;
-    }
-}
-
-static inline void safetensors_write_header(SafetensorsWriter *w) {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *out = open_memstream(&text, &size);
-    if (out == NULL) {
-        die("out of memory for the header of %s", w->file.path);
-    }
-    fprintf(out, "{\"__metadata__\":{\"format\":\"pt\"}"); // without it transformers refuses the file
-    for (size_t i = 0; i < w->count; i++) {
-        safetensors_print_entry(out, &w->entries[i]);
-    }
-    fputc('}', out);
-    while ((8 + ftell(out)) % 64 != 0) {
-        fputc(' ', out); // data begins at a multiple of 64 bytes
-    }
-    fclose(out);
-    uint64_t n = size;
-    newfile_write(&w->file, &n, 8, 1);
-    newfile_write(&w->file, text, 1, size);
-    free(text);
-    safetensors_skip_complete(w);
-}
-
-static inline void safetensors_write_bf16(SafetensorsWriter *w, const float *x, size_t n) {
-    uint16_t half[4096];
-    for (size_t done = 0; done < n;) {
-        size_t piece = n - done < 4096 ? n - done : 4096;
-        for (size_t i = 0; i < piece; i++) {
-            half[i] = float_to_bf16(x[done + i]);
-        }
-        newfile_write(&w->file, half, 2, piece);
-        done += piece;
-    }
-}
-
-// the next n values of the tensor being written
-static inline void safetensors_write_f32(SafetensorsWriter *w, const float *x, size_t n) {
-    if (n == 0) {
-        return;
-    }
-    const SafetensorsEntry *entry = w->current < w->count ? &w->entries[w->current] : NULL;
-    uint64_t bytes = entry == NULL ? 0 : n * safetensors_dtype_size(entry->dtype);
-    if (entry == NULL || bytes > entry->size - w->written) {
-        die("%s: more values than declared for %s", w->file.path,
-            entry == NULL ? "all tensors" : entry->name);
-    }
-    if (entry->dtype[0] == 'B') {
-        safetensors_write_bf16(w, x, n);
-    } else {
-        newfile_write(&w->file, x, 4, n);
-    }
-    w->written += bytes;
-    safetensors_skip_complete(w);
-}
-
-// the file gets its name here, and only if it is whole
-static inline void safetensors_writer_finish(SafetensorsWriter *w) {
-    if (w->current != w->count) {
-        die("%s: tensor %s was not written to its end", w->file.path, w->entries[w->current].name);
-    }
-    newfile_close(&w->file);
-    free(w->entries);
-    json_arena_free(&w->arena);
 }
 
 #endif

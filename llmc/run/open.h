@@ -42,7 +42,9 @@ static inline StepSettings step_settings(const Options *o, const Config *c) {
 // figures above it
 static inline void print_model(const Options *o, const Config *c) {
     const Router *r = &c->router;
-    const char *name = o->resume[0] != '\0' ? o->resume : o->load[0] != '\0' ? o->load : o->preset;
+    const char *name = o->resume[0] != '\0' ? o->resume
+                       : o->load[0] != '\0' ? o->load
+                                            : options_model_name(o);
     double gflops = 1e-9 * config_flops(c, o->seq_len, r->active);
     printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
            c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);

@@ -1,9 +1,12 @@
 /*
 The command line: one table. The struct, the parser, --help, the presets, the printed settings and the options
-saved in a checkpoint all walk OPTION_TABLE, so an option is written once.
+saved in a checkpoint (state_file.h) all walk OPTION_TABLE, so an option is written once.
 
-    OPTION(kind, field, default, least, most, what it means)
-    kind: INT (int64), REAL (double), TEXT, FLAG (0 or 1; `--eval` alone means 1)
+    OPTION(kind, scope, field, default, least, most, what it means)
+    kind:  INT (int64), REAL (double), TEXT, FLAG (0 or 1; `--eval` alone means 1)
+    scope: SHAPE, sizes of the model, and ROUTING, how it routes: a loaded model has decided them, so they are
+           refused beside --load and --resume
+           RUN, which a resumed run keeps unless it is given anew; ONCE, of this process alone
 An option's name is its field with dashes: `--global-batch 64` or `--global-batch=64`. Two short names exist
 besides: --data for --train-data and --lambda for --lambda-init. A preset is itself a piece of command line,
 read before the user's; a resumed run starts from its saved options instead. Errors: exit 2, with the nearest
@@ -13,98 +16,109 @@ name.
 #define OPTIONS_H
 
 #include "llmc/check.h"
-#include "llmc/files/json.h"
+#include "llmc/router.h"
 #include <math.h>
 #include <stddef.h>
 // defines: strtoll, strtod, isfinite, offsetof
 
-enum { OPTION_TEXT_SIZE = 1024 };
+enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the end
 
 #define OPTION_TABLE(OPTION)                                                                                 \
-    OPTION(TEXT, preset, "tiny", 0, 0,                                                                       \
+    OPTION(TEXT, SHAPE, preset, "tiny", 0, 0,                                                                \
            "tiny, small, medium or large: a set of the options below (the paper's Table 1)")                 \
-    OPTION(TEXT, router, "relu", 0, 0, "relu (ReMoE), topk, ec, hash or dense")                              \
-    OPTION(INT, experts, "8", 1, 65536, "E, experts at granularity 1")                                       \
-    OPTION(INT, active, "1", 1, 65536, "k, experts that a token should use on average, of E")                \
-    OPTION(INT, granularity, "1", 1, 65536, "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")  \
-    OPTION(INT, layers, "3", 1, 1024, "L, transformer layers")                                               \
-    OPTION(INT, hidden, "192", 2, 65536, "d, width of the residual stream")                                  \
-    OPTION(INT, heads, "6", 1, 1024, "H, query heads")                                                       \
-    OPTION(INT, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                         \
-    OPTION(INT, ffn_mult, "4", 1, 1024,                                                                      \
+    OPTION(TEXT, ROUTING, router, "relu", 0, 0,                                                              \
+           "how tokens find their experts (ReMoE: relu), one of:" ROUTER_NAMES)                              \
+    OPTION(INT, ROUTING, experts, "8", 1, 65536, "E, experts at granularity 1")                              \
+    OPTION(INT, ROUTING, active, "1", 1, 65536, "k, experts that a token should use on average, of E")       \
+    OPTION(INT, ROUTING, granularity, "1", 1, 65536,                                                         \
+           "G: E*G experts of width F/G, k*G of them active (Eq. 12, 13)")                                   \
+    OPTION(INT, SHAPE, layers, "3", 1, 1024, "L, transformer layers")                                        \
+    OPTION(INT, SHAPE, hidden, "192", 2, 65536, "d, width of the residual stream")                           \
+    OPTION(INT, SHAPE, heads, "6", 1, 1024, "H, query heads")                                                \
+    OPTION(INT, SHAPE, kv_heads, "2", 1, 1024, "KV, key/value heads; H must be a multiple")                  \
+    OPTION(INT, SHAPE, ffn_mult, "4", 1, 1024,                                                               \
            "an expert is ffn_mult * d / G wide (Dense x8: --router dense --ffn-mult 32)")                    \
-    OPTION(INT, vocab_size, "2048", 1, 65536, "V, rows of the embedding; at least the tokenizer's ids")      \
-    OPTION(FLAG, load_balance, "1", 0, 1,                                                                    \
+    OPTION(INT, SHAPE, vocab_size, "2048", 1, 65536,                                                         \
+           "V, rows of the embedding; at least the tokenizer's ids")                                         \
+    OPTION(FLAG, ROUTING, load_balance, "1", 0, 1,                                                           \
            "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                            \
-    OPTION(REAL, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                               \
-    OPTION(REAL, lambda_init, "1e-8", 1e-30, 1e30,                                                           \
+    OPTION(REAL, RUN, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                          \
+    OPTION(REAL, RUN, lambda_init, "1e-8", 1e-30, 1e30,                                                      \
            "lambda_0, the regulariser's first weight (also --lambda)")                                       \
-    OPTION(REAL, alpha, "1.2", 1, 1e3, "lambda's factor a step (Eq. 7)")                                     \
-    OPTION(INT, topk_warmup_steps, "0", 0, INT64_MAX,                                                        \
+    OPTION(REAL, RUN, alpha, "1.2", 1, 1e3, "lambda's factor per step (Eq. 7)")                              \
+    OPTION(INT, RUN, topk_warmup_steps, "0", 0, INT64_MAX,                                                   \
            "topk: near-dense first steps (the paper's Appendix H)")                                          \
-    OPTION(INT, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                                  \
-    OPTION(TEXT, train_data, "build/sample/train_*.bin", 0, 0,                                               \
+    OPTION(INT, RUN, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                             \
+    OPTION(TEXT, RUN, train_data, "build/sample/train_*.bin", 0, 0,                                          \
            "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                          \
-    OPTION(TEXT, val_data, "build/sample/val.*.bin", 0, 0,                                                   \
-           "validation shards, one a domain: val.DOMAIN.bin")                                                \
-    OPTION(TEXT, tokenizer, "build/sample", 0, 0, "folder with vocab.json and merges.txt, to show samples")  \
-    OPTION(INT, batch, "16", 1, 65536, "B, sequences a micro-batch, per rank")                               \
-    OPTION(INT, seq_len, "192", 1, 1048576, "T, tokens a sequence")                                          \
-    OPTION(INT, global_batch, "0", 0, 1 << 24, "sequences a step (0: one micro-batch)")                      \
-    OPTION(INT, steps, "400", 1, 1e12, "optimizer steps of the whole run")                                   \
-    OPTION(REAL, lr, "5e-4", 0, 1e3, "largest learning rate")                                                \
-    OPTION(REAL, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                                   \
-    OPTION(INT, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")         \
-    OPTION(REAL, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")                \
-    OPTION(REAL, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                          \
-    OPTION(INT, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")                \
-    OPTION(FLAG, shuffle, "1", 0, 1, "visit the training windows in a seeded random order (0: shard order)") \
-    OPTION(TEXT, out, "", 0, 0,                                                                              \
+    OPTION(TEXT, RUN, val_data, "build/sample/val.*.bin", 0, 0,                                              \
+           "validation shards, one per domain: val.DOMAIN.bin")                                              \
+    OPTION(TEXT, RUN, tokenizer, "build/sample", 0, 0,                                                       \
+           "folder with vocab.json and merges.txt, to show samples")                                         \
+    OPTION(INT, RUN, batch, "16", 1, 65536, "B, sequences per micro-batch and rank")                         \
+    OPTION(INT, RUN, seq_len, "192", 1, 1048576, "T, tokens per sequence")                                   \
+    OPTION(INT, RUN, global_batch, "0", 0, 1 << 24, "sequences per step (0: one micro-batch)")               \
+    OPTION(INT, RUN, steps, "400", 1, 1e12, "optimizer steps of the whole run")                              \
+    OPTION(REAL, RUN, lr, "5e-4", 0, 1e3, "largest learning rate")                                           \
+    OPTION(REAL, RUN, lr_min, "5e-5", 0, 1e3, "learning rate of the last step")                              \
+    OPTION(INT, RUN, warmup_steps, "-1", -1, INT64_MAX, "steps of linear warm-up (-1: 1 % of the steps)")    \
+    OPTION(REAL, RUN, weight_decay, "0.01", 0, 1e3, "AdamW's, on tensors of 2 or more dimensions")           \
+    OPTION(REAL, RUN, grad_clip, "1", 0, 1e30, "largest gradient norm (0: no clipping)")                     \
+    OPTION(INT, RUN, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")           \
+    OPTION(FLAG, RUN, shuffle, "1", 0, 1,                                                                    \
+           "visit the training windows in a seeded random order (0: shard order)")                           \
+    OPTION(TEXT, RUN, out, "", 0, 0,                                                                         \
            "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")           \
-    OPTION(INT, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")               \
-    OPTION(INT, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                              \
-    OPTION(TEXT, save_dtype, "f32", 0, 0,                                                                    \
+    OPTION(INT, RUN, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")          \
+    OPTION(INT, RUN, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                         \
+    OPTION(TEXT, RUN, save_dtype, "f32", 0, 0,                                                               \
            "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                          \
-    OPTION(INT, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")          \
-    OPTION(INT, val_batches, "20", 1, 1e12, "micro-batches a validation and domain, at most")                \
-    OPTION(INT, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")           \
-    OPTION(INT, sample_tokens, "256", 0, INT64_MAX, "tokens to generate a sample")                           \
-    OPTION(TEXT, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")              \
-    OPTION(TEXT, load, "", 0, 0,                                                                             \
+    OPTION(INT, RUN, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")     \
+    OPTION(INT, RUN, val_batches, "20", 1, 1e12, "micro-batches per validation and domain, at most")         \
+    OPTION(INT, RUN, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")      \
+    OPTION(INT, RUN, sample_tokens, "256", 0, INT64_MAX, "tokens to generate per sample")                    \
+    OPTION(TEXT, ONCE, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")        \
+    OPTION(TEXT, ONCE, load, "", 0, 0,                                                                       \
            "start from the weights of this checkpoint folder (moments and lambda if it has them)")           \
-    OPTION(TEXT, dump, "", 0, 0,                                                                             \
+    OPTION(TEXT, ONCE, dump, "", 0, 0,                                                                       \
            "write one micro-batch's losses, gates and gradients to this file; no training")                  \
-    OPTION(TEXT, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")        \
-    OPTION(FLAG, eval, "0", 0, 1, "validation only")                                                         \
-    OPTION(TEXT, sample, "", 0, 0, "continue this prompt and stop (with --load)")                            \
-    OPTION(REAL, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")                   \
-    OPTION(INT, top_k, "50", 0, 1 << 24, "sample among so many likeliest tokens (0: all)")                   \
-    OPTION(FLAG, overfit_batch, "0", 0, 1,                                                                   \
+    OPTION(TEXT, ONCE, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")  \
+    OPTION(FLAG, ONCE, eval, "0", 0, 1, "validation only")                                                   \
+    OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load)")                      \
+    OPTION(REAL, RUN, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")              \
+    OPTION(INT, RUN, top_k, "50", 0, 1 << 24, "sample among so many likeliest tokens (0: all)")              \
+    OPTION(FLAG, RUN, overfit_batch, "0", 0, 1,                                                              \
            "train on the first batch again and again: a check that learning works")                          \
-    OPTION(REAL, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                      \
-    OPTION(INT, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                               \
-    OPTION(TEXT, kernels, "auto", 0, 0,                                                                      \
+    OPTION(REAL, RUN, max_minutes, "0", 0, 1e9, "save and stop after so long (0: no limit)")                 \
+    OPTION(INT, RUN, threads, "0", 0, 4096, "OpenMP threads (0: as many as cores)")                          \
+    OPTION(TEXT, RUN, kernels, "auto", 0, 0,                                                                 \
            "CUDA: kernels of experts and attention: portable, hopper, or auto (the fastest there is)")       \
-    OPTION(REAL, pair_budget, "0", 0, 1e6,                                                                   \
+    OPTION(REAL, RUN, pair_budget, "0", 0, 1e6,                                                              \
            "CUDA: GB of pair storage kept for the backward pass (0: what memory is left over)")              \
-    OPTION(FLAG, recompute, "0", 0, 1,                                                                       \
+    OPTION(FLAG, RUN, recompute, "0", 0, 1,                                                                  \
            "CUDA: normalised inputs are not kept but computed again in backward: less memory, same bits")    \
-    OPTION(FLAG, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
+    OPTION(FLAG, ONCE, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
 
 #define OPTION_FIELD_INT(field) int64_t field;
 #define OPTION_FIELD_REAL(field) double field;
 #define OPTION_FIELD_TEXT(field) char field[OPTION_TEXT_SIZE];
 #define OPTION_FIELD_FLAG(field) int64_t field;
-#define OPTION_FIELD(kind, field, initial, least, most, help) OPTION_FIELD_##kind(field)
+#define OPTION_FIELD(kind, scope, field, initial, least, most, help) OPTION_FIELD_##kind(field)
 
 typedef struct {
     OPTION_TABLE(OPTION_FIELD)
 } Options;
 
+#define OPTION_CHECK(kind, scope, field, ...)                                                                \
+    static_assert(sizeof(#field) <= OPTION_NAME_SIZE, #field ": too long a name");
+OPTION_TABLE(OPTION_CHECK)
+
 typedef enum { OPTION_INT, OPTION_REAL, OPTION_TEXT, OPTION_FLAG } OptionKind;
+typedef enum { OPTION_SHAPE, OPTION_ROUTING, OPTION_RUN, OPTION_ONCE } OptionScope;
 
 typedef struct {
     OptionKind kind;
+    OptionScope scope;
     const char *field; // with underscores
     size_t offset;     // in Options
     const char *initial;
@@ -112,8 +126,9 @@ typedef struct {
     const char *help;
 } OptionRow;
 
-#define OPTION_ROW(kind, field, initial, least, most, help)                                                  \
-    {OPTION_##kind, #field, offsetof(Options, field), initial, (double)(least), (double)(most), help},
+#define OPTION_ROW(kind, scope, field, initial, least, most, help)                                           \
+    {OPTION_##kind, OPTION_##scope,  #field,         offsetof(Options, field),                               \
+     initial,       (double)(least), (double)(most), help},
 
 static inline const OptionRow *option_rows(int *count) {
     static const OptionRow rows[] = {OPTION_TABLE(OPTION_ROW)};
@@ -181,9 +196,9 @@ static inline const OptionRow *option_find(const char *name, size_t size) {
     return NULL;
 }
 
-// Levenshtein distance, for the nearest match of a mistyped name; both shorter than 64
+// Levenshtein distance, for the nearest match of a mistyped name; nb < OPTION_NAME_SIZE
 static inline int edit_distance(const char *a, size_t na, const char *b, size_t nb) {
-    int row[65];
+    int row[OPTION_NAME_SIZE];
     for (size_t j = 0; j <= nb; j++) {
         row[j] = (int)j;
     }
@@ -212,7 +227,7 @@ static inline void option_spell(char *out, size_t capacity, const char *field) {
 __attribute__((noreturn)) static inline void option_unknown(const char *name, size_t size) {
     int count;
     const OptionRow *rows = option_rows(&count);
-    size = size > 64 ? 64 : size;
+    size = size < OPTION_NAME_SIZE ? size : (size_t)OPTION_NAME_SIZE;
     const OptionRow *best = &rows[0];
     int best_distance = 1000;
     for (int i = 0; i < count; i++) {
@@ -222,7 +237,7 @@ __attribute__((noreturn)) static inline void option_unknown(const char *name, si
             best = &rows[i];
         }
     }
-    char spelled[64];
+    char spelled[OPTION_NAME_SIZE];
     option_spell(spelled, sizeof(spelled), best->field);
     die_usage("unknown option --%.*s\n  ---> did you mean --%s? All options: --help", (int)size, name,
               spelled);
@@ -234,7 +249,7 @@ static inline void option_set(Options *options, const OptionRow *row, const char
     const char *source = from[0] == '\0' ? "" : " (from the checkpoint)";
     const char *remedy = from[0] == '\0' ? "--help describes it" : "another checkpoint, or mend ";
     char *field = (char *)options + row->offset;
-    char spelled[64];
+    char spelled[OPTION_NAME_SIZE];
     option_spell(spelled, sizeof(spelled), row->field);
     if (row->kind == OPTION_TEXT) {
         if (strlen(text) >= OPTION_TEXT_SIZE) {
@@ -319,6 +334,17 @@ static inline void options_defaults(Options *options, const char *preset) {
     }
 }
 
+// back to their defaults: what an earlier process alone was asked for
+static inline void options_forget_once(Options *options) {
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    for (int i = 0; i < count; i++) {
+        if (rows[i].scope == OPTION_ONCE) {
+            option_set(options, &rows[i], rows[i].initial, "");
+        }
+    }
+}
+
 // the value of `--name value` or `--name=value`, the last one given; fallback when absent
 static inline const char *options_peek(int argc, const char *const *argv, const char *name,
                                        const char *fallback) {
@@ -367,6 +393,23 @@ static inline void option_format(char *out, size_t capacity, const Options *opti
     }
 }
 
+// the preset's name, where the model's sizes are the preset's; how a model routes is no part of a preset
+static inline const char *options_model_name(const Options *options) {
+    Options preset;
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    options_defaults(&preset, options->preset);
+    for (int i = 0; i < count; i++) {
+        char want[OPTION_TEXT_SIZE], have[OPTION_TEXT_SIZE];
+        option_format(want, sizeof(want), &preset, &rows[i], 17);
+        option_format(have, sizeof(have), options, &rows[i], 17);
+        if (rows[i].scope == OPTION_SHAPE && strcmp(want, have) != 0) {
+            return "custom";
+        }
+    }
+    return options->preset;
+}
+
 static inline void options_help(const Options *defaults, const char *program) {
     int count;
     const OptionRow *rows = option_rows(&count);
@@ -375,48 +418,10 @@ static inline void options_help(const Options *defaults, const char *program) {
            "defaults of the preset '%s':\n",
            program, program, defaults->preset);
     for (int i = 0; i < count; i++) {
-        char spelled[64], value[OPTION_TEXT_SIZE];
+        char spelled[OPTION_NAME_SIZE], value[OPTION_TEXT_SIZE];
         option_spell(spelled, sizeof(spelled), rows[i].field);
         option_format(value, sizeof(value), defaults, &rows[i], 6);
         printf("  --%-18s %s [%s]\n", spelled, rows[i].help, value);
-    }
-}
-
-// {"preset": "tiny", "experts": 8, ...}
-static inline void options_write_json(FILE *file, const Options *options) {
-    int count;
-    const OptionRow *rows = option_rows(&count);
-    for (int i = 0; i < count; i++) {
-        char value[OPTION_TEXT_SIZE];
-        option_format(value, sizeof(value), options, &rows[i], 17);
-        fprintf(file, "%s\"%s\": ", i == 0 ? "{" : ", ", rows[i].field);
-        if (rows[i].kind == OPTION_TEXT) {
-            json_write_string(file, value, strlen(value));
-        } else {
-            fputs(value, file);
-        }
-    }
-    fputc('}', file);
-}
-
-// options that `object` lacks keep their value; names that no longer exist are refused
-static inline void options_read_json(Options *options, const Json *object, const char *path) {
-    if (object == NULL || object->type != JSON_OBJECT || json_duplicate_key(object) != NULL) {
-        die("%s: \"options\" is not an object without repeated names\n  ---> --load this folder instead of "
-            "--resume to use its weights alone",
-            path);
-    }
-    for (const Json *member = object->child; member != NULL; member = member->next) {
-        const OptionRow *row = option_find(member->key, member->key_size);
-        int is_text = member->type == JSON_STRING;
-        int is_scalar = is_text || member->type == JSON_NUMBER;
-        if (row == NULL || strcmp(member->key, row->field) != 0 || !is_scalar ||
-            is_text != (row->kind == OPTION_TEXT) || strlen(member->text) != member->text_size) {
-            die("%s: unusable option \"%.200s\"\n  ---> --load this folder instead of --resume to use its "
-                "weights alone",
-                path, member->key);
-        }
-        option_set(options, row, member->text, path);
     }
 }
 

@@ -43,13 +43,13 @@ static inline void default_out(char *out, const char *preset, const char *router
 
 // options that a loaded model has already decided
 static inline void refuse_shape_options(int argc, const char *const *argv, const char *folder) {
-    static const char *const decided[] = {"preset",      "router",   "experts",    "active",
-                                          "granularity", "layers",   "hidden",     "heads",
-                                          "kv_heads",    "ffn_mult", "vocab_size", "load_balance"};
-    for (size_t i = 0; i < sizeof(decided) / sizeof(decided[0]); i++) {
-        if (options_given(argc, argv, decided[i])) {
-            char spelled[64];
-            option_spell(spelled, sizeof(spelled), decided[i]);
+    int count;
+    const OptionRow *rows = option_rows(&count);
+    for (int i = 0; i < count; i++) {
+        int decided = rows[i].scope == OPTION_SHAPE || rows[i].scope == OPTION_ROUTING;
+        if (decided && options_given(argc, argv, rows[i].field)) {
+            char spelled[OPTION_NAME_SIZE];
+            option_spell(spelled, sizeof(spelled), rows[i].field);
             die_usage(
                 "--%s cannot be combined with --load or --resume: %s/config.json decides it\n  ---> drop it",
                 spelled, folder);
@@ -72,7 +72,6 @@ static inline int inherit_options(Options *o, RunState *state, const char *folde
                                   const char *const *argv) {
     options_defaults(o, NULL);
     int found = checkpoint_load_state(state, o, folder);
-    o->load[0] = o->resume[0] = '\0'; // that run's own beginnings
     options_parse(o, argc, argv);
     return found;
 }
