@@ -8,9 +8,11 @@ it.
 #define MAIN_H
 
 #include "llmc/run/bench.h"
+#include "llmc/run/evaluate.h"
+#include "llmc/run/generate.h"
 #include "llmc/run/open.h"
-#include "llmc/run/run.h"
-// defines: bench; open_run, close_run; train, validate, generate, dump
+#include "llmc/run/train.h"
+// defines: bench; validate, dump; generate; open_run, close_run; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
