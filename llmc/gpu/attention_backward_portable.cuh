@@ -172,8 +172,12 @@ template <int QUERIES, int HD> struct QueryStages {
     const float *scratch;
     int b, T, H, width, hd;
 
+    __device__ __forceinline__ floatX *tile(int parity) const {
+        return tiles + parity * STAGE;
+    }
+    // the tile of the head's `query` is on its way
     __device__ __forceinline__ void load(int head, int query, int parity) const {
-        floatX *stage = tiles + parity * STAGE;
+        floatX *stage = tile(parity);
         int64_t position = (int64_t)b * T + query;
         copy_tile<QUERIES, HD>(stage, qkv + position * width + head * hd, width, T - query, hd);
         copy_tile<QUERIES, HD>(stage + QUERIES * LD, dout + position * H * hd + head * hd, H * hd, T - query,
@@ -219,16 +223,17 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
                          const float *rope_table, int T, int H, int KV, int hd, float scale) {
     typedef AttentionTile<HD> Tile;
     enum { M = Tile::DKV_M, ROWS = Tile::DKV_ROWS, QUERIES = Tile::DKV_QUERIES, STEP = Tile::DKV_STEP };
-    enum { LD = Tile::LD, STAGE = 2 * QUERIES * LD };
+    enum { LD = Tile::LD };
+    typedef QueryStages<QUERIES, HD> Queries;
     floatX *k_tile = (floatX *)shared_memory(); // [ROWS, LD]
     floatX *v_tile = k_tile + ROWS * LD;        // [ROWS, LD]; then the stages
     floatX *q_tiles = v_tile + ROWS * LD;
-    float *row_tiles = (float *)(q_tiles + 2 * STAGE);
+    float *row_tiles = (float *)(q_tiles + 2 * Queries::STAGE);
     int kv = (int)blockIdx.x, b = (int)blockIdx.y;
     int first = (int)blockIdx.z * ROWS; // the first keys are seen by most queries
     int width = (H + 2 * KV) * hd;
     int64_t k_at = ((int64_t)b * T + first) * width + (H + kv) * hd;
-    QueryStages<QUERIES, HD> queries = {q_tiles, row_tiles, qkv, dout, scratch, b, T, H, width, hd};
+    Queries queries = {q_tiles, row_tiles, qkv, dout, scratch, b, T, H, width, hd};
     int head = kv * (H / KV), query = first;
     int stages = H / KV * ceil_div(T - first, (int)QUERIES);
     copy_tile<ROWS, HD>(k_tile, qkv + k_at, width, T - first, hd);
@@ -254,7 +259,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             head += next == first;
             queries.load(head, next, (i + 1) % 2);
         }
-        const floatX *stage = q_tiles + i % 2 * STAGE;
+        const floatX *stage = queries.tile(i % 2);
         const float *stage_rows = row_tiles + 2 * (i % 2) * QUERIES;
         for (int j = 0; j < QUERIES; j += STEP) {
             if (query + j + STEP - 1 < row) {

@@ -168,7 +168,8 @@ __device__ __forceinline__ void scan_in_one_block(int *out, const int *in, int n
 // ----------------------------------------------------------------------------
 // many terms into one double
 
-// The sum in thread 0, elsewhere 0: the upper half of the threads is added to the lower half, and so on
+// The sum in thread 0, elsewhere 0: the upper half of the threads is added to the lower half, and so on. Once
+// per kernel: no barrier keeps a second call from overwriting what the first still reads
 template <int THREADS> __device__ __forceinline__ double block_sum_by_halves(double x) {
     static_assert((THREADS & (THREADS - 1)) == 0, "threads are halved until one is left");
     __shared__ double sums[THREADS];
@@ -210,7 +211,7 @@ static inline int sum_blocks(int64_t n) {
     return (int)min(ceil_div(n, (int64_t)SUM_THREADS), (int64_t)SUM_MOST_BLOCKS);
 }
 
-// each warp in a tree, then the warps in order
+// each warp in a tree, then the warps in order; once per kernel, likewise
 __device__ __forceinline__ double block_sum_double(double x) {
     __shared__ double warp_sums[32];
     x = group_sum(x, 32);
