@@ -6,12 +6,12 @@ AdamW with decoupled weight decay (Loshchilov and Hutter, 2019) on the device, a
     w <- w - lr (m' / (sqrt(v') + eps) + decay w);   w_x = w rounded to floatX, what the products read
 
 Elementwise, with adamw.h's constants and expressions: only whether a compiler fuses a product with a sum can
-make a last bit differ. 28 bytes are read and written for an element, 30 with the bf16 copy; a thread moves a
+make a last bit differ. 28 bytes are read and written per element, 30 with the bf16 copy; a thread moves a
 pack's worth of each in 16-byte accesses. Where a tensor does not begin on a multiple of 16 bytes, and for the
 last few elements, single elements are moved instead: the same arithmetic, so the same bits.
 
-The norm is a sum over fixed blocks of NORM_BLOCK elements, in double: threads of a block stride through it
-and are added in a tree, then the blocks are in another. No order depends on the device.
+The norm is a sum over fixed blocks of NORM_BLOCK elements, in double: the threads of a block stride through
+it and are added in a tree, then the blocks in another tree. No order depends on the device.
 
 w, m, v, grad [n] fp32, w_x [n] floatX. Equals adamw_update, sum_of_squares of adamw.h. Errors: none.
 */
@@ -20,26 +20,15 @@ w, m, v, grad [n] fp32, w_x [n] floatX. Equals adamw_update, sum_of_squares of a
 
 #include "llmc/adamw.h"
 #include "llmc/gpu/floats.cuh"
-// defines: AdamW, NORM_BLOCK; Floats, load_floats, store_floats, narrow
+#include "llmc/gpu/sums.cuh"
+// defines: AdamW, NORM_BLOCK; Floats, load_floats, store_floats, narrow; add_all
 
 enum { ADAMW_THREADS = 256, NORM_THREADS = 512 };
+static_assert(NORM_BLOCK % Pack<float>::SIZE == 0,
+              "if a tensor is aligned to 16 bytes, so is each block of it");
 
 // ----------------------------------------------------------------------------
 // the norm
-
-// the sum over the block's threads, in thread 0; elsewhere 0
-__device__ __forceinline__ double sum_to_first(double x) {
-    __shared__ double sums[NORM_THREADS];
-    int thread = (int)threadIdx.x;
-    sums[thread] = x;
-    for (int step = NORM_THREADS / 2; step > 0; step /= 2) {
-        __syncthreads();
-        if (thread < step) {
-            sums[thread] += sums[thread + step];
-        }
-    }
-    return thread == 0 ? sums[0] : 0.0;
-}
 
 // partials[b] = the sum of squares of block b's elements
 static __global__ void __launch_bounds__(NORM_THREADS)
@@ -61,21 +50,9 @@ static __global__ void __launch_bounds__(NORM_THREADS)
             sum += (double)pack.x[j] * (double)pack.x[j];
         }
     }
-    double total = sum_to_first(sum);
+    double total = block_sum_by_halves<NORM_THREADS>(sum);
     if (threadIdx.x == 0) {
         partials[blockIdx.x] = total;
-    }
-}
-
-static __global__ void __launch_bounds__(NORM_THREADS)
-    add_norm_partials_kernel(double *sum, const double *partials, int64_t blocks) {
-    double mine = 0.0;
-    for (int64_t b = threadIdx.x; b < blocks; b += NORM_THREADS) {
-        mine += partials[b];
-    }
-    double total = sum_to_first(mine);
-    if (threadIdx.x == 0) {
-        *sum += total;
     }
 }
 
@@ -89,7 +66,7 @@ static inline void sum_of_squares(double *sum, const float *x, int64_t n, double
     if (n > 0) {
         launch(sum_of_squares_kernel, dim3((unsigned)norm_blocks(n)), NORM_THREADS, 0, stream, partials, x, n,
                is_aligned16(x));
-        launch(add_norm_partials_kernel, 1, NORM_THREADS, 0, stream, sum, partials, norm_blocks(n));
+        add_all<NORM_THREADS>(sum, partials, norm_blocks(n), 1.0, stream);
     }
 }
 

@@ -3,10 +3,11 @@ Causal self-attention with grouped queries on tensor cores (attention.h has the 
 
     attention_forward        out, lse from qkv, whose queries and keys RoPE has rotated
     attention_rope_backward  dqkv of the unrotated qkv: equals attention_backward, then rope_backward, dq and
-                             dk rounded once (but for odd head sizes: attention_portable.cuh)
+                             dk rounded once (but for odd head sizes: attention_backward_portable.cuh)
 
-Two implementations stand behind these names: attention_portable.cuh (mma.sync, sm_80 and later, and fp32),
-and attention_hopper.cuh with attention_backward_hopper.cuh (wgmma and TMA, sm_90a, bf16, heads of 64 and 96).
+Two implementations stand behind these names, each with a file for the tiles, the forward and the backward:
+gpu/attention_{tiles,,backward}_portable.cuh (mma.sync, sm_80 and later, and fp32), and
+gpu/attention_{tiles,,backward}_hopper.cuh (wgmma and TMA, sm_90a, bf16, heads of 64 and 96).
 `kernels` chooses; what the second does not have the first does. Each is deterministic, and the rows of a
 forward from start on have the same bits as those of the whole.
 
@@ -17,6 +18,7 @@ rope_table [T, hd] of rope.h. Errors: a head size that is no multiple of 8 or ab
 #define ATTENTION_CUH
 
 #include "llmc/gpu/attention_backward_hopper.cuh"
+#include "llmc/gpu/attention_backward_portable.cuh"
 #include "llmc/gpu/attention_hopper.cuh"
 #include "llmc/gpu/attention_portable.cuh"
 

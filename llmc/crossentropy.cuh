@@ -3,9 +3,9 @@ Softmax cross entropy on the device, in nats, forward and backward in one launch
 
     loss_n = ln sum_v exp(z_nv) - z_n,target;     dz_nv = scale (softmax(z_n)_v - 1{v = target})
 
-A block owns a row. With up to 57336 columns (bf16) it keeps the row in its registers, all of whose loads
-are under way at once: each byte is read once and written once. That is one row a processor, 1024 threads
-with 7 packs of 16 bytes each. (dev/ladder/crossentropy.cu compares ways to do it, on an H100 at V = 51200:
+A block owns a row. With up to 57336 columns (bf16) it keeps the row in its registers, and all loads are under
+way at once: each byte is read once and written once. That is one row per multiprocessor, 1024 threads with 7
+packs of 16 bytes each. (dev/ladder/crossentropy.cu compares ways to do it, on an H100 at V = 51200:
 this one at 2900 GB/s, and reading the row again from the L2 cache at 2050. In shared memory it was slower
 still.)
 
@@ -28,16 +28,15 @@ crossentropy.h. Errors: none; a logit that is not finite makes the loss not fini
 #define CROSSENTROPY_CUH
 
 #include "llmc/gpu/floats.cuh"
+#include "llmc/gpu/sums.cuh"
 #include <math.h>
-// defines: Floats, widen, narrow, power_of_2; INFINITY
+// defines: Floats, widen, narrow, LOG2_E, power_of_2; block_sum, block_max, add_all; INFINITY
 
 enum {
     CROSSENTROPY_KEPT_THREADS = 1024, // of a block that keeps its row
     CROSSENTROPY_KEPT_PACKS = 7,      // a thread
     CROSSENTROPY_THREADS = 512        // of one that does not
 };
-
-static constexpr float LOG2_E = 1.44269504f;
 
 // A row on memory's 16-byte lines: pack p holds columns p PACK_X - shift ... and the row ends within the last
 typedef struct {
@@ -210,30 +209,10 @@ static inline void crossentropy_forward_backward(float *losses, floatX *logits, 
 
 enum { LOSS_THREADS = 1024 };
 
-// *sum += scale * total, each thread's losses in order, then the threads in a tree
-static __global__ void __launch_bounds__(LOSS_THREADS)
-    sum_losses_kernel(double *sum, const float *losses, int64_t N, double scale) {
-    __shared__ double sums[LOSS_THREADS];
-    int thread = (int)threadIdx.x;
-    double total = 0.0;
-    for (int64_t n = thread; n < N; n += LOSS_THREADS) {
-        total += (double)losses[n];
-    }
-    sums[thread] = total;
-    for (int step = LOSS_THREADS / 2; step > 0; step /= 2) {
-        __syncthreads();
-        if (thread < step) {
-            sums[thread] += sums[thread + step];
-        }
-    }
-    if (thread == 0) {
-        *sum += scale * sums[0];
-    }
-}
-
+// *sum += scale (losses[0] + .. + losses[N - 1])
 static inline void sum_losses(double *sum, const float *losses, int64_t N, double scale,
                               cudaStream_t stream) {
-    launch(sum_losses_kernel, 1, LOSS_THREADS, 0, stream, sum, losses, N, scale);
+    add_all<LOSS_THREADS>(sum, losses, N, scale, stream);
 }
 
 #endif

@@ -1,7 +1,8 @@
 /*
 Dispatch on the device: from the pair list (token-major) to the experts' rows (expert-major) and back. The
-same functions as dispatch.h, on the same order of rows, with one difference: each expert's segment begins
-at a multiple of ROW_ALIGN = 64 rows, so that no tile of the grouped GEMM has rows of two experts.
+same functions as dispatch.h, on the same order of rows, with one difference: each expert's segment begins at
+a multiple of ROW_ALIGN = 64 rows, so that the 64 rows that a warp (portable) or a warpgroup (Hopper) of the
+grouped GEMM multiplies belong to one expert.
 
     count    n_e = number of tokens of expert e (the pair list has it)
     sort     offsets = exclusive prefix sum of n_e rounded up to 64; a stable counting sort gives pair p
@@ -13,8 +14,8 @@ at a multiple of ROW_ALIGN = 64 rows, so that no tile of the grouped GEMM has ro
     dgate    dgate_p = sum over tiles of dgate_partial[row_of_pair[p]]: from rows back to pairs
 
 How the sort runs in parallel and stays stable. A token has an expert at most once, so for 64 tokens the
-pairs are a bitmap, 64 bits an expert. A block sets its tokens' bits, and then both numbers a counting sort
-wants are population counts, whatever order the threads came in:
+pairs are a bitmap, 64 bits per expert. A block sets its tokens' bits, and then both numbers a counting sort
+needs are population counts, in whatever order the threads came:
 
     expert e of a block   bit t: token t has expert e     0 1 1 0 0 1 0 0 ...
         its count                                         popc(all bits)
@@ -27,10 +28,10 @@ wants are population counts, whatever order the threads came in:
 Combine and dgate work on a chunk of rows at a time (rows first .. first + chunk_rows - 1; arena.cuh says
 why). A token's rows ascend with its pairs, so those in the chunk are neighbours in its list. The sum is
 carried from chunk to chunk in fp32 and rounded once, after the last: the same additions in the same order,
-however many chunks there are. More of them may be planned than have rows, and the sum's way through memory is
-long: the last call takes the rows of the last chunk that has any, which are still in the buffer that all chunks
-share, and those of the calls before it that would have had them, or none, do nothing. Backward: gather's is the
-combine; combine's is in experts.cuh.
+however many chunks there are. Chunks are launched for the largest possible number of rows; the trailing ones
+may be empty. Only the device knows which chunk is the last with rows. That chunk's rows are still in the
+shared buffer when the last call runs, so the last call adds them and rounds; the calls in between do nothing.
+(So that sum crosses memory once less.) Backward: gather's is the combine; combine's is in experts.cuh.
 
 Shapes: x, y, residual [N, d] floatX, y may be residual; Y [chunk_rows, d], indexed from the chunk's first
 row; sum [N, d] fp32; d a multiple of 8. Equals dispatch_sort and dispatch_combine (without gates) of
@@ -40,24 +41,27 @@ must fit a block.
 #ifndef DISPATCH_CUH
 #define DISPATCH_CUH
 
-#include "llmc/gpu/cuda_common.cuh"
 #include "llmc/gpu/floats.cuh"
+#include "llmc/gpu/sums.cuh"
 #include "llmc/pairs.cuh"
-// defines: launch, floatX, Floats, load_pack, DevicePairs, block_exclusive_sum
+// defines: launch, floatX, Floats, load_packs, add_to, DevicePairs, block_exclusive_sum
 
 enum { ROW_ALIGN = 64 };
 
 typedef struct {
     int *offsets;       // [E + 1] rows of expert e: offsets[e] .. offsets[e + 1] - 1, pads included
     int *row_of_pair;   // [N E]
-    int *token_of_row;  // [N E + 64 E] -1 in pads
-    float *gate_of_row; // [N E + 64 E] 0 in pads
+    int *token_of_row;  // [N E + ROW_ALIGN E] -1 in pads
+    float *gate_of_row; // [N E + ROW_ALIGN E] 0 in pads
 } DeviceDispatch;
 
 // ----------------------------------------------------------------------------
 // sort
 
 enum { SORT_TOKENS = 64, SORT_WORDS = SORT_TOKENS / 32, SORT_THREADS = 256, PREFIX_THREADS = 512 };
+static_assert(SORT_TOKENS % 32 == 0, "the bitmap is whole words");
+static_assert((SORT_TOKENS & (SORT_TOKENS - 1)) == 0, "sort_token halves the tokens until one is left");
+static_assert(PREFIX_THREADS % 32 == 0, "block_exclusive_sum wants whole warps");
 
 __host__ __device__ __forceinline__ int padded_rows(int rows) {
     return ceil_div<int>(rows, ROW_ALIGN) * ROW_ALIGN;
@@ -98,7 +102,7 @@ __device__ __forceinline__ void sort_mark(SortBlock block, DevicePairs pairs, in
 
 // tokens of the block before t that have the expert
 __device__ __forceinline__ int sort_rank(const unsigned *words, int t) {
-    int rank = __popc(words[t / 32] & ((1u << (t % 32)) - 1));
+    int rank = __popc(words[t / 32] & bits_below(t % 32));
     for (int word = 0; word < t / 32; word++) {
         rank += __popc(words[word]);
     }
@@ -129,7 +133,7 @@ __device__ __forceinline__ int sort_first_row(const int *counts, int e) {
     return total;
 }
 
-// One block an expert: counts of the blocks of tokens become their first rows, and the pads are filled
+// One block per expert: counts of the blocks of tokens become their first rows, and the pads are filled
 static __global__ void __launch_bounds__(PREFIX_THREADS)
     sort_prefix_kernel(DeviceDispatch dispatch, int *histogram, const int *counts, int E, int blocks) {
     int e = blockIdx.x;
@@ -207,44 +211,44 @@ __device__ __forceinline__ int first_pair_from(const int *row_of_pair, int begin
     return begin;
 }
 
-// first row of the last chunk that has any, if it is not beyond the one that begins at `first`; num_rows: offsets[E]
+// first row of the last chunk that has any, or `first` if that chunk begins later; num_rows: offsets[E]
 __device__ __forceinline__ int last_chunk_first(const int *num_rows, int first, int chunk_rows) {
     return first > 0 ? min(first, max(*num_rows - 1, 0) / chunk_rows * chunk_rows) : 0;
 }
 
-enum { COMBINE_THREADS = 256 };
+// The rows that a combine adds, and what those of earlier chunks came to
+typedef struct {
+    const floatX *rows;    // [chunk_rows, d]
+    float *sum;            // [N, d] of the chunks before; not read when there is none
+    int first, chunk_rows; // first row of the chunk, rows that it may have
+    DevicePairs pairs;
+    DeviceDispatch dispatch;
+    int E;
+} CombineChunk;
 
 // y = residual + sum, rounded once; residual NULL: 0
 __device__ __forceinline__ void store_residual_sum(floatX *y, const floatX *residual, Floats sum) {
     if (residual != NULL) {
-        Floats before = widen(load_pack(residual));
-        for (int i = 0; i < PACK_X; i++) {
-            sum.x[i] += before.x[i];
-        }
+        add_to(sum, widen(load_pack(residual)));
     }
     store_pack(y, narrow(sum));
 }
 
-// total += scale row
-__device__ __forceinline__ void add_row(Floats &total, float scale, const Floats &row) {
-    for (int i = 0; i < PACK_X; i++) {
-        total.x[i] = fmaf(scale, row.x[i], total.x[i]);
-    }
-}
+enum { COMBINE_THREADS = 256 };
 
 // A thread owns 16 bytes of one token's y; as many threads as that makes keep the memory busy. The rows'
 // loads do not depend on each other, and four are under way at a time.
 static __global__ void __launch_bounds__(COMBINE_THREADS)
-    dispatch_combine_kernel(floatX *y, float *sum, const floatX *residual, const floatX *rows,
-                            DevicePairs pairs, DeviceDispatch dispatch, int N, int E, int d, int first,
-                            int chunk_rows, int last_chunk) {
-    const int *num_rows = dispatch.offsets + E;
+    dispatch_combine_kernel(floatX *y, const floatX *residual, CombineChunk chunk, int N, int d,
+                            int last_chunk) {
+    const int *row_of_pair = chunk.dispatch.row_of_pair, *num_rows = chunk.dispatch.offsets + chunk.E;
+    int first = chunk.first;
     if (last_chunk) {
-        first = last_chunk_first(num_rows, first, chunk_rows);
-    } else if ((int64_t)first + chunk_rows >= *num_rows) {
+        first = last_chunk_first(num_rows, first, chunk.chunk_rows);
+    } else if ((int64_t)first + chunk.chunk_rows >= *num_rows) {
         return; // the last call's
     }
-    unsigned packs = (unsigned)d / PACK_X; // a token
+    unsigned packs = (unsigned)d / PACK_X; // of a token
     unsigned index = blockIdx.x * COMBINE_THREADS + threadIdx.x;
     unsigned t = index / packs;
     if (t >= (unsigned)N) {
@@ -252,37 +256,63 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
     }
     int column = (int)(index - t * packs) * PACK_X;
     int64_t at = (int64_t)t * d + column;
-    int begin = pairs.row_start[t], end = pairs.row_start[t + 1];
-    begin = first > 0 ? first_pair_from(dispatch.row_of_pair, begin, end, first) : begin;
-    end = first_pair_from(dispatch.row_of_pair, begin, end, (int64_t)first + chunk_rows);
+    int begin = chunk.pairs.row_start[t], end = chunk.pairs.row_start[t + 1];
+    begin = first > 0 ? first_pair_from(row_of_pair, begin, end, first) : begin;
+    end = first_pair_from(row_of_pair, begin, end, (int64_t)first + chunk.chunk_rows);
     if (begin == end && first > 0 && !last_chunk) {
         return; // the sum stays what it is
     }
-    Floats total = {};
-    if (first > 0) {
-        total = load_floats(sum + at);
-    }
+    Floats total = first > 0 ? load_floats(chunk.sum + at) : Floats{};
 #pragma unroll 4
     for (int p = begin; p < end; p++) {
-        int64_t row = dispatch.row_of_pair[p] - first;
-        add_row(total, 1.0f, widen(load_pack(rows + row * d + column))); // (Eq. 1)
+        int64_t row = row_of_pair[p] - first;
+        add_to(total, widen(load_pack(chunk.rows + row * d + column))); // (Eq. 1)
     }
     if (last_chunk) {
         store_residual_sum(y + at, residual != NULL ? residual + at : NULL, total);
     } else {
-        store_floats(sum + at, total);
+        store_floats(chunk.sum + at, total);
     }
 }
 
-// Adds the chunk's rows to sum, from 0 when first == 0; with last_chunk writes y = residual + sum instead, and
-// the rows may be of an earlier chunk, see above. sum is not touched (may be NULL) when the chunk is both.
-// residual NULL: 0
+// Adds the chunk's rows to sum, from 0 when first == 0; with last_chunk writes y = residual + sum instead,
+// and the rows may be of an earlier chunk, see above. sum is not touched (may be NULL) when the chunk is
+// both. residual NULL: 0
 static inline void dispatch_combine(floatX *y, float *sum, const floatX *residual, const floatX *rows,
                                     DevicePairs pairs, DeviceDispatch dispatch, int N, int E, int d,
                                     int first, int chunk_rows, int last_chunk, cudaStream_t stream) {
     int64_t threads = (int64_t)N * (d / PACK_X); // less than 2^31, or y alone would be 32 GB
+    CombineChunk chunk = {rows, sum, first, chunk_rows, pairs, dispatch, E};
     launch(dispatch_combine_kernel, (unsigned)ceil_div<int64_t>(threads, COMBINE_THREADS), COMBINE_THREADS, 0,
-           stream, y, sum, residual, rows, pairs, dispatch, N, E, d, first, chunk_rows, last_chunk);
+           stream, y, residual, chunk, N, d, last_chunk);
+}
+
+// The same sum for a kernel that needs the whole of a token's row: a warp owns a token, a lane PACKS of its
+// packs. The lanes fetch the numbers of 32 rows at a time and then add those in the chunk, one after the
+// other. The chunk is the last that has rows, chunk.first or an earlier one.
+template <int PACKS>
+__device__ __forceinline__ void combine_token(Floats (&total)[PACKS], const CombineChunk &chunk, int64_t t,
+                                              int d) {
+    int lane = (int)threadIdx.x % 32, end = chunk.pairs.row_start[t + 1];
+    int first = last_chunk_first(chunk.dispatch.offsets + chunk.E, chunk.first, chunk.chunk_rows);
+    for (int i = 0; i < PACKS; i++) {
+        int c = (lane + i * 32) * PACK_X;
+        total[i] = first > 0 && c < d ? load_floats(chunk.sum + t * d + c) : Floats{};
+    }
+    for (int begin = chunk.pairs.row_start[t]; begin < end; begin += 32) {
+        int p = begin + lane;
+        int row = p < end ? chunk.dispatch.row_of_pair[p] - first : -1;
+        unsigned here = __ballot_sync(0xffffffffu, row >= 0 && row < chunk.chunk_rows);
+        for (; here != 0; here &= here - 1) {
+            int next = __ffs((int)here) - 1;
+            const floatX *from = chunk.rows + (int64_t)__shfl_sync(0xffffffffu, row, next) * d;
+            Bits packs[PACKS];
+            load_packs(packs, from, lane * PACK_X, 32 * PACK_X, d);
+            for (int i = 0; i < PACKS; i++) {
+                add_to(total[i], widen(packs[i]));
+            }
+        }
+    }
 }
 
 // ----------------------------------------------------------------------------

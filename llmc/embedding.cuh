@@ -7,7 +7,7 @@ Token embedding on the device.
 Forward: a warp copies a row. Backward: the sums are listed by positions.h. A warp takes a piece (at most 64
 positions of one id) and 32 packs of columns, adds the rows in ascending position in fp32, and either adds the
 sum to dtable (the id's only piece) or leaves it as a partial row; a second kernel adds the partial rows of
-each id in order. Every row of dtable has one writer a kernel, so there is nothing to be atomic about.
+each id in order. Every row of dtable has one writer per kernel, so there is nothing to be atomic about.
 
 The numbers of pieces are read from device memory and the warps walk over them, so that the launch is the same
 for every batch. Bytes that have to move: dout once, and one row of dtable read and written for every id seen.
@@ -20,7 +20,7 @@ embedding_forward, embedding_backward of embedding.h up to the order of the sums
 
 #include "llmc/gpu/floats.cuh"
 #include "llmc/files/positions.h"
-// defines: Floats, widen; EmbeddingPlan, partial_rows_most
+// defines: Floats, widen, add_to; EmbeddingPlan, partial_rows_most
 
 enum { EMBEDDING_THREADS = 256, EMBEDDING_COLUMNS = 32 * PACK_X }; // columns: of one warp
 
@@ -52,13 +52,7 @@ __device__ __forceinline__ WarpOfGrid warp_of_grid() {
     return all;
 }
 
-__device__ __forceinline__ void add_to(Floats &sum, const Floats &x) {
-    for (int i = 0; i < PACK_X; i++) {
-        sum.x[i] += x.x[i];
-    }
-}
-
-// row c .. of dtable += sum
+// PACK_X columns of a row += sum
 __device__ __forceinline__ void add_to_row(float *row, const Floats &sum) {
     Floats total = load_floats(row);
     add_to(total, sum);
@@ -109,7 +103,7 @@ static __global__ void __launch_bounds__(EMBEDDING_THREADS)
 // plan: in device memory; partial [partial_rows_most(N), d] scratch
 static inline void embedding_backward(float *dtable, const floatX *dout, EmbeddingPlan plan, float *partial,
                                       int64_t N, int d, cudaStream_t stream) {
-    // 2048 threads an SM can run at a time; fewer for a few long ids, which most often are few
+    // a multiprocessor runs 2048 threads at a time; the second kernel gets fewer, since long ids are few
     unsigned blocks = (unsigned)(num_sms() * (2048 / EMBEDDING_THREADS));
     launch(embedding_pieces_kernel, dim3(blocks), EMBEDDING_THREADS, 0, stream, dtable, partial, dout, plan,
            d);

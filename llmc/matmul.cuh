@@ -18,9 +18,9 @@ cuBLASLt's heuristic names, which is a function of shape, device and version alo
 and its repeat get the same bits. Where the sum over K is divided among blocks ("split K"), only the scheme is
 allowed that keeps the parts in fp32 in the workspace and adds them in a second step, in order.
 
-Alignment. cuBLASLt has to be told what addresses to expect, or it takes 256 bytes for granted. Of an address
-only its remainder by 16 counts (no access is wider), so that the choice does not change with the place of a
-buffer that is aligned at all; odd leading dimensions (E = 3 logits) it sees in the layouts.
+Alignment. cuBLASLt takes 256 bytes for granted unless it is told what addresses to expect. We tell it only
+the address modulo 16 (its widest access). So the chosen algorithm, hence the bits, do not depend on where a
+buffer happens to lie. Odd leading dimensions (E = 3 logits) it sees in the layouts.
 
 The router's weights are read from their fp32 masters although tensor cores multiply bf16 numbers. An fp32
 number has 24 significant bits, a bf16 number 8; and the rounding error of an fp32 number to bf16 is again an
@@ -28,9 +28,9 @@ fp32 number. So, without any error (short of underflow below 2^-126),
 
     w = hi + mid + lo,   hi = bf16(w),  mid = bf16(w - hi),  lo = bf16(w - hi - mid)
 
-and three products, each of exact terms summed in fp32, make the logits what one product in fp32 would be. (One
-call computes them, of [hi; mid; lo], 3E outputs.) The least is added first. It is worth its cost, as a logit
-that crosses 0 or another one changes the route.
+and three products, each of exact terms summed in fp32, make the logits what one product in fp32 would be.
+(One call computes them, of [hi; mid; lo], 3E outputs.) The smallest is added first. The exactness is worth
+its cost, since a logit that crosses 0 or another logit changes the route.
 
 Shapes: N tokens, C inputs, OC outputs, E experts. Errors: a failed call ends the program with its status. The
 workspace serves one stream at a time.
@@ -234,26 +234,36 @@ static inline void router_logits(float *logits, const floatX *x, const float *w,
     gemm(plans, 0, 1, N, E, d, x, d, w, d, logits, E, NULL, stream);
 }
 #else
+// Hi, mid and lo of a weight are what three calls return: each takes what bf16 can hold of the rest
+__device__ __forceinline__ floatX next_part(float &rest) {
+    floatX part = to_x(rest);
+    rest -= to_float(part);
+    return part;
+}
+
+// a logit from its three products
+__device__ __forceinline__ float add_parts(float lo, float mid, float hi) {
+    return lo + mid + hi;
+}
+
 // parts[0..n) + parts[n..2n) + parts[2n..3n) = w, exactly
 static __global__ void __launch_bounds__(256) split_weights_kernel(floatX *parts, const float *w, int64_t n) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) {
         float rest = w[i];
         for (int part = 0; part < 3; part++) {
-            floatX rounded = to_x(rest);
-            parts[part * n + i] = rounded;
-            rest -= to_float(rounded);
+            parts[part * n + i] = next_part(rest);
         }
     }
 }
 
-// logits[n, e] = the sum over the parts of sums[n, part E + e], the least first
+// logits[n, e] = the sum over the parts of sums[n, part E + e]
 static __global__ void __launch_bounds__(256)
     add_parts_kernel(float *logits, const float *sums, int64_t N, int E) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < N * E) {
         const float *first = sums + i / E * 3 * E + i % E;
-        logits[i] = first[2 * E] + first[E] + first[0];
+        logits[i] = add_parts(first[2 * E], first[E], first[0]);
     }
 }
 

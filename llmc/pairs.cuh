@@ -2,7 +2,7 @@
 The pair list on the device (pairs.h says what it is), and how routers make one.
 
 A router's decision is a bit mask [N, W] of 32-bit words, W = ceil(E / 32): bit e % 32 of word e / 32 of token
-t is 1 iff expert e is active for t. One bit a (token, expert) is little to read three times, and a pair's
+t is 1 iff expert e is active for t. One bit per token and expert is little to read three times, and a pair's
 place within its token is a popcount of the bits below it. Every method that can decide one pair by itself is
 a predicate for mask_where(); pairs_from_mask() makes compressed rows of any mask:
 
@@ -11,24 +11,23 @@ a predicate for mask_where(); pairs_from_mask() makes compressed rows of any mas
     counts[e] = sum_t bit(t, e)
 
     launch 1  tiles of 256 tokens: row lengths scanned within the tile, its total, its count of each expert
-    launch 2  one block scans the tiles' totals; the others add up the tiles' counts, 32 experts a block
-    launch 3  `lanes` threads a token write its pairs, neighbours in memory by neighbours in the warp
+    launch 2  one block scans the tiles' totals; the others add up the tiles' counts, 32 experts per block
+    launch 3  a group of lanes per token (sums.cuh) writes its pairs, neighbouring lanes neighbouring pairs
 
-Nothing depends on the order in which blocks run, so the list is the same each time. Nothing waits for the host:
-the number of pairs P is row_start[N], on the device.
+Nothing depends on the order in which blocks run, so the list is the same each time. Nothing waits for the
+host: the number of pairs P is row_start[N], on the device.
 
-Groups: a token with E experts is served by lanes_of(E) = 1, 2, 4, .. 32 neighbouring lanes of a warp, lane l
-taking the experts l, l + lanes, ...: with E = 8 a warp serves four tokens and its loads are still
-consecutive. With lanes < 32 all of a token's bits are in one word.
+A group of lanes_of(E) lanes serves a token (sums.cuh); where that is fewer than 32, one word holds all of the
+token's bits.
 
 N tokens, E experts, P pairs. N * E < 2^31 (indices are int; products of sizes are 64 bits).
 */
 #ifndef PAIRS_CUH
 #define PAIRS_CUH
 
-#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/gpu/sums.cuh"
 #include "llmc/pairs.h"
-// defines: launch, floatX, ceil_div, PairList
+// defines: launch, ceil_div, scratch_take, lanes_of, group_*, block_exclusive_sum; PairList
 
 typedef struct {
     int *row_start; // [N + 1]
@@ -43,121 +42,11 @@ typedef struct {
 } RoutingStats;
 
 // ----------------------------------------------------------------------------
-// scratch: consecutive pieces of one buffer, each 256-byte aligned. The function that hands them out also
-// counts them, with base == NULL: sizes and layout cannot disagree
-
-typedef struct {
-    unsigned char *base;
-    size_t used;
-} Scratch;
-
-template <class T> static T *scratch_take(Scratch *scratch, int64_t n) {
-    T *piece = scratch->base == NULL ? NULL : (T *)(scratch->base + scratch->used);
-    scratch->used += ceil_div<size_t>((size_t)n * sizeof(T), 256) * 256;
-    return piece;
-}
-
-// ----------------------------------------------------------------------------
-// prefix sums
-
-enum { SCAN_BLOCK = 1024 };
-
-// sum of x over the block's lower threads; *total: over all of them. The block is of whole warps, all call
-__device__ __forceinline__ int block_exclusive_sum(int x, int *total) {
-    __shared__ int warp_totals[32];
-    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    int inclusive = x;
-    for (int offset = 1; offset < 32; offset *= 2) {
-        int below = __shfl_up_sync(0xffffffffu, inclusive, offset);
-        inclusive += lane >= offset ? below : 0;
-    }
-    __syncthreads(); // an earlier call's totals have been read
-    if (lane == 31) {
-        warp_totals[warp] = inclusive;
-    }
-    __syncthreads();
-    int before = 0, sum = 0;
-    for (int i = 0; i < (int)blockDim.x / 32; i++) {
-        before += i < warp ? warp_totals[i] : 0;
-        sum += warp_totals[i];
-    }
-    *total = sum;
-    return before + inclusive - x;
-}
-
-// by one block: out[i] = in[0] + .. + in[i - 1], out[n] = the sum of all
-__device__ __forceinline__ void scan_in_one_block(int *out, const int *in, int n) {
-    int carried = 0, total;
-    for (int first = 0; first < n; first += (int)blockDim.x) {
-        int i = first + (int)threadIdx.x;
-        int before = block_exclusive_sum(i < n ? in[i] : 0, &total);
-        if (i < n) {
-            out[i] = carried + before;
-        }
-        carried += total;
-    }
-    if (threadIdx.x == 0) {
-        out[n] = carried;
-    }
-}
-
-// ----------------------------------------------------------------------------
-// groups of lanes
-
-enum { GROUP_BLOCK = 256 }; // threads of a block that is made of groups
+// a mask from a predicate active(t, e)
 
 __host__ __device__ __forceinline__ int mask_words(int E) {
     return ceil_div(E, 32);
 }
-
-static inline int lanes_of(int E) {
-    int lanes = 1;
-    while (lanes < 32 && lanes < E) {
-        lanes *= 2;
-    }
-    return lanes;
-}
-
-// blocks for one group a token
-static inline int group_blocks(int N, int lanes) {
-    return ceil_div(N, GROUP_BLOCK / lanes);
-}
-
-// the token of this thread's group (may be >= N)
-__device__ __forceinline__ int group_token(int lanes) {
-    return (int)(blockIdx.x * (blockDim.x / (unsigned)lanes) + threadIdx.x / (unsigned)lanes);
-}
-
-__device__ __forceinline__ int group_lane(int lanes) {
-    return (int)threadIdx.x & (lanes - 1);
-}
-
-// sums and maxima over a group, and its lanes' predicates as bits; all of the warp's threads call
-template <class T> __device__ __forceinline__ T group_sum(T x, int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        x += __shfl_xor_sync(0xffffffffu, x, offset);
-    }
-    return x;
-}
-
-__device__ __forceinline__ float group_max(float x, int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-    }
-    return x;
-}
-
-__device__ __forceinline__ uint32_t group_ballot(bool predicate, int lanes) {
-    int first = (int)threadIdx.x % 32 & ~(lanes - 1);
-    return __ballot_sync(0xffffffffu, predicate) >> first & 0xffffffffu >> (32 - lanes);
-}
-
-__device__ __forceinline__ uint32_t bits_below(int bit) {
-    return (1u << bit) - 1;
-}
-
-// ----------------------------------------------------------------------------
-// a mask from a predicate active(t, e)
 
 enum { MASK_WORDS_A_GROUP = 4 }; // so that as many loads are under way before the first is used
 
@@ -202,7 +91,8 @@ struct ActiveIfForced {
 // ----------------------------------------------------------------------------
 // compressed rows from a mask
 
-enum { PAIR_TILE = 256 }; // tokens
+enum { PAIR_TILE = 256, TOTAL_THREADS = 1024 }; // a tile's tokens; threads of the second launch
+static_assert(PAIR_TILE % 32 == 0, "a warp counts 32 tokens at a time");
 
 typedef struct {
     int *place;       // [N] pairs of the tile before the token's
@@ -267,9 +157,9 @@ static __global__ void __launch_bounds__(PAIR_TILE)
 }
 
 // block 0: where each tile's pairs start, and P; block 1 + w: the counts of the experts of word w
-static __global__ void __launch_bounds__(SCAN_BLOCK)
+static __global__ void __launch_bounds__(TOTAL_THREADS)
     pairs_total_kernel(DevicePairs pairs, PairsScratch p, int tiles, int N, int E) {
-    __shared__ int partial[32][32];
+    __shared__ int partial[TOTAL_THREADS / 32][32];
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     if (blockIdx.x == 0) {
         scan_in_one_block(p.tile_start, p.totals, tiles);
@@ -279,14 +169,14 @@ static __global__ void __launch_bounds__(SCAN_BLOCK)
         return;
     }
     int e = ((int)blockIdx.x - 1) * 32 + lane, sum = 0;
-    for (int tile = warp; tile < tiles && e < E; tile += 32) {
+    for (int tile = warp; tile < tiles && e < E; tile += TOTAL_THREADS / 32) {
         sum += p.tile_counts[(int64_t)tile * E + e];
     }
     partial[warp][lane] = sum;
     __syncthreads();
     if (warp == 0 && e < E) {
         sum = 0;
-        for (int i = 0; i < 32; i++) {
+        for (int i = 0; i < TOTAL_THREADS / 32; i++) {
             sum += partial[i][lane];
         }
         pairs.counts[e] = sum;
@@ -323,7 +213,7 @@ static inline void pairs_from_mask(DevicePairs pairs, const float *score, const 
     PairsScratch p = pairs_scratch(&s, N, E);
     int tiles = ceil_div(N, (int)PAIR_TILE), lanes = lanes_of(E);
     launch(pairs_count_kernel, tiles, PAIR_TILE, 0, stream, p, mask, N, E);
-    launch(pairs_total_kernel, 1 + mask_words(E), SCAN_BLOCK, 0, stream, pairs, p, tiles, N, E);
+    launch(pairs_total_kernel, 1 + mask_words(E), TOTAL_THREADS, 0, stream, pairs, p, tiles, N, E);
     launch(pairs_write_kernel, group_blocks(N, lanes), GROUP_BLOCK, 0, stream, pairs, p, score, mask, N, E,
            lanes);
 }
@@ -372,45 +262,6 @@ static inline void routing_stats(RoutingStats *stats, DevicePairs pairs, int64_t
     int most = N > E ? N : E;
     launch(routing_stats_kernel, ceil_div(most, (int)GROUP_BLOCK), GROUP_BLOCK, 0, stream, stats, pairs,
            counts, N, E);
-}
-
-// ----------------------------------------------------------------------------
-// sums of many terms into one double: a partial sum a block, then one block adds them, in a fixed order
-
-enum { SUM_MOST_BLOCKS = 512, SUM_THREADS = 256 };
-
-// for up to n terms; of sizes alone, never of the device: the order of a sum must not depend on it
-static inline int sum_blocks(int64_t n) {
-    return (int)min(ceil_div(n, (int64_t)SUM_THREADS), (int64_t)SUM_MOST_BLOCKS);
-}
-
-// every thread of the block calls and gets the sum
-__device__ __forceinline__ double block_sum_double(double x) {
-    __shared__ double warp_sums[32];
-    x = group_sum(x, 32);
-    if (threadIdx.x % 32 == 0) {
-        warp_sums[threadIdx.x / 32] = x;
-    }
-    __syncthreads();
-    double sum = 0.0;
-    for (int warp = 0; warp < (int)blockDim.x / 32; warp++) {
-        sum += warp_sums[warp];
-    }
-    return sum;
-}
-
-static __global__ void __launch_bounds__(SUM_MOST_BLOCKS)
-    add_partials_kernel(double *sum, const double *partial, int blocks, double scale) {
-    double total = block_sum_double((int)threadIdx.x < blocks ? partial[threadIdx.x] : 0.0);
-    if (threadIdx.x == 0) {
-        *sum += scale * total;
-    }
-}
-
-// *sum += scale * (partial[0] + .. + partial[blocks - 1])
-static inline void add_partials(double *sum, const double *partial, int blocks, double scale,
-                                cudaStream_t stream) {
-    launch(add_partials_kernel, 1, SUM_MOST_BLOCKS, 0, stream, sum, partial, blocks, scale);
 }
 
 #endif

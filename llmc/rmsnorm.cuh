@@ -9,10 +9,11 @@ backward reads dout, x and dx and writes dx. Forward reads a row into registers,
 and uses it from there. A warp owns a row if it can hold it (d <= 1536 in bf16): no barrier, and many rows are
 in flight. A wider row takes a block; what exceeds its registers (d > 2048) is read again, from the cache.
 
-dw sums over rows. A lane meets the same columns in every row, and adds them up in shared memory, where w is
-too: that leaves the registers to more warps (a block that owns a row: in global memory). The warps of a
-block are then added in order, and a second kernel adds the blocks in a fixed tree. The number of blocks is
-a constant, not the device's number of processors, so that the order of the sums is the same everywhere.
+dw sums over rows. Every lane handles the same columns of each row, so it accumulates its part of dw in shared
+memory, next to w. This saves registers, so more warps are resident. (When a whole block handles one row, dw
+is accumulated in global memory.) The warps of a block are then added in order, and a second kernel adds the
+blocks in a fixed tree. The number of blocks is a constant, not the device's number of multiprocessors: so the
+order of the sums is the same everywhere.
 
 x, out, dout [N, d], dx [N, d] floatX, added to in fp32 and rounded once; w [d] the fp32 master, dw [d] fp32;
 rstd [N]; scratch [rmsnorm_scratch_floats(d)]. d a multiple of 8. Equals rmsnorm_forward, rmsnorm_backward of
@@ -22,8 +23,9 @@ rmsnorm.h up to the order of the sums. Errors: none.
 #define RMSNORM_CUH
 
 #include "llmc/gpu/floats.cuh"
+#include "llmc/gpu/sums.cuh"
 #include <type_traits>
-// defines: Floats, Bits, load_floats, widen, narrow; std::integral_constant
+// defines: Floats, Bits, load_floats, load_packs, widen, narrow; warp_sum, block_sum; std::integral_constant
 
 enum {
     RMSNORM_THREADS = 256,   // of a block
@@ -37,6 +39,9 @@ enum {
 constexpr int rmsnorm_backward_occupancy(int packs) {
     return packs <= 3 ? 5 : packs == 4 ? 4 : 3;
 }
+
+static_assert(rmsnorm_backward_occupancy(1) >= rmsnorm_backward_occupancy(RMSNORM_WARP_PACKS),
+              "rmsnorm_scratch_floats has room for the largest number of blocks");
 
 static inline bool rmsnorm_fits_warp(int d) {
     return d <= 32 * RMSNORM_WARP_PACKS * PACK_X;
@@ -86,16 +91,6 @@ __device__ __forceinline__ Bits rmsnorm_scaled(const Bits &x, const Floats &w, f
         scaled.x[i] = scaled.x[i] * r * w.x[i];
     }
     return to_bits(narrow(scaled));
-}
-
-// a thread's packs: columns first, first + step, ... of the row, 0 beyond its end
-template <int PACKS>
-__device__ __forceinline__ void load_packs(Bits (&kept)[PACKS], const floatX *row, int first, int step,
-                                           int d) {
-#pragma unroll
-    for (int i = 0; i < PACKS; i++) {
-        kept[i] = first + i * step < d ? load_bits(row + first + i * step) : Bits{};
-    }
 }
 
 template <int PACKS> __device__ __forceinline__ float sum_of_squares_held(const Bits (&kept)[PACKS]) {

@@ -5,7 +5,7 @@ RMSNorm (Zhang and Sennrich, 2019): no mean is subtracted, no bias is added.
     backward  dx_c += r (w_c dout_c - x_c r^2 mean_j(dout_j w_j x_j));   dw_c += sum_n dout_nc x_nc r_n
 
 x, out [N, d]; w [d]; rstd [N] keeps r for the backward. dx is added to, since the residual stream has a
-gradient of its own; dout may be the same memory as dx only where noted (it is not).
+gradient of its own; dx and dout must not overlap.
 */
 #ifndef RMSNORM_H
 #define RMSNORM_H

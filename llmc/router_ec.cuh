@@ -4,7 +4,7 @@ C = floor(N k / E) tokens with the largest s, ties to the lower token.
 
 A token's key for an expert is its score above its place, 64 bits in which no two tokens are equal,
     key(s, t) = bits(s) 2^32 + (2^32 - 1 - t)          larger score first, then lower token
-so expert e takes the tokens with key >= T_e, T_e being the C-th largest. One block an expert finds it by
+so expert e takes the tokens with key >= T_e, T_e being the C-th largest. One block per expert finds it by
 radix select: from the highest byte down it counts the keys that agree with T_e so far by their next byte, and
 takes the byte in which the C-th lies; it ends when all keys with that byte are wanted. That is three or four
 passes over N scores; only scores that tie at the threshold need the bytes of t. The counts are integers,
@@ -20,10 +20,14 @@ The backward is that of TopK without its loss.
 #ifndef ROUTER_EC_CUH
 #define ROUTER_EC_CUH
 
+#include "llmc/gpu/sums.cuh"
 #include "llmc/router_ec.h"
 #include "llmc/router_topk.cuh"
+// defines: warp_prefix_sum; router_softmax, score_key, mask_where
 
 enum { TRANSPOSE_TILE = 32, SELECT_THREADS = 1024 };
+static_assert(TRANSPOSE_TILE == 32, "a lane per column of a tile");
+static_assert(SELECT_THREADS >= 256, "a thread per bin");
 
 static __global__ void __launch_bounds__(GROUP_BLOCK)
     ec_transpose_kernel(float *scores, const float *s, int N, int E) {
@@ -56,12 +60,7 @@ __device__ __forceinline__ int select_byte(const int *bins, int *wanted) {
     for (int i = 0; i < 8; i++) {
         mine += bins[top - i];
     }
-    int above = mine; // becomes the keys with bytes of this lane or lower ones
-    for (int offset = 1; offset < 32; offset *= 2) {
-        int other = __shfl_up_sync(0xffffffffu, above, offset);
-        above += lane >= offset ? other : 0;
-    }
-    above -= mine;
+    int above = warp_prefix_sum(mine) - mine; // keys with larger bytes: those of the lower lanes
     int found = -1, place = 0;
     for (int i = 0; i < 8; i++) {
         int count = bins[top - i];

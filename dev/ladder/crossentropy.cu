@@ -5,9 +5,9 @@ kernel and timed.
     crossentropy [rows]     8192 and 16384 rows of V = 51200 N(0, 1) logits, or so many
 
     trainer    crossentropy.cuh as it is
-    batches    BATCH packs of 16 bytes a thread are on their way before the first is used; the row is read
-               again for the gradient. So many threads own a row, and a processor has so many rows under way
-    kept       the row stays in registers, PACKS a thread, and is read once; with `ahead` a block goes over
+    batches    BATCH packs of 16 bytes per thread are on their way before the first is used; the row is read
+               again for the gradient. So many threads own a row, a multiprocessor has so many rows under way
+    kept       the row stays in registers, PACKS per thread, and is read once; with `ahead` a block goes over
                many rows, and loads a pack of the next row as soon as it has stored that pack's gradient
     hints      s: stores that do not stay in the cache (__stcs); l: last reads, likewise (__ldcs)
 
@@ -29,7 +29,7 @@ A kept variant that spills a few registers loses it all (0.881): a spilled pack 
 static const int V = 51200;
 
 // ----------------------------------------------------------------------------
-// the simple kernel: a thread a row's 1024th part, in double
+// the simple kernel: a thread per 1024th of a row, in double
 
 static __global__ void simple_kernel(float *losses, float *gradient, const floatX *logits, const int *targets,
                                      int columns, float scale) {

@@ -7,11 +7,11 @@ and so the clock; zeros would run faster. Times are CUDA events' in the default 
 #ifndef LADDER_CUH
 #define LADDER_CUH
 
-#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/gpu/sums.cuh"
 #include <algorithm>
 #include <math.h>
 #include <vector>
-// defines: launch, CUDA_CHECK, floatX; std::sort, sqrtf, std::vector
+// defines: launch, CUDA_CHECK, floatX, block_sum; std::sort, sqrtf, std::vector
 
 static int failures = 0; // of all checks so far
 

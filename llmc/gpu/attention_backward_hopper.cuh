@@ -1,8 +1,8 @@
 /*
 Attention's backward on Hopper (sm_90a), bf16, heads of 64 or 96, with RoPE's behind it:
 attention_rope_backward of attention.cuh in namespace hopper. The same two kernels as in
-attention_portable.cuh, the same sums in registers, no atomics; producer, consumers, ring and walk are
-attention_hopper.cuh's:
+attention_backward_portable.cuh, the same sums in registers, no atomics; producer, consumers, ring and walk
+are attention_hopper.cuh's:
 
     dq   64 queries a consumer:  S = Q K^T, dP = dO V^T;     dS = P (dP - D);  dQ += dS K
     dkv  64 keys a consumer, and all queries of the group's heads that see them, transposed:
@@ -17,19 +17,21 @@ dP; the other consumer's products fill what is left. For tile i, in this order:
 
 With hd = 96 the dkv consumers' registers do not suffice for K's and V's fragments: they are read from shared
 memory. dq and dk are turned back by RoPE's angles before they are rounded: columns i and i + hd/2 are in one
-thread. Scratch as in attention_portable.cuh: the first kernel fills it for the second.
+thread. Scratch as in attention_backward_portable.cuh: the first kernel fills it for the second.
 */
 #ifndef ATTENTION_BACKWARD_HOPPER_CUH
 #define ATTENTION_BACKWARD_HOPPER_CUH
 
+#include "llmc/gpu/attention_backward_portable.cuh"
 #include "llmc/gpu/attention_hopper.cuh"
-// defines: AttentionMemory, AttentionWalk, AttentionOwn, load_tile, add_product, to_operand, store_rows
+// defines: attention_padded; AttentionMemory, AttentionWalk, AttentionOwn, load_tile, add_product,
+// to_operand, store_rows, start_attention
 
 #ifdef HOPPER_KERNELS
 namespace hopper {
 
 __host__ __device__ __forceinline__ int64_t padded_rows(const AttentionArguments &args) {
-    return ceil_div<int>(args.T, portable::ATTENTION_PAD) * portable::ATTENTION_PAD;
+    return portable::attention_padded(args.T);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -98,8 +100,8 @@ __device__ __forceinline__ void dot_rows(float (&D)[2], const AttentionOwn<HD, t
             D[i % 2] += low_half(a) * low_half(o[i]) + high_half(a) * high_half(o[i]);
         }
     }
-    D[0] = portable::quad_sum(D[0]);
-    D[1] = portable::quad_sum(D[1]);
+    D[0] = quad_sum(D[0]);
+    D[1] = quad_sum(D[1]);
 }
 
 // Base-2 lse and D of the consumer's rows, for itself and, in scratch, for the other kernel. Position 0 sees
@@ -111,7 +113,7 @@ __device__ __forceinline__ void finish_rows(float (&lse2)[2], const float (&D)[2
     for (int half = 0; half < 2; half++) {
         int position = at.first + row + 8 * half;
         bool sees = position > 0 && position < args.T;
-        lse2[half] = sees ? (half ? lse.y : lse.x) * 1.44269504f : INFINITY;
+        lse2[half] = sees ? (half ? lse.y : lse.x) * LOG2_E : INFINITY;
         if (threadIdx.x % 4 == 0 && position < padded_rows(args)) {
             rows[position] = lse2[half];
             rows[padded_rows(args) + position] = D[half];

@@ -1,5 +1,6 @@
 /*
-What all CUDA components share: the number format, checked calls, launches, 16-byte accesses and reductions.
+What all CUDA components share: the number format, checked calls, launches, 16-byte accesses, and pieces of a
+scratch buffer.
 
 floatX is the format of activations and of the weights' working copy: bf16, or fp32 where PRECISION_FP32 is
 defined (a build for checking: the same kernels, offsets and epilogues; only the inner product of mma.cuh
@@ -7,7 +8,7 @@ differs). Sums, norms, gates and gradients of weights are fp32 in both.
 
 Every kernel is started by launch(), with the block's dynamic shared memory at shared_memory(). The same
 sources compile with a plain C++ compiler against dev/emulator, where launch() runs a kernel on the CPU.
-Reductions are fixed trees: the same bits each time. Errors: a failed call ends the program with its name.
+Errors: a failed call ends the program with its name.
 */
 #ifndef CUDA_COMMON_CUH
 #define CUDA_COMMON_CUH
@@ -24,7 +25,8 @@ typedef float floatX;
 typedef __nv_bfloat16 floatX;
 #endif
 
-// of the experts' products and of attention there are two kinds: mma.sync's, and Hopper's own (hopper.cuh)
+// the experts' products and attention have kernels of two kinds: with mma.sync, and with Hopper's own
+// instructions
 typedef enum { KERNELS_PORTABLE, KERNELS_HOPPER } Kernels;
 
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
@@ -159,43 +161,18 @@ static inline int num_sms() {
 }
 
 // ----------------------------------------------------------------------------
-// reductions; every thread of the warp (of the block) calls and every one gets the result
+// scratch: consecutive pieces of one buffer, each 256-byte aligned. The function that hands them out also
+// counts them, with base == NULL: sizes and layout cannot disagree
 
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) {
-        x += __shfl_xor_sync(0xffffffffu, x, offset);
-    }
-    return x;
-}
+typedef struct {
+    unsigned char *base;
+    size_t used;
+} Scratch;
 
-__device__ __forceinline__ float warp_max(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-    }
-    return x;
-}
-
-// the block is one-dimensional, of whole warps
-__device__ __forceinline__ float block_sum(float x) {
-    __shared__ float partial[32];
-    x = warp_sum(x);
-    __syncthreads(); // an earlier call's sums have been read
-    if (threadIdx.x % 32 == 0) {
-        partial[threadIdx.x / 32] = x;
-    }
-    __syncthreads();
-    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f);
-}
-
-__device__ __forceinline__ float block_max(float x) {
-    __shared__ float partial[32];
-    x = warp_max(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) {
-        partial[threadIdx.x / 32] = x;
-    }
-    __syncthreads();
-    return warp_max(partial[threadIdx.x % 32 < blockDim.x / 32 ? threadIdx.x % 32 : 0]);
+template <class T> static T *scratch_take(Scratch *scratch, int64_t n) {
+    T *piece = scratch->base == NULL ? NULL : (T *)(scratch->base + scratch->used);
+    scratch->used += ceil_div<size_t>((size_t)n * sizeof(T), 256) * 256;
+    return piece;
 }
 
 #endif

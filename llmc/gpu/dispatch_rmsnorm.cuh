@@ -1,17 +1,16 @@
 /*
-The experts' combine joined with the RMSNorm that stands next to it, so that what lies between them stays in
-registers. Each equals calls of dispatch.cuh, matmul.cuh and rmsnorm.cuh (and the C functions of those names):
+The experts' combine joined with the RMSNorm next to it, so that what lies between them stays in registers.
+Each equals calls of dispatch.cuh, matmul.cuh and rmsnorm.cuh (and the C functions of those names):
 
     dispatch_combine_rmsnorm_forward    y = residual + combine;  normed, rstd = rmsnorm_forward(y)
         the norm is the next layer's, or the last one; y is rounded before it is normed, as it is stored
     dispatch_combine_rmsnorm_backward   dnormed = combine + dz W_router;  dx, dw += rmsnorm_backward of it
         dnormed, the gradient of what the experts and the router read, is not stored, nor rounded
 
-A warp owns a token: its lanes fetch the numbers of the token's rows and then add up row after row, in the
-order of dispatch_combine. The rest of backward is rmsnorm.cuh's, which is told to get its rows here: of
-dz W only the terms with dz != 0 are computed (with the ReLU router, those of the active experts), from the
-rows of W, which L1 keeps. With another router and more than 16 experts the product comes from a GEMM, and its
-result is read.
+A warp owns a token, and combine_token (dispatch.cuh) adds the token's rows. The rest of backward is
+rmsnorm.cuh's, which is told to get its rows here. Of dz W only the terms with dz != 0 are computed (with the
+ReLU router, those of the active experts), from the rows of W, which L1 keeps. With another router and more
+than 16 experts a GEMM computes the product, and its result is read.
 
 Rows that a warp cannot hold (d > 1536 in bf16) take the separate calls.
 
@@ -25,45 +24,9 @@ Errors: none.
 #include "llmc/dispatch.cuh"
 #include "llmc/matmul.cuh"
 #include "llmc/rmsnorm.cuh"
-// defines: DevicePairs, DeviceDispatch, dispatch_combine, add_row; gemm; rmsnorm_*, with_warp_packs
+// defines: CombineChunk, combine_token, dispatch_combine; gemm; rmsnorm_*, with_warp_packs
 
 enum { COMBINE_RMSNORM_MOST_EXPERTS = 16 }; // for a warp to add all of a token's dz W, none of them 0
-
-// the rows that a combine has to add last, and what those of earlier chunks came to
-typedef struct {
-    const floatX *rows;    // [chunk_rows, d], of the last chunk that has any
-    float *sum;            // [N, d] of the chunks before; not read when there is none
-    int first, chunk_rows; // the last chunk's
-    DevicePairs pairs;
-    DeviceDispatch dispatch;
-    int E;
-} CombineChunk;
-
-// total = the token's sum over all chunks; a lane's packs of it
-template <int PACKS>
-__device__ __forceinline__ void combine_token(Floats (&total)[PACKS], const CombineChunk &chunk, int64_t t,
-                                              int d) {
-    int lane = (int)threadIdx.x % 32, end = chunk.pairs.row_start[t + 1];
-    int first = last_chunk_first(chunk.dispatch.offsets + chunk.E, chunk.first, chunk.chunk_rows);
-    for (int i = 0; i < PACKS; i++) {
-        int c = (lane + i * 32) * PACK_X;
-        total[i] = first > 0 && c < d ? load_floats(chunk.sum + t * d + c) : Floats{};
-    }
-    for (int begin = chunk.pairs.row_start[t]; begin < end; begin += 32) {
-        int p = begin + lane;
-        int row = p < end ? chunk.dispatch.row_of_pair[p] - first : -1;
-        unsigned here = __ballot_sync(0xffffffffu, row >= 0 && row < chunk.chunk_rows);
-        for (; here != 0; here &= here - 1) {
-            int next = __ffs((int)here) - 1;
-            const floatX *from = chunk.rows + (int64_t)__shfl_sync(0xffffffffu, row, next) * d;
-            Bits packs[PACKS];
-            load_packs(packs, from, lane * PACK_X, 32 * PACK_X, d);
-            for (int i = 0; i < PACKS; i++) {
-                add_row(total[i], 1.0f, widen(packs[i]));
-            }
-        }
-    }
-}
 
 // ----------------------------------------------------------------------------
 // forward
@@ -82,7 +45,7 @@ static __global__ void __launch_bounds__(RMSNORM_THREADS, PACKS <= 3 ? 3 : 2)
     load_packs(kept, residual + t * d, first, 32 * PACK_X, d);
     combine_token(total, chunk, t, d);
     for (int i = 0; i < PACKS; i++) {
-        add_row(total[i], 1.0f, widen(kept[i]));
+        add_to(total[i], widen(kept[i]));
         kept[i] = to_bits(narrow(total[i]));
     }
     float r = rmsnorm_rstd(warp_sum(sum_of_squares_held(kept)), d, eps);
@@ -142,7 +105,7 @@ struct CombinedRows {
             float scale = __shfl_sync(0xffffffffu, dz_e, next);
             load_packs(packs, router + (first + next) * d, (int)threadIdx.x % 32 * PACK_X, 32 * PACK_X, d);
             for (int i = 0; i < PACKS; i++) {
-                add_row(row[i], scale, widen(packs[i]));
+                add_scaled(row[i], scale, widen(packs[i]));
             }
         }
     }
@@ -154,7 +117,7 @@ struct CombinedRows {
         if (product != NULL) {
             load_packs(packs, product + t * d, (int)threadIdx.x % 32 * PACK_X, 32 * PACK_X, d);
             for (int i = 0; i < PACKS; i++) {
-                add_row(row[i], 1.0f, widen(packs[i]));
+                add_to(row[i], widen(packs[i]));
             }
         }
         add_router(row, dz_e, 0, d);

@@ -1,5 +1,5 @@
 /*
-Sixteen bytes of floatX and the fp32 numbers that belong to them.
+Sixteen bytes of floatX and the fp32 numbers that belong to them; exponentials in base 2.
 
 Activations are packs of 8 bf16 numbers (4 in the fp32 build), but norms' weights, gradients, rotation tables
 and moments are fp32. Floats are as many fp32 numbers as a pack has elements, so that one loop serves both: 32
@@ -11,6 +11,9 @@ bytes that move as two 16-byte accesses (one in the fp32 build).
 What a thread holds for long it should hold as Bits, the pack's 16 bytes in 4 registers: a Pack<floatX> has
 8 numbers of 16 bits, and where paths of control meet (a load that depends on a condition) the compiler
 gives each a register.
+
+The hardware's exponential is 2^x, so exp(x) is computed as power_of_2(x LOG2_E), and the multiplication is
+best folded into one that is there anyway.
 */
 #ifndef FLOATS_CUH
 #define FLOATS_CUH
@@ -18,6 +21,7 @@ gives each a register.
 #include "llmc/gpu/cuda_common.cuh"
 
 enum { PACK_X = Pack<floatX>::SIZE };
+static_assert(8 % PACK_X == 0, "rows of a multiple of 8 numbers are whole packs");
 
 struct alignas(16) Floats {
     float x[PACK_X];
@@ -82,8 +86,18 @@ __device__ __forceinline__ Floats widen(const Bits &bits) {
     return widen(pack);
 }
 
-// The compiler must not know that these are the values of before: what it has computed from them (all
-// widened, all exponentials) it would keep for the next use, and there are not the registers
+// a thread's packs: columns first, first + step, ... of the row, 0 beyond its end
+template <int PACKS>
+__device__ __forceinline__ void load_packs(Bits (&kept)[PACKS], const floatX *row, int first, int step,
+                                           int d) {
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        kept[i] = first + i * step < d ? load_bits(row + first + i * step) : Bits{};
+    }
+}
+
+// Hides from the compiler that these values are unchanged. Otherwise it would keep everything computed from
+// them (conversions, exponentials) in registers for the second use, and spill
 template <int COUNT> __device__ __forceinline__ void forget_values(Bits (&held)[COUNT]) {
 #ifdef EMULATED
     (void)held;
@@ -95,9 +109,41 @@ template <int COUNT> __device__ __forceinline__ void forget_values(Bits (&held)[
 #endif
 }
 
+// sum += x
+__device__ __forceinline__ void add_to(Floats &sum, const Floats &x) {
+    for (int i = 0; i < PACK_X; i++) {
+        sum.x[i] += x.x[i];
+    }
+}
+
+// sum += scale x
+__device__ __forceinline__ void add_scaled(Floats &sum, float scale, const Floats &x) {
+    for (int i = 0; i < PACK_X; i++) {
+        sum.x[i] = fmaf(scale, x.x[i], sum.x[i]);
+    }
+}
+
 // whether 16-byte accesses may begin at p
 static inline bool is_aligned16(const void *p) {
     return (uintptr_t)p % 16 == 0;
+}
+
+// ----------------------------------------------------------------------------
+// exponentials
+
+static constexpr float LOG2_E = 1.44269504f; // exp(x) = 2^(x LOG2_E)
+static constexpr float LN_2 = 0.693147181f;  // ln x = LN_2 log2(x)
+
+// 1 / (1 + exp(-x))
+__device__ __forceinline__ float sigmoid(float x) {
+    return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+// The same with subnormal numbers flushed to 0, which spares the instructions that scale them: one for the
+// power, one for the reciprocal, one each to multiply and add. The last bits differ from sigmoid's; the error
+// is about 1e-6
+__device__ __forceinline__ float sigmoid_ftz(float x) {
+    return reciprocal(1.0f + power_of_2(-LOG2_E * x));
 }
 
 #endif

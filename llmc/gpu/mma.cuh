@@ -9,7 +9,9 @@ Fragments are read from tiles in shared memory, stored along k or, with _trans, 
 the next product's A (attention's probabilities). In the fp32 build a fragment holds the same elements as
 floats, and mma() multiplies them with shuffles and multiply-adds: slow, exact, and all else stays the same.
 
-Also the asynchronous copies, global to shared, that feed such tiles (cp.async). sm_80 and later.
+Also the asynchronous copies, global to shared, that feed such tiles (cp.async), and what Hopper's kernels
+share with these (hopper.cuh): instructions that take a byte address in shared memory, and pairs of bf16.
+sm_80 and later.
 */
 #ifndef MMA_CUH
 #define MMA_CUH
@@ -35,6 +37,49 @@ struct FragB {
 __device__ __forceinline__ int lane_id() {
     return (int)(threadIdx.x % 32);
 }
+
+// ----------------------------------------------------------------------------
+// shared memory by address; pairs of bf16
+
+#ifndef EMULATED
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+// Four 8 x 8 matrices of bf16 numbers: lane 8 j + r gives the address of row r of matrix j, 16 bytes, and
+// lane 4 g + t gets columns 2t and 2t + 1 of row g of matrix j in v[j]
+__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// each matrix transposed
+__device__ __forceinline__ void load_matrices_trans(uint32_t (&v)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// asynchronously, 16 bytes from global to shared memory; zeros if !valid (nothing is read then)
+__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+#endif
+
+// two numbers rounded to bf16, the first in the low half
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+// ----------------------------------------------------------------------------
+// fragments
 
 #if defined(PRECISION_FP32) || defined(EMULATED)
 // element by element, as each lane's fragment is defined
@@ -90,33 +135,14 @@ __device__ __forceinline__ void load_b2_trans(FragB b[2], const floatX *tile, in
     load_b_trans(b[1], tile + 8, ld);
 }
 #else
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-// four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8
-__device__ __forceinline__ void ldmatrix4(uint32_t x[4], const floatX *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix4_trans(uint32_t x[4], const floatX *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
 __device__ __forceinline__ void load_a(FragA &a, const floatX *tile, int ld) {
     int l = lane_id();
-    ldmatrix4(a.x, tile + (l % 16) * ld + l / 16 * 8);
+    load_matrices(a.x, shared_address(tile + (l % 16) * ld + l / 16 * 8));
 }
 
 __device__ __forceinline__ void load_a_trans(FragA &a, const floatX *tile, int ld) {
     int l = lane_id();
-    ldmatrix4_trans(a.x, tile + (l / 16 * 8 + l % 8) * ld + l / 8 % 2 * 8);
+    load_matrices_trans(a.x, shared_address(tile + (l / 16 * 8 + l % 8) * ld + l / 8 % 2 * 8));
 }
 
 __device__ __forceinline__ void load_b(FragB &b, const floatX *tile, int ld) {
@@ -138,7 +164,7 @@ __device__ __forceinline__ void load_b_trans(FragB &b, const floatX *tile, int l
 __device__ __forceinline__ void load_b2(FragB b[2], const floatX *tile, int ld) {
     int l = lane_id();
     uint32_t x[4];
-    ldmatrix4(x, tile + (l / 16 * 8 + l % 8) * ld + l / 8 % 2 * 8);
+    load_matrices(x, shared_address(tile + (l / 16 * 8 + l % 8) * ld + l / 8 % 2 * 8));
     b[0].x[0] = x[0];
     b[0].x[1] = x[1];
     b[1].x[0] = x[2];
@@ -148,7 +174,7 @@ __device__ __forceinline__ void load_b2(FragB b[2], const floatX *tile, int ld) 
 __device__ __forceinline__ void load_b2_trans(FragB b[2], const floatX *tile, int ld) {
     int l = lane_id();
     uint32_t x[4];
-    ldmatrix4_trans(x, tile + (l % 16) * ld + l / 16 * 8);
+    load_matrices_trans(x, shared_address(tile + (l % 16) * ld + l / 16 * 8));
     b[0].x[0] = x[0];
     b[0].x[1] = x[1];
     b[1].x[0] = x[2];
@@ -164,21 +190,11 @@ __device__ __forceinline__ void a_from_c(FragA &a, const float c0[4], const floa
     }
 }
 #else
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    union {
-        __nv_bfloat16 half[2];
-        uint32_t word;
-    } pair;
-    pair.half[0] = __float2bfloat16(low);
-    pair.half[1] = __float2bfloat16(high);
-    return pair.word;
-}
-
 __device__ __forceinline__ void a_from_c(FragA &a, const float c0[4], const float c1[4]) {
-    a.x[0] = pack_pair(c0[0], c0[1]);
-    a.x[1] = pack_pair(c0[2], c0[3]);
-    a.x[2] = pack_pair(c1[0], c1[1]);
-    a.x[3] = pack_pair(c1[2], c1[3]);
+    a.x[0] = pack2(c0[0], c0[1]);
+    a.x[1] = pack2(c0[2], c0[3]);
+    a.x[2] = pack2(c1[0], c1[1]);
+    a.x[3] = pack2(c1[2], c1[3]);
 }
 #endif
 
@@ -226,8 +242,8 @@ __device__ __forceinline__ void mma(float c[4], const FragA &a, const FragB &b) 
 #endif
 
 // ----------------------------------------------------------------------------
-// asynchronous copies: issued in groups, waited for until at most N groups are under way; a barrier must follow
-// before other threads' copies are read
+// asynchronous copies: issued in groups, waited for until at most N groups are under way; a barrier must
+// follow before other threads' copies are read
 
 #ifdef EMULATED
 static inline void cp_async16(void *to, const void *from, bool valid) {
@@ -244,12 +260,8 @@ static inline void cp_async_commit() {
 template <int N> static inline void cp_async_wait() {
 }
 #else
-// 16 bytes; zeros when not valid (nothing is read then)
 __device__ __forceinline__ void cp_async16(void *to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
+    copy16(shared_address(to), from, valid);
 }
 
 __device__ __forceinline__ void cp_async_commit() {

@@ -4,9 +4,8 @@ then router_logits of matmul.cuh (in C matmul_forward), up to the order of the s
 
     out_nc = round(x_nc r_n w_c),  r_n as in rmsnorm.cuh;   logits_ne = sum_c out_nc router_ec
 
-The router's weights are their fp32 masters, split into three parts of bf16 as matmul.cuh explains, and the
-least is added first. This is for bf16, few experts and rows that a warp can hold; other shapes, and the
-fp32 build, take the two calls.
+The router's weights are their fp32 masters, split into three parts of bf16 as matmul.cuh explains. This is
+for bf16, few experts and rows that a warp can hold; other shapes, and the fp32 build, take the two calls.
 
 A warp owns 8 rows, from memory to the tensor cores in the same registers: they are 8 of the 16 rows of A
 (mma.cuh; the others are 0, the tensor cores are idle anyway), and which column is which k of a tile does
@@ -26,15 +25,17 @@ Errors: none.
 #include "llmc/matmul.cuh"
 #include "llmc/gpu/mma.cuh"
 #include "llmc/rmsnorm.cuh"
-// defines: GemmPlans, router_logits; mma, FragA, FragB; rmsnorm_forward, rmsnorm_scaled, with_warp_packs
+// defines: GemmPlans, router_logits, next_part, add_parts; mma, FragA, FragB; rmsnorm_forward,
+// rmsnorm_scaled, with_warp_packs
 
 enum {
-    RMSNORM_ROUTER_ROWS = 8, // a warp
+    RMSNORM_ROUTER_ROWS = 8, // of a warp
     RMSNORM_ROUTER_THREADS = 128,
     RMSNORM_ROUTER_SHARED_BYTES = 96 * 1024 // what a block of any GPU may have
 };
 
 #ifndef PRECISION_FP32
+static_assert(PACK_X == 8, "a lane's 16 bytes are 8 columns, and a quad's 32");
 
 // blocks that a processor holds: what the registers allow
 constexpr int rmsnorm_router_occupancy(int chunks) {
@@ -49,11 +50,11 @@ __device__ __forceinline__ void split_router_weights(floatX *parts, const float 
         int c = chunk * 32 + lane % 4 * 8;
         Floats rest = e < E && c < d ? load_floats(router + (int64_t)e * d + c) : Floats{};
         for (int part = 0; part < 3; part++) {
-            Pack<floatX> rounded = narrow(rest);
-            store_pack(parts + (i / 32 * 96 + part * 32 + lane) * 8, rounded);
+            Pack<floatX> pack;
             for (int j = 0; j < 8; j++) {
-                rest.x[j] -= to_float(rounded.x[j]);
+                pack.x[j] = next_part(rest.x[j]);
             }
+            store_pack(parts + (i / 32 * 96 + part * 32 + lane) * 8, pack);
         }
     }
     __syncthreads();
@@ -63,10 +64,7 @@ __device__ __forceinline__ void split_router_weights(floatX *parts, const float 
 template <int CHUNKS>
 __device__ __forceinline__ void rmsnorm_quad_row(floatX *out, float *rstd, Bits (&x)[CHUNKS], const float *w,
                                                  int width, int d, float eps) {
-    float sum = sum_of_squares_held(x);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    float r = rmsnorm_rstd(sum, d, eps);
+    float r = rmsnorm_rstd(quad_sum(sum_of_squares_held(x)), d, eps);
     forget_values(x);
     int first = lane_id() % 4 * 8;
 #pragma unroll
@@ -98,7 +96,7 @@ __device__ __forceinline__ void logits_of_tile(float *logits, const Bits (&x)[CH
         }
     }
     for (int i = 0; i < 2; i++) {
-        logits[i] = sums[2][i] + sums[1][i] + sums[0][i];
+        logits[i] = add_parts(sums[2][i], sums[1][i], sums[0][i]);
     }
 }
 

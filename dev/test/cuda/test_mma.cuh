@@ -1,8 +1,9 @@
-// tiles of mma.cuh: every way to load a fragment, against loops; and the reductions of cuda_common.cuh
+// tiles of mma.cuh: every way to load a fragment, against loops; and the reductions of sums.cuh
 #ifndef TEST_MMA_CUH
 #define TEST_MMA_CUH
 
 #include "llmc/gpu/mma.cuh"
+#include "llmc/gpu/sums.cuh"
 #include "harness.cuh"
 
 enum { MMA_TEST_LD = 40 }; // a row of a tile in shared memory
