@@ -88,7 +88,32 @@ static void test_sampler_extremes(void) {
     }
 }
 
+static int sampler_descending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+// the k-th largest of many, with and without ties, is where sorting has it
+static void test_sampler_threshold(void) {
+    enum { V = 1000 };
+    float logits[V], sorted[V];
+    for (int ties = 0; ties < 2; ties++) {
+        int wrong = 0;
+        fill_uniform(logits, V, 3, 1.0f);
+        for (int v = 0; v < V && ties; v++) {
+            logits[v] = floorf(logits[v] * 4.0f);
+        }
+        memcpy(sorted, logits, sizeof(sorted));
+        qsort(sorted, V, sizeof(float), sampler_descending);
+        for (int k = 1; k <= V; k++) {
+            wrong += sample_threshold(logits, V, k) != sorted[k - 1];
+        }
+        CHECK(wrong == 0);
+    }
+}
+
 static void test_sampler(void) {
+    test_sampler_threshold();
     test_sampler_frequencies();
     test_sampler_greedy();
     test_sampler_extremes();

@@ -443,9 +443,21 @@ static void trainer_nan_guard(void) {
     fseek(file, -4, SEEK_END);
     fwrite(&nan, 4, 1, file);
     fclose(file);
-    trainer_refuses(1, "3 non-finite steps in a row",
+    trainer_refuses(1, "no good checkpoint before them",
                     "--load build/test/nan_source --data build/test/train.bin --batch 4 --seq-len 16 --steps "
                     "9 --out build/test/nan");
+    CHECK(!path_exists("build/test/nan/latest"));
+    trainer_refuses(1, "is not finite",
+                    "--load build/test/nan_source --eval --val-data build/test/train.bin --seq-len 16");
+}
+
+// a learning rate that blows the weights up: what was saved before stays, and the advice that is printed works
+static void trainer_divergence(void) {
+    trainer_clear("blown");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 3 --out build/test/blown"), "begin");
+    trainer_refuses(1, "--resume build/test/blown/step_00000003 with a smaller --lr",
+                    "--resume build/test/blown --steps 30 --lr 1000 --warmup-steps 0 --save-every 4 --keep 0");
+    trainer_succeeds(trainer_run("--resume build/test/blown/step_00000003 --steps 6"), "go on");
 }
 
 // the disk fills up while the second checkpoint is written: the first one is whole and goes on
@@ -478,5 +490,6 @@ static void test_trainer(void) {
     trainer_cached_sampling();
     trainer_bad_command_lines();
     trainer_nan_guard();
+    trainer_divergence();
     trainer_full_disk();
 }

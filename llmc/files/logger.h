@@ -165,9 +165,11 @@ static inline void print_step(const StepRecord *r, int64_t steps, double seconds
                   "a name per stage, and one for none");
     char left[32];
     format_duration(left, sizeof(left), seconds_left);
-    printf("step %5lld/%lld | loss %7.4f | lambda %8.2e | S %.4f | stage %-3s | %7.0f tok/s",
-           (long long)r->step + 1, (long long)steps, r->lm_loss, r->lambda, r->sparsity, stages[r->stage],
-           r->tok_s);
+    printf("step %5lld/%lld | loss %7.4f | ", (long long)r->step + 1, (long long)steps, r->lm_loss);
+    if (r->stage != 0) {
+        printf("lambda %8.2e | S %.4f | stage %-3s | ", r->lambda, r->sparsity, stages[r->stage]);
+    }
+    printf("%7.0f tok/s", r->tok_s);
     if (r->mfu >= 0.0) {
         printf(" | %.1f%% MFU", 100.0 * r->mfu);
     } else {

@@ -14,7 +14,8 @@ warning.
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
 
-// mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the targets
+// mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the
+// targets. A signal ends it early
 static inline double validate_file(Run *run, const char *path, int64_t *tokens) {
     const Options *o = &run->options;
     DataLoader loader;
@@ -24,7 +25,7 @@ static inline double validate_file(Run *run, const char *path, int64_t *tokens) 
     double sum = 0.0;
     *tokens = 0;
     sequences = sequences < most ? sequences : most;
-    for (int64_t first = 0; first < sequences; first += o->batch) {
+    for (int64_t first = 0; first < sequences && !stop_requested; first += o->batch) {
         int B = (int)(sequences - first < o->batch ? sequences - first : o->batch);
         int64_t N = (int64_t)B * o->seq_len;
         for (int b = 0; b < B; b++) {
@@ -35,10 +36,31 @@ static inline double validate_file(Run *run, const char *path, int64_t *tokens) 
         *tokens += N;
     }
     dataloader_close(&loader);
-    return sum / (double)*tokens;
+    return *tokens > 0 ? sum / (double)*tokens : NAN;
 }
 
-// every domain of --val-data, then all together; ec routes within its micro-batch
+// a loss that is no number: in training the run's own guard has the last word, alone it is the answer
+static inline void refuse_broken_loss(const Run *run, double loss, const char *domain) {
+    if (isfinite(loss) || stop_requested) {
+        return;
+    }
+    if (!run->options.eval) {
+        warn("the validation loss of %s is not finite", domain);
+    } else {
+        die("the loss of %s is not finite: the weights, or what they compute, are no numbers\n"
+            "  ---> --load another checkpoint",
+            domain);
+    }
+}
+
+static inline void log_loss(Run *run, double loss, const char *domain) {
+    if (run->log != NULL) {
+        log_validation(run->log, run->log_path, run->state.step, loss, domain);
+    }
+}
+
+// every domain of --val-data, then all together; ec routes within its micro-batch. What a signal interrupts
+// is not logged: a resumed run validates again
 static inline void validate(Run *run) {
     if (run->options.val_data[0] == '\0') {
         return;
@@ -54,15 +76,19 @@ static inline void validate(Run *run) {
         double loss = validate_file(run, domains[i].path, &tokens);
         sum += loss * (double)tokens;
         total += tokens;
+        if (stop_requested) {
+            break;
+        }
         printf(" %s %.4f", domains[i].name, loss);
         fflush(stdout);
-        if (run->log != NULL) {
-            log_validation(run->log, run->log_path, run->state.step, loss, domains[i].name);
-        }
+        refuse_broken_loss(run, loss, domains[i].name);
+        log_loss(run, loss, domains[i].name);
     }
-    printf(" | all %.4f\n", sum / (double)total);
-    if (run->log != NULL) {
-        log_validation(run->log, run->log_path, run->state.step, sum / (double)total, "all");
+    if (stop_requested) {
+        printf(" stopped\n");
+    } else {
+        printf(" | all %.4f\n", sum / (double)total);
+        log_loss(run, sum / (double)total, "all");
     }
     dataloader_free_domains(domains, count);
 }

@@ -13,8 +13,17 @@ Errors: logits that are no numbers end the text.
 #include "llmc/run/run.h"
 #include "llmc/run/sampler.h"
 
-// a generated token has no batch in which experts could choose among tokens: ec then routes as topk
-static inline void generate(Run *run, const char *prompt) {
+static inline int logits_are_numbers(const float *logits, int allowed) {
+    int good = 1;
+    for (int v = 0; v < allowed; v++) {
+        good &= isfinite(logits[v]) != 0;
+    }
+    return good;
+}
+
+// Prints the prompt and what follows; returns 0 if the model's logits were no numbers. A generated token has
+// no batch in which experts could choose among tokens: ec then routes as topk
+static inline int generate(Run *run, const char *prompt) {
     Model *m = run->model;
     const Options *o = &run->options;
     const Config *c = &run->config;
@@ -26,7 +35,7 @@ static inline void generate(Run *run, const char *prompt) {
     int window = (int)o->seq_len;
     int *context = NEW(int, window + 1);
     float *logits = NEW(float, c->vocab_size);
-    int length = 1, cached = 0;
+    int length = 1, cached = 0, numbers = 1;
     context[0] = run->tokenizer->eot; // as every document begins
     for (size_t i = n > (size_t)(window - 1) ? n - (size_t)(window - 1) : 0; i < n; i++) {
         context[length++] = ids[i];
@@ -43,6 +52,10 @@ static inline void generate(Run *run, const char *prompt) {
         // the sampler's own copy: it sorts
         memcpy(logits, model_next_logits(m, context, length, cached), (size_t)c->vocab_size * sizeof(float));
         cached = length;
+        numbers = logits_are_numbers(logits, allowed);
+        if (!numbers) {
+            break;
+        }
         double u = rng_uniform((uint64_t)o->seed, stream, (uint64_t)i);
         int token = sample_token(logits, allowed, o->temperature, (int)o->top_k, u);
         if (token == run->tokenizer->eot) {
@@ -59,6 +72,14 @@ static inline void generate(Run *run, const char *prompt) {
     free(context);
     free(logits);
     free(ids);
+    return numbers;
+}
+
+// --sample: the prompt and its continuation are all that is printed
+static inline void sample(Run *run) {
+    if (!generate(run, run->options.sample)) {
+        die("the model's logits are not finite: its weights are broken\n  ---> --load another checkpoint");
+    }
 }
 
 static inline void show_sample(Run *run, const char *prompt) {
@@ -71,9 +92,12 @@ static inline void show_sample(Run *run, const char *prompt) {
              router_name(alone));
     }
     printf("--- sample after step %lld\n", (long long)run->state.step);
-    generate(run, prompt);
+    int numbers = generate(run, prompt);
     printf("---\n");
     fflush(stdout);
+    if (!numbers) {
+        warn("the sample ended early: the model's logits are not finite");
+    }
 }
 
 #endif

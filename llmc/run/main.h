@@ -21,28 +21,47 @@ static inline void request_stop(int signal_number) {
     stop_requested = 1;
 }
 
+// Whatever asks a training run to end lets it save first: Ctrl-C, kill, a terminal that closes (unless nohup
+// had that ignored), a pipe whose reader is gone. All else has nothing to lose and ends at once
+static inline void catch_signals(void) {
+    signal(SIGINT, request_stop);
+    signal(SIGTERM, request_stop);
+    signal(SIGPIPE, request_stop);
+    if (signal(SIGHUP, request_stop) == SIG_IGN) {
+        signal(SIGHUP, SIG_IGN);
+    }
+}
+
+// what was printed has arrived, or the exit status says so
+static inline int stdout_status(void) {
+    if (fflush(stdout) == 0 && !ferror(stdout)) {
+        return 0;
+    }
+    warn("not all that was printed could be written to standard output: %s", strerror(errno));
+    return 1;
+}
+
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
     Run *run = open_run(program, argc - 1, (const char *const *)(argv + 1));
-    signal(SIGINT, request_stop);
-    signal(SIGTERM, request_stop);
     signal(SIGXFSZ, SIG_IGN); // a file at its size limit is then a failed write, with a message
     if (run->options.dump[0] != '\0') {
         dump(run);
     } else if (run->options.eval) {
         validate(run);
     } else if (run->options.sample[0] != '\0') {
-        generate(run, run->options.sample);
+        sample(run);
     } else if (run->options.bench) {
         print_table(run);
         bench(run);
     } else {
+        catch_signals();
         print_table(run);
         open_log(run);
         train(run);
     }
     close_run(run);
-    return 0;
+    return stdout_status();
 }
 
 #endif

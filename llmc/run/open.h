@@ -228,6 +228,7 @@ static inline void close_run(Run *run) {
     free(run->inputs);
     free(run->targets);
     free(run->layer_sparsity);
+    free(run->off_steps);
     free(run->stats.counts);
     model_close(run->model);
     free(run);

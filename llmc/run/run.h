@@ -39,6 +39,10 @@ typedef struct {
     double *layer_sparsity; // [L]
     int *inputs, *targets;  // [B, T]
     int bad_steps;          // non-finite, in a row
+    int *off_steps;         // [L] without an active expert, in a row
+    int64_t last_saved;     // step of the newest checkpoint, -1: none
+    int64_t good_step;      // the newest whose weights have computed a finite step since, -1: none
+    double step_seconds;    // recent mean
     int device;             // which of the machine's GPUs
     int64_t first_step;     // of this process
     double started;         // seconds_now() then
@@ -91,8 +95,14 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
     r->mem_gb = model_memory_gb(run->model);
 }
 
+// a checkpoint; none after a step that was not finite
 static inline void save(Run *run) {
     Model *m = run->model;
+    if (run->bad_steps > 0) {
+        warn("step %lld is not saved: the loss or the gradient norm was not finite",
+             (long long)run->state.step);
+        return;
+    }
     float *params = model_borrow(m, BUFFER_PARAMS);
     float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
     checkpoint_save(run->options.out, &run->config, model_table(m), params, exp_avg, exp_avg_sq, &run->state,
@@ -100,6 +110,7 @@ static inline void save(Run *run) {
     model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, 0);
     model_return(m, BUFFER_EXP_AVG, exp_avg, 0);
     model_return(m, BUFFER_PARAMS, params, 0);
+    run->last_saved = run->state.step;
     printf("saved %s/step_%08lld\n", run->options.out, (long long)run->state.step);
     fflush(stdout);
 }

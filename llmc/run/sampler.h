@@ -10,6 +10,7 @@ The maximum is subtracted before exp, so that no logit overflows. logits [V] is 
 #ifndef SAMPLER_H
 #define SAMPLER_H
 
+#include "llmc/check.h"
 #include "llmc/rng.h"
 
 static inline int sample_argmax(const float *logits, int allowed) {
@@ -22,26 +23,36 @@ static inline int sample_argmax(const float *logits, int allowed) {
     return best;
 }
 
-// the top_k-th largest value: everything below it is left out (ties with it stay in)
+// the top_k-th largest value: everything below it is left out (ties with it stay in). Quickselect on a copy:
+// the part that holds the wanted place is divided again, O(V) on average
 static inline float sample_threshold(const float *logits, int allowed, int top_k) {
-    float threshold = INFINITY;
-    int kept = 0;
-    while (kept < top_k) {
-        float next = -INFINITY;
-        int equal = 0;
-        for (int v = 0; v < allowed; v++) {
-            if (logits[v] < threshold && logits[v] > next) {
-                next = logits[v];
-                equal = 0;
+    float *x = NEW(float, allowed);
+    memcpy(x, logits, (size_t)allowed * sizeof(float));
+    int first = 0, last = allowed - 1, wanted = top_k - 1; // in descending order
+    while (first < last) {
+        float pivot = x[first + (last - first) / 2];
+        int i = first, j = last;
+        while (i <= j) { // larger ones to the left
+            for (; x[i] > pivot; i++) {
             }
-            equal += logits[v] == next;
+            for (; x[j] < pivot; j--) {
+            }
+            if (i <= j) {
+                float swapped = x[i];
+                x[i++] = x[j];
+                x[j--] = swapped;
+            }
         }
-        if (equal == 0) {
-            break;
+        if (wanted <= j) {
+            last = j;
+        } else if (wanted >= i) {
+            first = i;
+        } else {
+            break; // between the two parts: all equal the pivot
         }
-        threshold = next;
-        kept += equal;
     }
+    float threshold = x[wanted];
+    free(x);
     return threshold;
 }
 

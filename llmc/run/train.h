@@ -1,9 +1,13 @@
 /*
 The training loop: step after step (step.h), each with its row in the log; checkpoints, validation and samples
-on their way; an end when the steps, the time, or somebody's patience is over.
+on their way; an end when the steps or the time are over, or a signal asks for it.
 
 A step that is not finite changes no weight; the third in a row ends the run. Nothing is saved after such a
-step: what the folder holds stays the last good state.
+step, so that the folder keeps the last good state.
+
+What the routers do is said where it can go wrong: how dense each layer is when a stage begins and at the end,
+and a layer that has switched itself off. Such a layer's ReLU router has no gradient, so nothing switches it
+on again.
 */
 #ifndef TRAIN_H
 #define TRAIN_H
@@ -13,16 +17,91 @@ step: what the folder holds stays the last good state.
 #include "llmc/run/generate.h"
 #include "llmc/run/run.h"
 #include "llmc/step.h"
+// defines: StepRecord, log_step, print_step; validate; show_sample; Run, save; train_step
 
-enum { BAD_STEPS_LIMIT = 3 }; // non-finite steps in a row that end a run
+enum { BAD_STEPS_LIMIT = 3 };  // non-finite steps in a row that end a run
+enum { OFF_STEPS_LIMIT = 20 }; // steps in a row without an active expert after which a layer is off
+#define NEARLY_OFF 0.25        // of k: a layer that uses fewer experts per token has little of a mixture
 
-static inline void announce_stages(const Run *run, int before) {
-    const LambdaState *s = &run->state.sparsity;
-    if (has_lambda(run) && before < STAGE_SPARSIFYING && s->stage >= STAGE_SPARSIFYING) {
-        printf("stage II (sparsifying) began at step %lld\n", (long long)s->stage2_step);
+// "0.70 0.97 0.96", and how many (layer, token) pairs have no expert
+static inline void print_layers(const Run *run, const StepRecord *r) {
+    int nearly_off = 0;
+    double k = run->config.router.active, E = run->config.router.experts;
+    printf("          S by layer");
+    for (int l = 0; l < r->layers; l++) {
+        printf(" %.2f", r->layer_sparsity[l]);
+        nearly_off += (1.0 - r->layer_sparsity[l]) * E < NEARLY_OFF * k;
     }
-    if (has_lambda(run) && before < STAGE_SPARSE && s->stage == STAGE_SPARSE) {
-        printf("stage III (sparse) began at step %lld: the settling time\n", (long long)s->stage3_step);
+    printf(" | no expert for %.0f %% of all (layer, token) pairs",
+           100.0 * (double)r->zero_expert_tokens / (double)(run->stats.tokens * r->layers));
+    printf(nearly_off > 0 ? ", %d of %d layers nearly off\n" : "\n", nearly_off, r->layers);
+}
+
+static inline void announce_stages(const Run *run, const StepRecord *r, int before) {
+    const LambdaState *s = &run->state.sparsity;
+    if (!has_lambda(run) || before == s->stage) {
+        return;
+    }
+    if (before < STAGE_SPARSIFYING) {
+        printf("stage II (sparsifying) began at step %lld\n", (long long)s->stage2_step + 1);
+    }
+    if (s->stage == STAGE_SPARSE) {
+        printf("stage III (sparse) began at step %lld: settled after %lld steps\n",
+               (long long)s->stage3_step + 1, (long long)s->stage3_step);
+    }
+    print_layers(run, r);
+}
+
+// counts steps in a row in which a layer had no active expert, and says so once
+static inline void guard_layers(Run *run, const StepRecord *r) {
+    int off = 0, newly_off = 0;
+    if (run->off_steps == NULL) {
+        run->off_steps = NEW(int, r->layers);
+    }
+    for (int l = 0; l < r->layers; l++) {
+        run->off_steps[l] = r->layer_sparsity[l] == 1.0 ? run->off_steps[l] + 1 : 0;
+        newly_off += run->off_steps[l] == OFF_STEPS_LIMIT;
+        off += run->off_steps[l] >= OFF_STEPS_LIMIT;
+    }
+    if (newly_off == 0) {
+        return;
+    }
+    char layers[256] = "";
+    for (int l = 0; l < r->layers && strlen(layers) + 16 < sizeof(layers); l++) {
+        size_t used = strlen(layers);
+        if (run->off_steps[l] >= OFF_STEPS_LIMIT) {
+            check_format(layers + used, sizeof(layers) - used, " %d", l);
+        }
+    }
+    warn("%s (of %d, from 0) had no active expert for %d steps:%s. A router that is off has no gradient and "
+         "stays "
+         "off\n  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr or --alpha",
+         off == r->layers ? "all layers"
+         : off > 1        ? "layers"
+                          : "a layer",
+         r->layers, OFF_STEPS_LIMIT, layers);
+}
+
+// Counts non-finite steps in a row; the weights are as they were before them. Weights that have blown up may still
+// compute a number: a checkpoint is good once its weights have given a loss that is not far above guessing's ln V
+static inline void guard_finite(Run *run, int finite) {
+    run->bad_steps = finite ? 0 : run->bad_steps + 1;
+    if (finite) {
+        int sane = run->stats.lm_loss < 2.0 * log((double)run->config.vocab_size);
+        run->good_step = sane ? run->last_saved : run->good_step;
+        return;
+    }
+    warn("step %lld: the loss or the gradient norm is not finite: the update is skipped",
+         (long long)run->state.step);
+    if (run->bad_steps == BAD_STEPS_LIMIT && run->good_step < 0) {
+        die("%d non-finite steps in a row, and no good checkpoint before them\n"
+            "  ---> start again with a smaller --lr, or look at the data",
+            BAD_STEPS_LIMIT);
+    }
+    if (run->bad_steps == BAD_STEPS_LIMIT) {
+        die("%d non-finite steps in a row; the last good checkpoint is of step %lld\n"
+            "  ---> --resume %s/step_%08lld with a smaller --lr, or look at the data",
+            BAD_STEPS_LIMIT, (long long)run->good_step, run->options.out, (long long)run->good_step);
     }
 }
 
@@ -34,26 +113,48 @@ static inline int out_of_time(const Run *run) {
     return run->options.max_minutes > 0.0 && seconds_now() - run->started > 60.0 * run->options.max_minutes;
 }
 
-// counts non-finite steps in a row; the weights are as they were before them
-static inline void guard_finite(Run *run, int finite) {
-    run->bad_steps = finite ? 0 : run->bad_steps + 1;
-    if (finite) {
-        return;
+// seconds until the last step, from the speed of the recent ones: early steps, dense ones, are slower
+static inline double seconds_left(Run *run, double seconds) {
+    double weight = run->step_seconds == 0.0 ? 1.0 : 0.1;
+    run->step_seconds += weight * (seconds - run->step_seconds);
+    return run->step_seconds * (double)(run->options.steps - run->state.step);
+}
+
+// one step, and all that is said of it
+static inline void step_and_report(Run *run, double *last_print) {
+    const Options *o = &run->options;
+    StepRecord record;
+    RunState before = run->state;
+    double begin = seconds_now();
+    int finite = train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
+    double now = seconds_now(), left = seconds_left(run, now - begin);
+    int last = run->state.step == o->steps;
+    fill_record(run, &record, &before, now - begin);
+    log_step(run->log, run->log_path, &record);
+    if (now - *last_print > 1.0 || run->state.step - run->first_step <= 3 || last) {
+        print_step(&record, o->steps, left);
+        *last_print = now;
     }
-    warn("step %lld: the loss or the gradient norm is not finite: the update is skipped",
-         (long long)run->state.step - 1);
-    if (run->bad_steps == BAD_STEPS_LIMIT) {
-        save(run);
-        die("%d non-finite steps in a row\n  ---> --resume %s with a smaller --lr, or look at the data",
-            BAD_STEPS_LIMIT, run->options.out);
+    announce_stages(run, &record, before.sparsity.stage);
+    if (last && has_lambda(run)) {
+        print_layers(run, &record);
     }
+    if (has_lambda(run)) {
+        guard_layers(run, &record);
+    }
+    guard_finite(run, finite);
 }
 
 static inline void train(Run *run) {
     const Options *o = &run->options;
     double last_print = 0.0;
+    run->last_saved = run->good_step = o->resume[0] != '\0' ? run->first_step : -1;
+    if (run->step.schedule.warmup > o->steps) {
+        warn("--warmup-steps %lld of only %lld steps: the learning rate never gets to --lr\n"
+             "  ---> --warmup-steps %lld",
+             (long long)run->step.schedule.warmup, (long long)o->steps, (long long)o->steps / 10);
+    }
     while (run->state.step < o->steps && !stop_requested && !out_of_time(run)) {
-        StepRecord record;
         // before a step, not after the last: a run resumed here validates here, so the log misses and repeats
         // nothing
         if (run->state.step > 0 && every(o->val_every, run->state.step)) {
@@ -62,24 +163,11 @@ static inline void train(Run *run) {
         if (run->state.step > 0 && every(o->sample_every, run->state.step)) {
             show_sample(run, "");
         }
-        RunState before = run->state;
-        double begin = seconds_now();
-        int finite = train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
-        double now = seconds_now();
-        fill_record(run, &record, &before, now - begin);
-        log_step(run->log, run->log_path, &record);
-        announce_stages(run, before.sparsity.stage);
-        int64_t done = run->state.step - run->first_step;
-        if (now - last_print > 1.0 || done <= 3 || run->state.step == o->steps) {
-            print_step(&record, o->steps,
-                       (now - run->started) / (double)done * (double)(o->steps - run->state.step));
-            last_print = now;
+        if (stop_requested) {
+            break;
         }
-        guard_finite(run, finite);
-        if (run->state.step == o->steps) {
-            break; // the end saves, validates and samples below
-        }
-        if (every(o->save_every, run->state.step)) {
+        step_and_report(run, &last_print);
+        if (run->state.step < o->steps && every(o->save_every, run->state.step)) {
             save(run);
         }
     }
