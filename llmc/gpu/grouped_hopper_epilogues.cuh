@@ -74,18 +74,18 @@ struct Exit {
     __device__ __forceinline__ Exit(uint32_t memory_, int group_)
         : memory(memory_), group(group_), warp(group_warp()), left(0) {
     }
-    // this thread starts the copies. (All of the warp must ask.)
-    __device__ __forceinline__ bool starts() const {
-        return warp == 0 && elect_one();
+    // one thread, always the same, starts the copies
+    template <class Start> __device__ __forceinline__ void by_one(const Start &start) const {
+        if (warp == 0 && elect_one()) {
+            start();
+        }
     }
     __device__ __forceinline__ void meet() const {
         named_barrier(1 + group, GROUP_THREADS);
     }
     // until all but PENDING copies have left
     template <int PENDING> __device__ __forceinline__ void wait_free() const {
-        if (starts()) {
-            tma_wait_read<PENDING>();
-        }
+        by_one([] { tma_wait_read<PENDING>(); });
         meet();
     }
     // all have put theirs; the starting thread may copy
@@ -201,10 +201,10 @@ template <class V> struct StoreRows : Held<V> {
             store_matrices(place + (r + 8 * half) * 64 + ((r / 2 ^ thread % 32 / 8) % 4 << 4), v);
         }
         exit.full();
-        if (exit.starts()) {
+        exit.by_one([&] {
             tma_store(&args.out, place, n, this->tile.m + exit.group * GROUP_ROWS, 0);
             tma_commit();
-        }
+        });
     }
 };
 
@@ -268,14 +268,14 @@ template <class V> struct SwigluBackward {
             if (later && p >= next_pieces) {
                 return;
             }
-            if (exit.starts()) {
+            exit.by_one([&] {
                 uint32_t barrier = landed + asked % SLOTS * 8;
                 int f = (later ? next.n : tile.n) + p * SLOT_F, row = first_row + (later ? next.m : tile.m);
                 tma_wait_read<0>(); // the slot's last results have left
                 barrier_expect(barrier, SLOT_BYTES);
                 tma_load(slot(asked), &args.out, barrier, f, 0, row);
                 tma_load(slot(asked) + BLOCK_BYTES, &args.out, barrier, f, 1, row);
-            }
+            });
             asked++;
         }
     }
@@ -338,11 +338,11 @@ template <class V> struct SwigluBackward {
             return;
         }
         exit.full();
-        if (exit.starts()) {
+        exit.by_one([&] {
             tma_store(&args.out, slot(done), f, 0, first_row + tile.m);
             tma_store(&args.out, slot(done) + BLOCK_BYTES, f, 1, first_row + tile.m);
             tma_commit();
-        }
+        });
         done++;
         if (piece == pieces - 1) {
             store_dgate();
@@ -407,7 +407,7 @@ template <class V> struct AddToWeights {
                 }
             }
             exit.full();
-            if (exit.starts()) {
+            exit.by_one([&] {
                 bool set = sets_gradient(args.chunk, tile.expert);
                 if (V::PRODUCT == DOWN_WGRAD) {
                     add_box(place, n, m, set);
@@ -416,7 +416,7 @@ template <class V> struct AddToWeights {
                     add_box(place + ADD_BYTES / 2, m + 32, n, set);
                 }
                 tma_commit();
-            }
+            });
         }
     }
 };

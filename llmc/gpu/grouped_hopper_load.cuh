@@ -236,9 +236,6 @@ struct ColumnGather {
 
 template <class V>
 __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan plan, Ring<V> ring) {
-    // Issuing B's loads delays a warp. The four warps take turns, so that no single one falls behind (1 % of
-    // down_backward; no gain without clusters or for weight gradients)
-    const int ISSUERS = V::CLUSTER == 2 && !V::WGRAD ? GROUP_THREADS / 32 : 1;
     typename std::conditional<V::WGRAD, ColumnGather, RowGather>::type gather;
     int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
     int item = blockIdx.x / V::CLUSTER, stride = gridDim.x / V::CLUSTER;
@@ -264,6 +261,14 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
             }
         }
     };
+    // Issuing B's loads delays a warp. The four warps take turns, so that no single one falls behind (1 % of
+    // down_backward)
+    auto issue_b = [&](const Tile &tile, int first_k) {
+        if (warp == ring.stage % (GROUP_THREADS / 32) && elect_one()) {
+            barrier_expect(ring.full(), V::B_BYTES);
+            load_b<V>(args, ring, tile, first_k);
+        }
+    };
     Tile tile;
     tile.expert = 0;
     fetch_tile(item, 0);
@@ -278,11 +283,13 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
         for (int step = 0; step < tile.steps; step++) {
             gather.aim(step);
             barrier_wait(ring.empty(), ring.parity ^ 1);
-            if (warp == ring.stage % ISSUERS && elect_one()) {
-                barrier_expect(ring.full(), V::B_BYTES);
-                load_b<V>(args, ring, tile, first_k + step * STEP_K);
+            if (!V::WGRAD) { // weights first, but tokens before H (1 to 2 % of up_forward, up to 5 % of down_wgrad)
+                issue_b(tile, first_k + step * STEP_K);
             }
             gather.copy(ring.a());
+            if (V::WGRAD) {
+                issue_b(tile, first_k + step * STEP_K);
+            }
             barrier_arrive_after_copies(ring.full());
             fetch_step(tile, step + 2);
             ring.advance();
