@@ -14,14 +14,14 @@ experts_backward of experts.h; like there no expert's output and no gathered row
           G, U, gate                              dgate_p = <dA', A>, a tile's part    swiglu_backward
                                                   G <- dG, U <- dU
       dy, gate A ------> grouped_down_wgrad     dW_down += dO'^T (gate A)              matmul
-      dG, dU, x -------> grouped_up_wgrad       dW_gate_up += [dG | dU]^T X'           gather, matmul
+      dG, dU, x -------> grouped_up_wgrad       dW_gate_up += dH^T X'                  gather, matmul
                                                 fresh: = for +=
-      dG, dU ----------> grouped_up_backward    dX' [R, d] = [dG | dU] W_gate_up       matmul
+      dG, dU ----------> grouped_up_backward    dX' [R, d] = dH W_gate_up              matmul
       dX' -------------> dispatch_combine       dx_t = residual_t + sum_p dX'[row]     combine
       parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
 
-where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), and --rows--> is a gather that
-the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
+where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), dH = [dG | dU], and --rows--> is a
+gather that the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
 has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
 combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F]
 floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of 8. Before:
@@ -103,11 +103,11 @@ static inline CombineChunk experts_backward(float *dgate, float *dw_gate_up, flo
         ChunkH h = arena_h(arena, layer, c);
         chunk.fresh = fresh;
         float *partial = arena->dgate_partial;
-        grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);         // H, if it has no place
+        grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);         // H, if it is not kept
         grouped_down_backward(h, partial, dy, w_down, chunk, d, F, stream);  // dG, dU, parts of <dA', A>
         grouped_down_wgrad(dw_down, dy, h, chunk, d, F, stream);             // dW_down += dO'^T (gate A)
-        grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);             // dW_gate_up += [dG | dU]^T X'
-        grouped_up_backward(arena->rows, h, w_gate_up, chunk, d, F, stream); // dX' = [dG | dU] W_gate_up
+        grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);             // dW_gate_up += dH^T X'
+        grouped_up_backward(arena->rows, h, w_gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
         experts_combine(arena, pairs, dispatch, chunk, c == arena->planned[layer] - 1, N, d, stream);
         dispatch_dgate(dgate, partial, arena->dgate_tiles, pairs, dispatch, N, arena->E, chunk.first,
                        chunk.rows, stream);

@@ -1,6 +1,6 @@
 /*
-emulator: Hopper's instructions, in place of hopper.cuh's PTX: same functions, same arguments. See hopper.cuh
-for what each does, and cuda_runtime.h beside for the rest of the emulator.
+emulator: Hopper's instructions, in place of the PTX of hopper.cuh and wgmma.cuh: same functions, same arguments.
+See there for what each does, and cuda_runtime.h beside for the rest of the emulator.
 
 What is asynchronous is done as late as it may be:
     copies to shared memory (cp.async, TMA)   when each of the block's threads has had its turn
@@ -333,9 +333,13 @@ static inline void wait_products(size_t pending) {
 } // namespace emulator
 
 // ----------------------------------------------------------------------------
-// hopper.cuh's functions
+// the functions of hopper.cuh and wgmma.cuh
 
 namespace hopper {
+
+static inline bool elect_one(void) {
+    return emulator_lane() == 0;
+}
 
 static inline uint32_t shared_address(const void *p) {
     return (uint32_t)((const unsigned char *)p - emulator::shared_memory()) + emulator::SHARED_BEGIN;
@@ -428,28 +432,21 @@ static inline void add_box(uint32_t to, const CUtensorMap *map, uint32_t barrier
     add_copy(copy);
 }
 
-static inline void tma_multicast(uint32_t to, const CUtensorMap *map, uint32_t barrier, uint16_t blocks,
-                                 int column, int row, int sheet = 0) {
-    add_box(to, map, barrier, blocks, {column, row, sheet});
+// the blocks a box goes to: this one, or both of the cluster
+static inline unsigned box_blocks(bool both) {
+    return both ? 3u : 1u << emulator::here()->rank;
 }
 
-static inline void tma_multicast_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier,
-                                        uint16_t blocks, int column, int group, int sheet) {
-    add_box(to, map, barrier, blocks, {column, 0, group, 0, sheet});
-}
-
-static inline uint16_t own_block(void) {
-    return (uint16_t)(1 << emulator::here()->rank);
-}
-
+template <bool BOTH = false>
 static inline void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column, int row,
-                            int sheet = 0) {
-    tma_multicast(to, map, barrier, own_block(), column, row, sheet);
+                            int sheet) {
+    add_box(to, map, barrier, box_blocks(BOTH), {column, row, sheet});
 }
 
+template <bool BOTH = false>
 static inline void tma_load_paired(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column,
                                    int group, int sheet) {
-    tma_multicast_paired(to, map, barrier, own_block(), column, group, sheet);
+    add_box(to, map, barrier, box_blocks(BOTH), {column, 0, group, 0, sheet});
 }
 
 static inline void add_store(const CUtensorMap *map, uint32_t from, int column, int row, int sheet,
@@ -458,7 +455,7 @@ static inline void add_store(const CUtensorMap *map, uint32_t from, int column, 
     emulator::async()->stores[emulator::here()->current].open.push_back(store);
 }
 
-static inline void tma_store(const CUtensorMap *map, uint32_t from, int column, int row, int sheet = 0) {
+static inline void tma_store(const CUtensorMap *map, uint32_t from, int column, int row, int sheet) {
     add_store(map, from, column, row, sheet, false);
 }
 

@@ -2,8 +2,8 @@
 The grouped GEMM, from the simplest version to the fastest, each checked and timed:
 
     naive      one thread an element of the result: the reference of the checks (below)
-    mma.sync   llmc/gpu/grouped_gemm_portable.cuh: tiles by cp.async, epilogues in registers
-    wgmma      llmc/gpu/grouped_gemm_hopper.cuh: TMA, producer and consumers, the epilogue behind the next tile
+    mma.sync   llmc/gpu/grouped_portable.cuh: tiles by cp.async, epilogues in registers
+    wgmma      llmc/gpu/grouped_hopper.cuh: TMA, producer and consumers, the epilogue behind the next tile
     dense      cuBLASLt's dense product of the same size: the best of its first 8 heuristics
 
     grouped_gemm check [p2]       every product on small and odd shapes, every element
@@ -126,10 +126,10 @@ static Layer layer_new(Case c) {
                0};
     int64_t wide = 2 * (int64_t)c.F, row = 3 * (int64_t)c.F;
     int64_t before = c.stored ? 3 : 0; // rows of the store before the chunk's
-    std::vector<int64_t> place(1, c.stored ? before * row : -1);
+    std::vector<int64_t> first(1, before);
     floatX *buffer = keep(l, poisoned_new<floatX>((R + before) * row));
     l.H = buffer + before * row;
-    l.h = {c.stored ? buffer : NULL, c.stored ? NULL : buffer, keep(l, copied_new(place))};
+    l.h = {buffer, R + before, c.stored ? R + before : 0, keep(l, copied_new(first))};
     l.x = keep(l, random_new<floatX>((int64_t)c.N * c.d, 1, 1.0f));
     l.dy = keep(l, random_new<floatX>((int64_t)c.N * c.d, 2, 1.0f));
     l.w_gate_up = keep(l, random_new<floatX>(c.E * wide * c.d, 3, 1.0f / sqrtf((float)c.d)));

@@ -16,12 +16,12 @@ result.
 Only H = [G | U | gate A] (row_chunk.cuh), 3F values a row, is kept from forward to backward. (Without gate A
 it would be a third smaller; then grouped_down_backward, which memory holds up, would write it again, a fifth
 of its bytes.) The store has room for store_rows rows of all layers together. On the device, layer after
-layer, each chunk is given the next free place; one that does not fit is placed at -1: its H goes to scratch,
+layer, each chunk is given the next free rows; one that does not fit is placed behind the store, in scratch:
 the next chunk overwrites it, and backward computes it again with the same kernel on the same rows. So the
 budget decides what is computed twice, and no bit of what:
 
-    store    | layer 0, chunk 0 | layer 0, chunk 1 | layer 1, chunk 0 | ... cursor ->      | end
-    scratch  | any chunk that did not fit |
+    h    | layer 0, chunk 0 | layer 0, chunk 1 | layer 1, chunk 0 | ... cursor ->    | any chunk that did not fit |
+         0                                                                           store_rows            h_rows
 
 The host launches planned[l] chunks of layer l, as many as the rows of the last steps and a margin ask for; a
 chunk beyond offsets[E] finds no rows, and its kernels exit. If the margin was too small, *overflow is set: the
@@ -53,12 +53,12 @@ typedef struct {
     int64_t worst_rows;   // W
     int64_t store_rows;   // the budget, in rows of H
     int dgate_tiles;      // partial sums of a row's gate gradient
-    floatX *store;        // [store_rows, 3F]; NULL for inference
-    floatX *h_scratch;    // [R, 3F] the chunk that has no place; NULL if the store holds the worst case
+    int64_t h_rows;       // and R rows of scratch, unless the store holds the worst case
+    floatX *h;            // [h_rows, 3F]
     floatX *rows;         // [R, d] Y, in backward dX'
     float *sum;           // [N, d] the combine's, from chunk to chunk; NULL if there is never a second
     float *dgate_partial; // [R, dgate_tiles]; NULL for inference
-    int64_t *place;       // [L, max_chunks] where a chunk's H begins in the store (in elements), or -1
+    int64_t *first;       // [L, max_chunks] where a chunk's H begins, in rows of h
     int64_t *cursor;      // rows of the store in use
     int *overflow;        // a layer had more rows than were planned for
     int *most_rows;       // [L] most rows of a micro-batch since arena_begin_step
@@ -123,11 +123,7 @@ static inline void arena_grow(Arena *arena, const int *rows) {
 // memory
 
 static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int d, int training) {
-    int64_t R = arena->chunk_rows, F = arena->F;
-    int stores_all = arena->store_rows >= arena->L * arena->worst_rows;
-    if (!stores_all) {
-        arena->h_scratch = take<floatX>(memory, SEGMENT_WORKSPACE, R * 3 * F);
-    }
+    int64_t R = arena->chunk_rows;
     arena->rows = take<floatX>(memory, SEGMENT_WORKSPACE, R * d);
     if (arena->max_chunks > 1) {
         arena->sum = take<float>(memory, SEGMENT_WORKSPACE, (int64_t)arena->N * d);
@@ -152,9 +148,11 @@ static inline void arena_init(Arena *arena, DeviceMemory *memory, int L, int N, 
     arena->store_rows = training ? store_rows : 0;
     arena->kernels = kernels;
     arena->dgate_tiles = grouped_dgate_tiles(F, kernels);
-    arena->store = take<floatX>(memory, SEGMENT_PAIRS, arena->store_rows * 3 * F);
+    int stores_all = arena->store_rows >= L * arena->worst_rows;
+    arena->h_rows = arena->store_rows + (stores_all ? 0 : arena->chunk_rows);
+    arena->h = take<floatX>(memory, SEGMENT_PAIRS, arena->h_rows * 3 * F);
     arena_take_chunk(arena, memory, d, training);
-    arena->place = take<int64_t>(memory, SEGMENT_WORKSPACE, (int64_t)L * arena->max_chunks);
+    arena->first = take<int64_t>(memory, SEGMENT_WORKSPACE, (int64_t)L * arena->max_chunks);
     arena->cursor = take<int64_t>(memory, SEGMENT_WORKSPACE, 1);
     arena->overflow = take<int>(memory, SEGMENT_WORKSPACE, 1);
     arena->most_rows = take<int>(memory, SEGMENT_WORKSPACE, L);
@@ -186,7 +184,7 @@ static __global__ void arena_place_kernel(Arena arena, int layer, const int *num
     for (int c = 0; c < planned; c++) {
         int64_t here = rows - c * R < R ? rows - c * R : R;
         int stored = here > 0 && used + here <= arena.store_rows;
-        arena.place[(int64_t)layer * arena.max_chunks + c] = stored ? used * 3 * arena.F : -1;
+        arena.first[(int64_t)layer * arena.max_chunks + c] = stored ? used : arena.store_rows;
         used += stored ? here : 0;
     }
     *arena.cursor = used;
@@ -221,10 +219,8 @@ static inline RowChunk arena_chunk(const Arena *arena, DeviceDispatch dispatch, 
 }
 
 static inline ChunkH arena_h(const Arena *arena, int layer, int c) {
-    ChunkH h;
-    h.store = arena->store;
-    h.scratch = arena->h_scratch;
-    h.place = arena->place + (int64_t)layer * arena->max_chunks + c;
+    const int64_t *first = arena->first + (int64_t)layer * arena->max_chunks + c;
+    ChunkH h = {arena->h, arena->h_rows, arena->store_rows, first};
     return h;
 }
 

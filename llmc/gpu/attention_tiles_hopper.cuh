@@ -26,7 +26,7 @@ are rows before start.
 // defines: portable::ATTENTION_PAD, quad_sum, quad_max, LOG2_E, LN_2, rope_turn
 
 #ifndef PRECISION_FP32
-#include "llmc/gpu/hopper.cuh"
+#include "llmc/gpu/wgmma.cuh"
 
 namespace hopper {
 
@@ -62,7 +62,7 @@ struct AttentionArguments {
 };
 
 // shared memory: OWN tiles of 64 rows that each consumer owns, the ring, lse and D of the ring's queries
-template <int HD, int OWN> struct AttentionMemory {
+template <int HD, int OWN> struct AttentionMemory : RingTurn {
     enum {
         TILE = (HD + 63) / 64 * BLOCK_BYTES,
         STAGES = HD <= 64                   ? 6
@@ -82,8 +82,7 @@ template <int HD, int OWN> struct AttentionMemory {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned char *memory;
     uint32_t base;
-    int stage;
-    uint32_t parity, own_parity; // of the phases that are to come
+    uint32_t own_parity; // as parity, of what the consumers own
 
     __device__ __forceinline__ AttentionMemory() {
         uint32_t address = shared_address(shared_memory());
@@ -114,11 +113,7 @@ template <int HD, int OWN> struct AttentionMemory {
         return full() + 8;
     }
     __device__ __forceinline__ void advance() {
-        stage++;
-        if (stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
+        RingTurn::advance(STAGES);
     }
     __device__ __forceinline__ void init_barriers() {
         barrier_init(own_full(), 1);

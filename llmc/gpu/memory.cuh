@@ -16,7 +16,7 @@ typedef enum {
     SEGMENT_MOMENTS,     // AdamW's two, fp32
     SEGMENT_GRADIENTS,   // fp32
     SEGMENT_ACTIVATIONS, // what forward leaves for backward, a layer; routing
-    SEGMENT_PAIRS,       // the pair arena's store
+    SEGMENT_PAIRS,       // H: the pair arena's store and scratch
     SEGMENT_WORKSPACE,   // scratch that all layers share; cuBLASLt's
     SEGMENT_COUNT
 } MemorySegment;

@@ -8,10 +8,12 @@ where what backward needs of them is kept (arena.cuh), and which kernels to use.
 #ifndef ROW_CHUNK_CUH
 #define ROW_CHUNK_CUH
 
+#include "llmc/dispatch.cuh"
 #include "llmc/gpu/cuda_common.cuh"
+// defines: ROW_ALIGN, of which the offsets are multiples; Kernels
 
 typedef struct {
-    const int *offsets;      // [E + 1] first row of each expert's segment: multiples of 64
+    const int *offsets;      // [E + 1] first row of each expert's segment: multiples of ROW_ALIGN
     const int *token_of_row; // by the row's number in the layer; -1 in pads
     const float *gate_of_row;
     int experts;
@@ -25,12 +27,18 @@ __device__ __forceinline__ bool sets_gradient(const RowChunk &chunk, int expert)
     return chunk.fresh && chunk.offsets[expert] >= chunk.first;
 }
 
-// H of a chunk [R, 3F]: a row is G, U = its up-projection, and gate A, the down-projection's input, where A =
-// silu(G) U; backward turns G, U into dG, dU and reads gate A again
+// H, in one buffer [rows, 3F] for all chunks. A row is G, U = its up-projection, and gate A, the down-projection's
+// input, where A = silu(G) U; backward turns G, U into dG, dU and reads gate A again. The first `kept` rows stay
+// until backward has read them; a chunk that lies behind them is in scratch, where the next one overwrites it
 typedef struct {
-    floatX *store;
-    floatX *scratch;
-    const int64_t *place; // its place in the store, or -1: it is in scratch
+    floatX *buffer;
+    int64_t rows, kept;
+    const int64_t *first; // where this chunk's H begins, in rows; the device decides (arena.cuh)
 } ChunkH;
+
+// does backward find the chunk's H? Else it must be computed again
+__device__ __forceinline__ bool is_kept(const ChunkH &h) {
+    return *h.first < h.kept;
+}
 
 #endif

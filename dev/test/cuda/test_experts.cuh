@@ -189,20 +189,20 @@ static void cuda_experts_check(const ExpertsCase *c) {
     check_device("experts dw_down", c->ddown, c->want[EXPERTS_DDOWN], c->size[EXPERTS_DDOWN], limit);
 }
 
-// where each chunk went: in order, without gaps, -1 where it did not fit
+// where each chunk went: in order, without gaps, behind the store where it did not fit
 static void cuda_experts_check_places(const ExpertsCase *c, const Arena *arena) {
     int *offsets = fetch(c->pairs.dispatch.offsets, c->shape.E + 1), wrong = 0;
-    int64_t *place = fetch_raw(arena->place, (int64_t)EXPERTS_LAYERS * arena->max_chunks), used = 0;
+    int64_t *first = fetch_raw(arena->first, (int64_t)EXPERTS_LAYERS * arena->max_chunks), used = 0;
     for (int i = 0; i < EXPERTS_LAYERS * arena->max_chunks; i++) {
         int64_t left = offsets[c->shape.E] - (int64_t)(i % arena->max_chunks) * arena->chunk_rows;
         int64_t here = left < arena->chunk_rows ? left : arena->chunk_rows;
         int fits = here > 0 && used + here <= arena->store_rows;
-        wrong += place[i] != (fits ? used * 3 * arena->F : -1);
+        wrong += first[i] != (fits ? used : arena->store_rows);
         used += fits ? here : 0;
     }
     CHECK(wrong == 0);
     free(offsets);
-    free(place);
+    free(first);
 }
 
 static void cuda_experts_check_flags(const ExpertsCase *c, const Arena *arena, int overflow) {
@@ -228,7 +228,7 @@ static void cuda_experts_check_budgets(ExpertsShape shape, PairLoad load, int mi
         Arena arena;
         DeviceMemory memory;
         cuda_experts_arena(&arena, &memory, &shape, budgets[i], 1);
-        CHECK(arena.max_chunks >= min_chunks && (i == 0) == (arena.h_scratch == NULL));
+        CHECK(arena.max_chunks >= min_chunks && (i == 0) == (arena.h_rows == arena.store_rows));
         cuda_experts_run(&c, &arena);
         cuda_experts_check_places(&c, &arena);
         cuda_experts_check_flags(&c, &arena, 0);
@@ -341,7 +341,8 @@ static void test_cuda_experts_inference(void) {
         cuda_experts_arena(&arena, &memory, &shape, 100, training);
         CHECK(memory_total(&memory) == memory_total(&counting) && memory.bytes[SEGMENT_WORKSPACE] > 0);
         CHECK(memory.bytes[SEGMENT_PAIRS] ==
-              (training ? ceil_div<int64_t>(100 * arena_row_bytes(shape.F), 256) * 256 : 0));
+              ceil_div<int64_t>((arena.chunk_rows + (training ? 100 : 0)) * arena_row_bytes(shape.F), 256) *
+                  256);
         cuda_experts_forget(&c);
         cuda_experts_forward(&c, &arena, NULL);
         check_device("experts y", c.y, c.want[EXPERTS_Y], c.size[EXPERTS_Y], tolerance(1e-5, 1e-2));

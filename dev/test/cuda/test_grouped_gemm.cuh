@@ -244,7 +244,7 @@ typedef struct {
     float *gate;
     floatX *x, *dy, *w_gate_up, *w_down;
     float *dw_gate_up, *dw_down;
-    int64_t *place;
+    int64_t *h_first;
     float *got[GROUPED_ROW_TENSORS]; // host, collected chunk by chunk
 } GroupedDevice;
 
@@ -265,14 +265,14 @@ static GroupedDevice grouped_upload(const GroupedCase *c) {
     g.w_down = device_x(c->w_down, weight);
     g.dw_gate_up = device_f(c->begin_gate_up, 2 * weight);
     g.dw_down = device_f(c->begin_down, weight);
-    g.place = device_new<int64_t>(1);
+    g.h_first = device_new<int64_t>(1);
     memset(g.got, 0, sizeof(g.got));
     return g;
 }
 
 static void grouped_release(GroupedDevice *g) {
     void *all[] = {g->offsets,   g->token,  g->gate,       g->x,       g->dy,
-                   g->w_gate_up, g->w_down, g->dw_gate_up, g->dw_down, g->place};
+                   g->w_gate_up, g->w_down, g->dw_gate_up, g->dw_down, g->h_first};
     for (void *p : all) {
         device_release(p);
     }
@@ -309,23 +309,24 @@ static void grouped_collect(const GroupedCase *c, GroupedDevice *g, int tensor, 
     free(host);
 }
 
-static void grouped_set_place(const GroupedDevice *g, int64_t place) {
-    CUDA_CHECK(cudaMemcpy(g->place, &place, sizeof(place), cudaMemcpyHostToDevice));
+// H from row `first` on of a buffer of which the first `kept` rows are the store
+static ChunkH grouped_h(const GroupedDevice *g, floatX *buffer, int64_t rows, int64_t kept, int64_t first) {
+    CUDA_CHECK(cudaMemcpy(g->h_first, &first, sizeof(first), cudaMemcpyHostToDevice));
+    ChunkH h = {buffer, rows, kept, g->h_first};
+    return h;
 }
 
-// H once more, into fresh buffers: the same bits in scratch; nothing is written if it is in the store
+// H once more, into a fresh buffer: the same bits in scratch; nothing is written if it is in the store
 static void grouped_check_recomputation(const GroupedCase *c, const GroupedDevice *g, RowChunk chunk,
                                         const floatX *was, bool in_store) {
-    int64_t n = (int64_t)chunk.rows * 3 * c->F, bytes = n * (int64_t)sizeof(floatX);
-    floatX *store = device_new<floatX>(n), *scratch = device_new<floatX>(n);
-    ChunkH h = {store, scratch, g->place};
+    int64_t R = chunk.rows, n = R * 3 * c->F, bytes = n * (int64_t)sizeof(floatX);
+    floatX *store = device_new<floatX>(2 * n), *scratch = store + n;
+    ChunkH h = grouped_h(g, store, 2 * R, R, in_store ? 0 : R);
     uint64_t untouched = device_hash(store, bytes);
-    grouped_set_place(g, in_store ? 0 : -1);
     grouped_up_forward(h, 1, g->x, g->w_gate_up, chunk, c->d, c->F, 0);
     CHECK(device_hash(store, bytes) == untouched);
     CHECK(device_hash(scratch, bytes) == (in_store ? untouched : device_hash(was, bytes)));
     device_release(store);
-    device_release(scratch);
 }
 
 // H from X, Y from the reference's H
@@ -333,23 +334,20 @@ static void grouped_run_forward(const GroupedCase *c, GroupedDevice *g, RowChunk
                                 bool in_store) {
     int d = c->d, F = c->F;
     int64_t R = chunk.rows, first = chunk.first, bytes = R * 3 * F * (int64_t)sizeof(floatX);
-    floatX *store = device_new<floatX>((R + 64) * 3 * F), *scratch = device_new<floatX>(R * 3 * F);
+    int64_t kept = R + 64, at = in_store ? 64 : kept;
+    floatX *store = device_new<floatX>((kept + R) * 3 * F), *scratch = store + kept * 3 * F;
     floatX *y = device_new<floatX>(R * d), *want_h = grouped_buffer(c, GROUPED_H, first, existing, R);
-    ChunkH h = {store, scratch, g->place};
-    ChunkH wanted = {in_store ? want_h : NULL, in_store ? NULL : want_h, g->place};
-    int64_t place = in_store ? 64 * 3 * F : -1;
-    floatX *here = in_store ? store + place : scratch, *other = in_store ? scratch : store;
+    floatX *here = store + at * 3 * F, *other = in_store ? scratch : store;
     uint64_t untouched = device_hash(other, bytes);
-    grouped_set_place(g, place);
+    ChunkH h = grouped_h(g, store, kept + R, kept, at);
     grouped_up_forward(h, 0, g->x, g->w_gate_up, chunk, d, F, 0);
     CHECK(device_hash(other, bytes) == untouched);
     grouped_collect(c, g, GROUPED_H, here, first, existing, R);
     grouped_check_recomputation(c, g, chunk, here, in_store);
-    grouped_set_place(g, in_store ? 0 : -1);
+    ChunkH wanted = grouped_h(g, want_h, R, in_store ? R : 0, 0);
     grouped_down_forward(y, wanted, g->w_down, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_Y, y, first, existing, R);
     device_release(store);
-    device_release(scratch);
     device_release(want_h);
     device_release(y);
 }
@@ -363,9 +361,8 @@ static void grouped_run_backward(const GroupedCase *c, GroupedDevice *g, RowChun
     floatX *dh_rows = grouped_buffer(c, GROUPED_DH, first, existing, R);
     floatX *dx = device_new<floatX>(R * d);
     float *partial = device_new<float>(R * tiles);
-    ChunkH h = {in_store ? h_rows : NULL, in_store ? NULL : h_rows, g->place};
-    ChunkH dh = {in_store ? dh_rows : NULL, in_store ? NULL : dh_rows, g->place};
-    grouped_set_place(g, in_store ? 0 : -1);
+    ChunkH h = grouped_h(g, h_rows, R, in_store ? R : 0, 0), dh = h;
+    dh.buffer = dh_rows;
     grouped_down_backward(h, partial, g->dy, g->w_down, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_DH, h_rows, first, existing, R);
     float *parts = fetch(partial, R * tiles);
@@ -539,11 +536,10 @@ static void test_grouped_far(void) {
            *h_end = device_new<floatX>(LAST * 3 * WIDTH);
     floatX *y_all = device_new<floatX>(ROWS * D), *y_end = device_new<floatX>(LAST * D);
     float *parts = device_new<float>(ROWS * tiles);
-    grouped_set_place(&g, -1);
     for (int i = 0; i < 2; i++) {
         floatX *y = i ? y_end : y_all;
         RowChunk chunk = i ? end : all;
-        ChunkH h = {NULL, i ? h_end : h_all, g.place};
+        ChunkH h = grouped_h(&g, i ? h_end : h_all, chunk.rows, 0, 0);
         grouped_up_forward(h, 0, g.x, g.w_gate_up, chunk, D, WIDTH, 0);
         grouped_down_forward(y, h, g.w_down, chunk, D, WIDTH, 0);
     }
@@ -552,7 +548,7 @@ static void test_grouped_far(void) {
     for (int i = 0; i < 2; i++) {
         floatX *y = i ? y_end : y_all;
         RowChunk chunk = i ? end : all;
-        ChunkH h = {NULL, i ? h_end : h_all, g.place};
+        ChunkH h = grouped_h(&g, i ? h_end : h_all, chunk.rows, 0, 0);
         grouped_down_backward(h, parts, g.dy, g.w_down, chunk, D, WIDTH, 0);
         grouped_up_backward(y, h, g.w_gate_up, chunk, D, WIDTH, 0);
     }
@@ -663,9 +659,9 @@ static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     b.partial = device_new<float>(R * grouped_dgate_tiles(s.F, test_kernels));
     CUDA_CHECK(cudaMemset(b.dw_gate_up, 0, (size_t)(2 * weight) * sizeof(float)));
     CUDA_CHECK(cudaMemset(b.dw_down, 0, (size_t)weight * sizeof(float)));
-    int64_t *place = device_new<int64_t>(1), zero = 0;
-    CUDA_CHECK(cudaMemcpy(place, &zero, sizeof(zero), cudaMemcpyHostToDevice));
-    ChunkH h = {b.h_rows, NULL, place};
+    int64_t *first = device_new<int64_t>(1), zero = 0;
+    CUDA_CHECK(cudaMemcpy(first, &zero, sizeof(zero), cudaMemcpyHostToDevice));
+    ChunkH h = {b.h_rows, R, R, first};
     b.h = h;
     b.plans = NEW(GemmPlans, 1);
     gemm_open(b.plans, device_new<char>(32 << 20), 32 << 20);
@@ -676,7 +672,7 @@ static void grouped_bench_close(GroupedBench *b) {
     const void *all[] = {b->chunk.offsets,
                          b->chunk.token_of_row,
                          b->chunk.gate_of_row,
-                         b->h.place,
+                         b->h.first,
                          b->x,
                          b->dy,
                          b->y,
