@@ -57,28 +57,6 @@ __host__ __device__ __forceinline__ floatX to_x(float x) {
 #endif
 }
 
-// 2^x to a relative 2^-22; -infinity gives 0. The library's exp2f spends three more instructions on denormals
-__device__ __forceinline__ float power_of_2(float x) {
-#ifdef EMULATED
-    return exp2f(x);
-#else
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
-// 1 / x to a relative 2^-23; of infinity 0
-__device__ __forceinline__ float reciprocal(float x) {
-#ifdef EMULATED
-    return 1.0f / x;
-#else
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
-}
-
 template <class T> __host__ __device__ __forceinline__ T ceil_div(T a, T b) {
     return (a + b - 1) / b;
 }

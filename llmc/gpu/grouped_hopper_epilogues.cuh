@@ -22,17 +22,13 @@ Formulas, with silu(g) = g s, s = sigmoid(g), of the rounded G and U:
 #ifndef GROUPED_HOPPER_EPILOGUES_CUH
 #define GROUPED_HOPPER_EPILOGUES_CUH
 
+#include "llmc/gpu/floats.cuh"
 #include "llmc/gpu/grouped_hopper_tiles.cuh"
-// defines: Variant, Tile, Arguments
+// defines: sigmoid_ftz; Variant, Tile, Arguments
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 namespace hopper {
-
-// 1 / (1 + 2^(-x log2 e)), two instructions of the special function unit: error 1e-6 or so
-__device__ __forceinline__ float sigmoid(float x) {
-    return reciprocal(1.0f + power_of_2(-1.44269504f * x));
-}
 
 // the first of this thread's two rows of the block's tile
 __device__ __forceinline__ int thread_row(int group) {
@@ -145,8 +141,8 @@ template <class V> struct SwigluForward : Held<V> {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             float low = low_half(v[0][j]), high = high_half(v[0][j]);
-            v[2][j] = pack2(gate[half] * low * sigmoid(low) * low_half(v[1][j]),
-                            gate[half] * high * sigmoid(high) * high_half(v[1][j]));
+            v[2][j] = pack2(gate[half] * low * sigmoid_ftz(low) * low_half(v[1][j]),
+                            gate[half] * high * sigmoid_ftz(high) * high_half(v[1][j]));
         }
         if (half == 0) { // until the last copy has left
             if (elect_one()) {
@@ -285,7 +281,7 @@ template <class V> struct SwigluBackward {
         float dG[2], dU[2], dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float s = sigmoid(G[i]), silu = G[i] * s, d = gate * da[i];
+            float s = sigmoid_ftz(G[i]), silu = G[i] * s, d = gate * da[i];
             dot += da[i] * silu * U[i];
             dG[i] = d * U[i] * (s + silu * (1.0f - s));
             dU[i] = d * silu;

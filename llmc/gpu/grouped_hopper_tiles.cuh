@@ -24,6 +24,7 @@ Errors: none.
 #define GROUPED_HOPPER_TILES_CUH
 
 #include "llmc/gpu/row_chunk.cuh"
+#include "llmc/gpu/sums.cuh"
 #include "llmc/gpu/wgmma.cuh"
 // defines: RowChunk, ChunkH, ROW_ALIGN; CUtensorMap, RingTurn, cluster_rank, BLOCK_BYTES
 
@@ -162,10 +163,7 @@ template <class V> __device__ __forceinline__ void make_plan(Plan plan, const Ar
         int rows = e < chunk.experts ? plan.row_start[e + 1] - plan.row_start[e] : 0;
         int m_tiles = V::WGRAD ? args.m_tiles : ceil_div<int>(rows, TILE_M);
         int items = rows > 0 ? items_of(V::CLUSTER, m_tiles, args.n_tiles) : 0;
-        for (int offset = 1; offset < 32; offset *= 2) {
-            int below = __shfl_up_sync(0xffffffffu, items, offset);
-            items += thread >= offset ? below : 0;
-        }
+        items = warp_prefix_sum(items);
         if (e < chunk.experts) {
             plan.item_start[e + 1] = before + items;
         }

@@ -61,10 +61,6 @@ __device__ __forceinline__ void eight_columns(float v[8], const WarpSums &sums, 
     }
 }
 
-__device__ __forceinline__ float sigmoid(float x) {
-    return __fdividef(1.0f, 1.0f + __expf(-x));
-}
-
 // C, rounded
 struct StoreRows {
     enum { NEIGHBOURS_IN_A_LANE = 1, ROWS = Shape::WARP_M / 8, GROUPS = Shape::WARP_N / Shape::GROUP };

@@ -10,6 +10,7 @@ read the same weights and the same rows, from L2. Errors: none.
 #include "llmc/gpu/cuda_common.cuh"
 #include "llmc/gpu/mma.cuh"
 #include "llmc/gpu/row_chunk.cuh"
+#include "llmc/gpu/sums.cuh"
 // defines: lane_id; RowChunk, ChunkH, ROW_ALIGN
 
 namespace portable {
@@ -91,11 +92,7 @@ template <bool BY_EXPERT> __device__ __forceinline__ void fill_table(TableRow *t
         int begin = chunk_row(chunk, chunk.offsets[min(e, E)]);
         int end = chunk_row(chunk, chunk.offsets[min(e + 1, E)]);
         int lines = BY_EXPERT && end > begin ? sizes.M : end - begin; // none behind the last expert
-        int own = ceil_div<int>(lines, Shape::M), sum = own;
-        for (int distance = 1; distance < 32; distance *= 2) {
-            int other = __shfl_up_sync(0xffffffffu, sum, distance);
-            sum += lane_id() >= distance ? other : 0;
-        }
+        int own = ceil_div<int>(lines, Shape::M), sum = warp_prefix_sum(own);
         if (e <= E) {
             table[e].tiles = before + sum - own;
             table[e].row = begin;

@@ -29,7 +29,7 @@ it in C++. Errors: a tensor map that the driver refuses ends the program.
 #ifndef HOPPER_CUH
 #define HOPPER_CUH
 
-#include "llmc/gpu/cuda_common.cuh"
+#include "llmc/gpu/mma.cuh"
 #include <cuda.h>
 // defines: CUtensorMap, cuTensorMapEncodeTiled's types (the function itself is looked up when needed)
 
@@ -151,10 +151,6 @@ __device__ __forceinline__ bool elect_one(void) {
     return elected != 0;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -246,12 +242,6 @@ __device__ __forceinline__ uint32_t cluster_rank(void) {
 // ----------------------------------------------------------------------------
 // copies
 
-// 16 bytes from global to shared memory; zeros if !valid (the address must be in bounds all the same)
-__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
 // what threads have written to shared memory (cp.async is theirs, too) becomes visible to wgmma and TMA
 __device__ __forceinline__ void fence_async_proxy(void) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -328,15 +318,6 @@ __device__ __forceinline__ void tma_wait_written(void) {
 
 // ----------------------------------------------------------------------------
 // shared memory by address; barriers between some of the block's warps
-
-// Four matrices of 8 x 8 bf16 numbers, v[j] of lane 4 g + t being row g, columns 2t and 2t + 1 of the j-th,
-// as in wgmma's results. Lane 8 j + r gives the address of row r of the j-th, 16 bytes
-__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(row)
-                 : "memory");
-}
 
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&v)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]),

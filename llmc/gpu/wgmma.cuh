@@ -164,11 +164,6 @@ __device__ __forceinline__ void wgmma(float (&acc)[32], const uint32_t (&a)[4], 
 // ----------------------------------------------------------------------------
 // accumulators become rows of bf16
 
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&pair);
-}
-
 __device__ __forceinline__ float low_half(uint32_t pair) {
     return __uint_as_float(pair << 16);
 }
