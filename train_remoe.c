@@ -303,6 +303,18 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     sgemm(0, 1, (int)N, d, d, a->att, d, w->o, d, a->mid, d, 1); // mid += att W_o^T
 }
 
+// the experts that a layer's pairs index
+static ExpertBank layer_bank(const Model *m, int l) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->params.weights.layers[l];
+    ExpertBank bank = {c->router.experts, c->hidden, c->ffn, w->gate_up, w->down, NULL, NULL};
+    if (m->params.grad != NULL) {
+        bank.dgate_up = m->params.grads.layers[l].gate_up;
+        bank.ddown = m->params.grads.layers[l].down;
+    }
+    return bank;
+}
+
 static Router router_in_force(const Model *m) {
     Router router = m->config.router;
     router.active = m->k;
@@ -323,8 +335,7 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
     dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
     copy_floats(out, a->mid, N * d);
-    experts_forward(out, a->h, a->ffn_normed, w->gate_up, w->down, &a->pairs, &a->dispatch, E, d, c->ffn,
-                    m->scratch);
+    experts_forward(out, a->h, a->ffn_normed, layer_bank(m, l), &a->pairs, &a->dispatch, m->scratch);
 }
 
 // ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
@@ -391,8 +402,8 @@ static void moe_block_backward(Model *m, int l, int64_t N, double reg_weight) {
     LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
     zero_floats(m->back.dnormed, N * d);
-    experts_backward(m->back.dnormed, m->back.dgate, g->gate_up, g->down, m->back.dx, a->ffn_normed, a->h,
-                     w->gate_up, w->down, &a->pairs, &a->dispatch, E, d, c->ffn, m->scratch);
+    experts_backward(m->back.dnormed, m->back.dgate, m->back.dx, a->ffn_normed, a->h, layer_bank(m, l),
+                     &a->pairs, &a->dispatch, m->scratch);
     if (w->router != NULL) {
         router_backward(m->back.drouter, m->back.dgate, &a->pairs, a->router_logits, a->pairs.counts, N,
                         router_in_force(m), c->layers, reg_weight);

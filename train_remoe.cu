@@ -83,6 +83,19 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
          m->stream); // x + att W_o^T
 }
 
+// the experts that a layer's pairs index
+static DeviceBank layer_bank(const Model *m, int l) {
+    const Config *c = &m->config;
+    const LayerWeights *w = &m->params.weights.layers[l];
+    DeviceBank bank = {c->router.experts,   c->hidden, c->ffn, working(m, w->gate_up),
+                       working(m, w->down), NULL,      NULL};
+    if (m->params.grad != NULL) {
+        bank.dgate_up = m->params.grads.layers[l].gate_up;
+        bank.ddown = m->params.grads.layers[l].down;
+    }
+    return bank;
+}
+
 static Router router_in_force(const Model *m) {
     Router router = m->config.router;
     router.active = m->k;
@@ -126,8 +139,8 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
     dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
     arena_place(&m->routing.arena, l, a->dispatch, m->stream);
     mark(m, "experts forward");
-    CombineChunk sums = experts_forward(a->ffn_normed, working(m, w->gate_up), working(m, w->down), a->pairs,
-                                        a->dispatch, &m->routing.arena, l, N, d, c->ffn, m->stream);
+    CombineChunk sums = experts_forward(a->ffn_normed, layer_bank(m, l), a->pairs, a->dispatch,
+                                        &m->routing.arena, l, N, m->stream);
     mark(m, "combine and norms");
     LayerOut out = layer_out(m, l);
     dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid, sums, out.norm, N, d,
@@ -212,9 +225,8 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         rmsnorm_again(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, m->stream);
     }
     mark(m, "experts backward");
-    CombineChunk sums = experts_backward(m->back.dgate, g->gate_up, g->down, m->fresh, m->back.dx,
-                                         a->ffn_normed, working(m, w->gate_up), working(m, w->down), a->pairs,
-                                         a->dispatch, &m->routing.arena, l, N, d, c->ffn, m->stream);
+    CombineChunk sums = experts_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh,
+                                         a->pairs, a->dispatch, &m->routing.arena, l, N, m->stream);
     mark(m, "router and dispatch");
     const floatX *router = w->router != NULL ? working(m, w->router) : NULL;
     if (router != NULL) {

@@ -20,11 +20,11 @@ experts_backward of experts.h; like there no expert's output and no gathered row
       dX' -------------> dispatch_combine       dx_t = residual_t + sum_p dX'[row]     combine
       parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
 
-where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), dH = [dG | dU], and --rows--> is a
-gather that the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
-has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
-combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F]
-floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of 8. Before:
+where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), dH = [dG | dU], and --rows--> is
+a gather that the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the
+caller, who has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what
+is to be combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; the bank's weights floatX,
+their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of 8. Before:
 dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.
 */
 #ifndef EXPERTS_CUH
@@ -35,6 +35,12 @@ dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow 
 #include "llmc/gpu/dispatch_rmsnorm.cuh"
 #include "llmc/gpu/grouped_gemm.cuh"
 // defines: RowChunk, ChunkH, arena_chunk, arena_h; dispatch_combine; CombineChunk; grouped_*
+
+typedef struct { // as ExpertBank of experts.h
+    int E, d, F;
+    const floatX *gate_up, *down; // [E, 2F, d], [E, d, F]
+    float *dgate_up, *ddown;      // the same shapes; NULL without training
+} DeviceBank;
 
 // Adds the chunk's rows (Y or dX') to their tokens' sums; the last chunk's are left
 static inline void experts_combine(const Arena *arena, DevicePairs pairs, DeviceDispatch dispatch,
@@ -53,14 +59,15 @@ static inline CombineChunk experts_last_chunk(const Arena *arena, DevicePairs pa
 }
 
 // returns what sums to the experts' output
-static inline CombineChunk experts_forward(const floatX *x, const floatX *w_gate_up, const floatX *w_down,
-                                           DevicePairs pairs, DeviceDispatch dispatch, Arena *arena,
-                                           int layer, int N, int d, int F, cudaStream_t stream) {
+static inline CombineChunk experts_forward(const floatX *x, DeviceBank bank, DevicePairs pairs,
+                                           DeviceDispatch dispatch, Arena *arena, int layer, int N,
+                                           cudaStream_t stream) {
+    int d = bank.d, F = bank.F;
     for (int c = 0; c < arena->planned[layer]; c++) {
         RowChunk chunk = arena_chunk(arena, dispatch, c);
         ChunkH h = arena_h(arena, layer, c);
-        grouped_up_forward(h, 0, x, w_gate_up, chunk, d, F, stream);       // gate silu(G) U
-        grouped_down_forward(arena->rows, h, w_down, chunk, d, F, stream); // Y = (gate A) W_down^T
+        grouped_up_forward(h, 0, x, bank.gate_up, chunk, d, F, stream);       // gate silu(G) U
+        grouped_down_forward(arena->rows, h, bank.down, chunk, d, F, stream); // Y = (gate A) W_down^T
         experts_combine(arena, pairs, dispatch, chunk, c == arena->planned[layer] - 1, N, d, stream);
     }
     return experts_last_chunk(arena, pairs, dispatch, layer);
@@ -87,27 +94,26 @@ static inline void experts_clear_unused(float *dw, DeviceDispatch dispatch, int 
            size);
 }
 
-// dw += ...; fresh: dw = ..., whatever was there. dgate [P] is overwritten; H is spent. Returns what sums to the
-// gradient of x
-static inline CombineChunk experts_backward(float *dgate, float *dw_gate_up, float *dw_down, int fresh,
-                                            const floatX *dy, const floatX *x, const floatX *w_gate_up,
-                                            const floatX *w_down, DevicePairs pairs, DeviceDispatch dispatch,
-                                            Arena *arena, int layer, int N, int d, int F,
-                                            cudaStream_t stream) {
+// the bank's gradients += ...; fresh: = ..., whatever was there. dgate [P] is overwritten; H is spent.
+// Returns what sums to the gradient of x
+static inline CombineChunk experts_backward(float *dgate, const floatX *dy, const floatX *x, DeviceBank bank,
+                                            int fresh, DevicePairs pairs, DeviceDispatch dispatch,
+                                            Arena *arena, int layer, int N, cudaStream_t stream) {
+    int d = bank.d, F = bank.F;
     if (fresh) {
-        experts_clear_unused(dw_gate_up, dispatch, arena->E, 2 * (int64_t)F * d, stream);
-        experts_clear_unused(dw_down, dispatch, arena->E, (int64_t)F * d, stream);
+        experts_clear_unused(bank.dgate_up, dispatch, bank.E, 2 * (int64_t)F * d, stream);
+        experts_clear_unused(bank.ddown, dispatch, bank.E, (int64_t)F * d, stream);
     }
     for (int c = 0; c < arena->planned[layer]; c++) {
         RowChunk chunk = arena_chunk(arena, dispatch, c);
         ChunkH h = arena_h(arena, layer, c);
         chunk.fresh = fresh;
         float *partial = arena->dgate_partial;
-        grouped_up_forward(h, 1, x, w_gate_up, chunk, d, F, stream);         // H, if it is not kept
-        grouped_down_backward(h, partial, dy, w_down, chunk, d, F, stream);  // dG, dU, parts of <dA', A>
-        grouped_down_wgrad(dw_down, dy, h, chunk, d, F, stream);             // dW_down += dO'^T (gate A)
-        grouped_up_wgrad(dw_gate_up, h, x, chunk, d, F, stream);             // dW_gate_up += dH^T X'
-        grouped_up_backward(arena->rows, h, w_gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
+        grouped_up_forward(h, 1, x, bank.gate_up, chunk, d, F, stream);         // H, if it is not kept
+        grouped_down_backward(h, partial, dy, bank.down, chunk, d, F, stream);  // dG, dU, parts of <dA', A>
+        grouped_down_wgrad(bank.ddown, dy, h, chunk, d, F, stream);             // dW_down += dO'^T (gate A)
+        grouped_up_wgrad(bank.dgate_up, h, x, chunk, d, F, stream);             // dW_gate_up += dH^T X'
+        grouped_up_backward(arena->rows, h, bank.gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
         experts_combine(arena, pairs, dispatch, chunk, c == arena->planned[layer] - 1, N, d, stream);
         dispatch_dgate(dgate, partial, arena->dgate_tiles, pairs, dispatch, N, arena->E, chunk.first,
                        chunk.rows, stream);

@@ -10,8 +10,9 @@ SwiGLU experts over the dispatched rows (Shazeer, 2020).
               dx_t += sum_p dX'[row_of_pair p]
 
 with silu(g) = g sigmoid(g), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g))). x, y, dx, dy [N, d]; h [P, 2F]
-(gate columns first); w_gate_up [E, 2F, d]; w_down [E, d, F]; P rows sorted by expert (dispatch.h). Without
-routing (one expert, every gate 1) this is the dense SwiGLU layer.
+(gate columns first); P rows sorted by expert (dispatch.h). W_gate_up [E, 2F, d] and W_down [E, d, F] are a
+bank of E experts: the experts of the pair list index it, wherever its weights come from and their gradients
+go to. Without routing (one expert, every gate 1) this is the dense SwiGLU layer.
 */
 #ifndef EXPERTS_H
 #define EXPERTS_H
@@ -19,6 +20,12 @@ routing (one expert, every gate 1) this is the dense SwiGLU layer.
 #include "llmc/dispatch.h"
 #include "llmc/fast_exp.h"
 #include "llmc/matmul.h"
+
+typedef struct {
+    int E, d, F;
+    const float *gate_up, *down; // [E, 2F, d], [E, d, F]
+    float *dgate_up, *ddown;     // the same shapes; NULL without training
+} ExpertBank;
 
 // a[P, F] = silu(h[:, :F]) * h[:, F:]
 static inline void swiglu_forward(float *a, const float *h, int64_t P, int F) {
@@ -57,29 +64,29 @@ static inline void swiglu_backward(float *h, float *da, float *dgate, const floa
 }
 
 // y += the experts' weighted sum; keeps h; scratch holds at least P * (d + F) floats
-static inline void experts_forward(float *y, float *h, const float *x, const float *w_gate_up,
-                                   const float *w_down, const PairList *pairs, const Dispatch *dispatch,
-                                   int E, int d, int F, float *scratch) {
+static inline void experts_forward(float *y, float *h, const float *x, ExpertBank bank, const PairList *pairs,
+                                   const Dispatch *dispatch, float *scratch) {
     int64_t P = pairs->num_pairs;
+    int E = bank.E, d = bank.d, F = bank.F;
     if (P == 0) {
         return; // h and scratch may have no memory yet
     }
     float *rows = scratch; // X', then Y
     float *a = scratch + P * d;
     dispatch_gather(rows, x, dispatch, P, d);
-    matmul_grouped_forward(h, rows, w_gate_up, dispatch->offsets, E, d, 2 * F);
+    matmul_grouped_forward(h, rows, bank.gate_up, dispatch->offsets, E, d, 2 * F);
     swiglu_forward(a, h, P, F);
-    matmul_grouped_forward(rows, a, w_down, dispatch->offsets, E, F, d);
+    matmul_grouped_forward(rows, a, bank.down, dispatch->offsets, E, F, d);
     dispatch_combine(y, rows, pairs, pairs->gate, dispatch, d);
 }
 
-// dx += ...; dgate [P], in the pair list's order, is overwritten; h is spent; scratch as in the forward plus
-// P floats
-static inline void experts_backward(float *dx, float *dgate, float *dw_gate_up, float *dw_down,
-                                    const float *dy, const float *x, float *h, const float *w_gate_up,
-                                    const float *w_down, const PairList *pairs, const Dispatch *dispatch,
-                                    int E, int d, int F, float *scratch) {
+// dx += ..., the bank's gradients += ...; dgate [P], in the pair list's order, is overwritten; h is spent;
+// scratch as in the forward plus P floats
+static inline void experts_backward(float *dx, float *dgate, const float *dy, const float *x, float *h,
+                                    ExpertBank bank, const PairList *pairs, const Dispatch *dispatch,
+                                    float *scratch) {
     int64_t P = pairs->num_pairs;
+    int E = bank.E, d = bank.d, F = bank.F;
     const int64_t *offsets = dispatch->offsets;
     if (P == 0) {
         return;
@@ -88,12 +95,12 @@ static inline void experts_backward(float *dx, float *dgate, float *dw_gate_up, 
     float *a = rows + P * d;
     float *dgate_of_row = a + P * F;
     dispatch_gather(rows, dy, dispatch, P, d);
-    matmul_grouped_backward(a, NULL, rows, NULL, w_down, offsets, E, F, d);    // dA'
-    swiglu_backward(h, a, dgate_of_row, dispatch->gate_of_row, P, F);          // a = gate A, h = dH
-    matmul_grouped_backward(NULL, dw_down, rows, a, w_down, offsets, E, F, d); // (gate A)^T dO'
+    matmul_grouped_backward(a, NULL, rows, NULL, bank.down, offsets, E, F, d);       // dA'
+    swiglu_backward(h, a, dgate_of_row, dispatch->gate_of_row, P, F);                // a = gate A, h = dH
+    matmul_grouped_backward(NULL, bank.ddown, rows, a, bank.down, offsets, E, F, d); // (gate A)^T dO'
     dispatch_gather(rows, x, dispatch, P, d);
-    matmul_grouped_backward(NULL, dw_gate_up, h, rows, w_gate_up, offsets, E, d, 2 * F);
-    matmul_grouped_backward(rows, NULL, h, NULL, w_gate_up, offsets, E, d, 2 * F); // dX'
+    matmul_grouped_backward(NULL, bank.dgate_up, h, rows, bank.gate_up, offsets, E, d, 2 * F);
+    matmul_grouped_backward(rows, NULL, h, NULL, bank.gate_up, offsets, E, d, 2 * F); // dX'
     dispatch_combine(dx, rows, pairs, NULL, dispatch, d);
     for (int64_t p = 0; p < P; p++) {
         dgate[p] = dgate_of_row[dispatch->row_of_pair[p]];

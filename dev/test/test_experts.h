@@ -74,9 +74,9 @@ static void experts_run(ExpertsRun *run, const PairList *pairs, int E, int F, fl
     }
     dispatch_init(&dispatch, E);
     dispatch_sort(&dispatch, pairs, E);
-    experts_forward(run->y, h, run->x, run->gate_up, run->down, pairs, &dispatch, E, EXPERTS_D, F, scratch);
-    experts_backward(run->dx, run->dgate, run->dgate_up, run->ddown, run->dy, run->x, h, run->gate_up,
-                     run->down, pairs, &dispatch, E, EXPERTS_D, F, scratch);
+    ExpertBank bank = {E, EXPERTS_D, F, run->gate_up, run->down, run->dgate_up, run->ddown};
+    experts_forward(run->y, h, run->x, bank, pairs, &dispatch, scratch);
+    experts_backward(run->dx, run->dgate, run->dy, run->x, h, bank, pairs, &dispatch, scratch);
     dispatch_free(&dispatch);
     free(scratch);
     free(h);

@@ -49,11 +49,10 @@ static void cuda_experts_reference(ExpertsCase *c, float *const *host) {
     }
     memcpy(c->want[EXPERTS_Y], host[1], (size_t)c->size[EXPERTS_Y] * sizeof(float));
     memcpy(c->want[EXPERTS_DX], host[1], (size_t)c->size[EXPERTS_DX] * sizeof(float));
-    experts_forward(c->want[EXPERTS_Y], h, host[0], host[3], host[4], &c->pairs.host, &c->pairs.host_dispatch,
-                    s.E, s.d, s.F, scratch);
-    experts_backward(c->want[EXPERTS_DX], c->want[EXPERTS_DGATE], c->want[EXPERTS_DGATE_UP],
-                     c->want[EXPERTS_DDOWN], host[2], host[0], h, host[3], host[4], &c->pairs.host,
-                     &c->pairs.host_dispatch, s.E, s.d, s.F, scratch);
+    ExpertBank bank = {s.E, s.d, s.F, host[3], host[4], c->want[EXPERTS_DGATE_UP], c->want[EXPERTS_DDOWN]};
+    experts_forward(c->want[EXPERTS_Y], h, host[0], bank, &c->pairs.host, &c->pairs.host_dispatch, scratch);
+    experts_backward(c->want[EXPERTS_DX], c->want[EXPERTS_DGATE], host[2], host[0], h, bank, &c->pairs.host,
+                     &c->pairs.host_dispatch, scratch);
     free(h);
     free(scratch);
 }
@@ -128,6 +127,11 @@ static void cuda_experts_combine(floatX *to, const ExpertsCase *c, CombineChunk 
                      c->shape.d, sums.first, sums.chunk_rows, 1, stream);
 }
 
+static DeviceBank cuda_experts_bank(const ExpertsCase *c) {
+    DeviceBank bank = {c->shape.E, c->shape.d, c->shape.F, c->gate_up, c->down, c->dgate_up, c->ddown};
+    return bank;
+}
+
 // both layers are placed, so that the one that is computed does not begin at the store's beginning
 static void cuda_experts_forward(ExpertsCase *c, Arena *arena, cudaStream_t stream) {
     ExpertsShape s = c->shape;
@@ -135,8 +139,8 @@ static void cuda_experts_forward(ExpertsCase *c, Arena *arena, cudaStream_t stre
     for (int l = 0; l < EXPERTS_LAYERS; l++) {
         arena_place(arena, l, c->pairs.dispatch, stream);
     }
-    CombineChunk sums = experts_forward(c->x, c->gate_up, c->down, c->pairs.pairs, c->pairs.dispatch, arena,
-                                        EXPERTS_LAYER, s.N, s.d, s.F, stream);
+    CombineChunk sums = experts_forward(c->x, cuda_experts_bank(c), c->pairs.pairs, c->pairs.dispatch, arena,
+                                        EXPERTS_LAYER, s.N, stream);
     cuda_experts_combine(c->y, c, sums, stream);
 }
 
@@ -145,9 +149,8 @@ static void cuda_experts_backward(ExpertsCase *c, Arena *arena, cudaStream_t str
     ExpertsShape s = c->shape;
     CUDA_CHECK(cudaMemsetAsync(c->dgate_up, 0xff, (size_t)c->size[EXPERTS_DGATE_UP] * sizeof(float), stream));
     CUDA_CHECK(cudaMemsetAsync(c->ddown, 0xff, (size_t)c->size[EXPERTS_DDOWN] * sizeof(float), stream));
-    CombineChunk sums =
-        experts_backward(c->dgate, c->dgate_up, c->ddown, 1, c->dy, c->x, c->gate_up, c->down, c->pairs.pairs,
-                         c->pairs.dispatch, arena, EXPERTS_LAYER, s.N, s.d, s.F, stream);
+    CombineChunk sums = experts_backward(c->dgate, c->dy, c->x, cuda_experts_bank(c), 1, c->pairs.pairs,
+                                         c->pairs.dispatch, arena, EXPERTS_LAYER, s.N, stream);
     cuda_experts_combine(c->dx, c, sums, stream);
 }
 
