@@ -30,7 +30,7 @@ that the vocabulary does not have, dies naming file, position and remedy.
 #define SHARD_MAGIC 20240520
 #define SHARD_VERSION 1
 #define SHARD_HEADER_BYTES 1024
-#define DATALOADER_HINT "make sample, or name your own shards with --train-data and --val-data"
+#define DATALOADER_HINT "make sample-data, or name your own shards with --train-data and --val-data"
 
 static inline char *dataloader_copy(const char *text) {
     size_t size = strlen(text) + 1;
