@@ -1,5 +1,5 @@
 /*
-manifest.json, the last file that build/tokenize writes: what was asked for, documents, tokens and bytes a
+manifest.json, the last file that build/tokenize writes: what was asked for, documents, tokens and bytes per
 domain, and the shards with their SHA-256. A folder that holds it is finished; the same command given again,
 on input that has not changed, does nothing.
 

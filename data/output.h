@@ -5,7 +5,7 @@ A shard is NAME.partial until it is full or the input ends. Every few seconds wh
 durable, and then tokenize.state.json (state.h) says how far it goes. After a crash the partial files are cut
 to the sizes that stand there; the result is the same as without the crash.
     train_000000.bin, ...          training shards, all domains in the order of the input
-    train_DOMAIN.000000.bin, ...   the same a domain (--split-domains)
+    train_DOMAIN.000000.bin, ...   the same per domain (--split-domains)
     val.DOMAIN.bin                 a domain's validation shard
     unreadable.txt                 the records that are no documents
 

@@ -1,5 +1,5 @@
 /*
-tokenize.state.json: how far the partial files go (input position, tokens and documents a domain), so that a
+tokenize.state.json: how far the partial files go (input position, tokens and documents per domain), so that a
 run that was killed goes on from there.
 
     {"job", "complete", "file", "offset", "line",     the position in the input (corpus.h)

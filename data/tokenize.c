@@ -195,9 +195,8 @@ static void refuse_no_document(Output *out) {
     }
     fclose(out->unreadable_file);
     output_rename(out, "unreadable.txt");
-    die("none of the %lld records is a document: %s/unreadable.txt says why\n  ---> if the text has another "
-        "name "
-        "than \"text\", give it: --text-key NAME",
+    die("none of the %lld records is a document: %s/unreadable.txt says why\n"
+        "  ---> if the text has another name than \"text\", give it: --text-key NAME",
         (long long)out->unreadable, out->dir);
 }
 
@@ -243,8 +242,8 @@ static void report_mix(const Output *out) {
     for (int i = 0; i < out->domain_count; i++) {
         const Domain *d = &out->domains[i];
         if (d->train_tokens > 0) {
-            printf("%s%s/%s*.bin:%.4f", separator, out->dir, d->train.prefix,
-                   (double)d->train_tokens / total);
+            double weight = (double)d->train_tokens / total;
+            printf("%s%s/%s*.bin:%.4f", separator, out->dir, d->train.prefix, weight < 1e-4 ? 1e-4 : weight);
             separator = ",";
         }
     }
@@ -280,28 +279,24 @@ static void report(Output *out) {
 // the command line
 
 static void print_help(void) {
-    printf(
-        "Text to token shards for ./train_remoe.\n\n"
-        "  build/tokenize [options] INPUT...\n\n"
-        "  INPUT is FILE.jsonl or FILE.ndjson (a document a line), any other file of text, either with .zst "
-        "behind,\n"
-        "  a folder of them, or - (JSON Lines from standard input)\n\n"
-        "  --tokenizer DIR      folder with vocab.json and merges.txt (required)\n"
-        "  --out DIR            folder for the shards (required); an unfinished run there goes on\n"
-        "  --text-key NAME      the name of the text in JSON Lines (text)\n"
-        "  --shard-tokens N     tokens a training shard (100000000)\n"
-        "  --split-domains      training shards a domain, so that each can be given a weight. The domain is\n"
-        "                       meta.pile_set_name in JSON Lines, else the name of the file or of the folder "
-        "given\n"
-        "  --val-fraction X     part of the documents that goes to validation (0.01); of a domain with two, "
-        "at\n"
-        "                       least one, unless X is 0\n"
-        "  --text-bytes N       cut text at the first blank line behind so many bytes (16384; 0: one "
-        "document a\n"
-        "                       file). <|endoftext|> ends a document, too\n"
-        "  --save-seconds N     make the work so far durable this often (10)\n"
-        "  --threads N          threads (0: one a core)\n"
-        "  --help\n");
+    printf("Text to token shards for ./train_remoe.\n\n"
+           "  build/tokenize [options] INPUT...\n\n"
+           "INPUT is FILE.jsonl or FILE.ndjson (a document per line), any other file of text, a folder of\n"
+           "them, or - (JSON Lines from standard input). JSON Lines and FILE.txt may have .zst behind.\n\n"
+           "  --tokenizer DIR      folder with vocab.json and merges.txt (required)\n"
+           "  --out DIR            folder for the shards (required); an unfinished run there goes on\n"
+           "  --text-key NAME      the name of the text in JSON Lines (text)\n"
+           "  --shard-tokens N     tokens per training shard (100000000)\n"
+           "  --split-domains      training shards per domain, so that each can be given a weight. The\n"
+           "                       domain is meta.pile_set_name in JSON Lines, else the name of the\n"
+           "                       file, or of the folder that was given\n"
+           "  --val-fraction X     part of the documents that goes to validation (0.01); of a domain\n"
+           "                       with two documents at least one, unless X is 0\n"
+           "  --text-bytes N       cut text at the first blank line behind so many bytes (16384; 0: one\n"
+           "                       document per file). <|endoftext|> ends a document, too\n"
+           "  --save-seconds N     make the work so far durable this often (10)\n"
+           "  --threads N          threads (0: one per core)\n"
+           "  --help\n");
 }
 
 static double parse_fraction(const char *name, const char *text) {

@@ -164,11 +164,9 @@ static void count_record(const Corpus *corpus, const CorpusRecord *record, Worke
     Document document;
     const Input *input = &corpus->inputs->files[record->file];
     if (!document_parse(input, worker->text_key, record, &worker->arena, &document, error, sizeof(error))) {
-        int64_t listed;
-#pragma omp atomic capture
-        listed = (*worker->listed)++;
         worker->unreadable++;
-        if (listed < LISTED_UNREADABLE) {
+#pragma omp critical(warnings) // two at once would share a line
+        if (++*worker->listed <= LISTED_UNREADABLE) {
             warn("%s, line %lld is no document: %s", input->path, (long long)record->line, error);
         }
         return;
@@ -538,19 +536,18 @@ static void write_vocabulary(const char *dir, const Token *tokens, int n) {
 // the command line
 
 static void print_help(void) {
-    printf(
-        "Trains a byte-level BPE vocabulary: vocab.json and merges.txt.\n\n"
-        "  build/train_tokenizer [options] INPUT...\n\n"
-        "  INPUT is FILE.jsonl or FILE.ndjson (a document a line), any other file of text, either with .zst "
-        "behind,\n"
-        "  a folder of them, or - (JSON Lines from standard input)\n\n"
-        "  --vocab-size N   tokens, with the 256 bytes and %s (2048)\n"
-        "  --out DIR        folder for the two files (required)\n"
-        "  --text-key NAME  the name of the text in JSON Lines (text)\n"
-        "  --text-bytes N   cut text at the first blank line behind so many bytes (16384; 0: one document)\n"
-        "  --threads N      threads (0: one a core)\n"
-        "  --help\n",
-        TOKENIZER_EOT);
+    printf("Trains a byte-level BPE vocabulary: vocab.json and merges.txt.\n\n"
+           "  build/train_tokenizer [options] INPUT...\n\n"
+           "INPUT is FILE.jsonl or FILE.ndjson (a document per line), any other file of text, a folder of\n"
+           "them, or - (JSON Lines from standard input). JSON Lines and FILE.txt may have .zst behind.\n\n"
+           "  --vocab-size N   tokens, with the 256 bytes and %s (2048)\n"
+           "  --out DIR        folder for the two files (required)\n"
+           "  --text-key NAME  the name of the text in JSON Lines (text)\n"
+           "  --text-bytes N   cut text at the first blank line behind so many bytes (16384; 0: one\n"
+           "                   document per file)\n"
+           "  --threads N      threads (0: one per core)\n"
+           "  --help\n",
+           TOKENIZER_EOT);
 }
 
 static void parse_settings(Settings *s, int argc, char **argv) {
@@ -594,11 +591,13 @@ int main(int argc, char **argv) {
     const WordCounts *counts = &workers->counts;
     fprintf(stderr, "%.1f MB, %lld documents, %zu distinct words\n", (double)workers->bytes / 1e6,
             (long long)workers->documents, counts->n);
-    if (workers->documents == 0) {
-        die("there is no document in the input, and %lld records are none\n  ---> name files with text, and "
-            "its "
-            "name in JSON Lines: build/train_tokenizer --help",
+    if (workers->documents == 0 && workers->unreadable > 0) {
+        die("none of the %lld records is a document\n"
+            "  ---> if the text has another name than \"text\", give it: --text-key NAME",
             (long long)workers->unreadable);
+    }
+    if (workers->documents == 0) {
+        die("there is no document in the input\n  ---> name files with text: build/train_tokenizer --help");
     }
     Token *tokens = NEW(Token, s.vocab_size);
     int n = train(counts, tokens, (int)s.vocab_size);

@@ -446,7 +446,7 @@ refused 1 "none of the 135 records is a document" $tokenize --tokenizer $here/vo
 check "no text: no manifest, and unreadable.txt says why" $?
 $tokenize --tokenizer $here/vocabulary --text-key content --out $here/content $here/content.jsonl >$here/output 2>&1
 check "the same folder takes the command that is right" $?
-refused 1 "135 records are none" $train --out $here/x $here/content.jsonl
+refused 1 "none of the 135 records is a document" $train --out $here/x $here/content.jsonl
 [ "$(grep -c 'line .* is no document' $here/output)" = 10 ]
 check "the first ten are named" $?
 $train --vocab-size 1024 --text-key content --out $here/content_vocabulary $here/content.jsonl >$here/output 2>&1 &&
