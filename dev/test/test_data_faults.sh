@@ -266,12 +266,12 @@ check "standard input, the same again" $?
 refused 1 "or of other input" sh -c "$two --out $here/k - <$here/p2.jsonl"
 
 # --- names of any bytes
-odd="$here/caf$(printf '\351') \\x41"
+odd="$here/caf$(printf '\351') \\x41 [1]*,a:3"
 mkdir "$odd"
 cp $here/p1.jsonl "$odd/p1.jsonl"
 fault kill 60 $two --out "$odd/out" "$odd/p1.jsonl"
 [ -f "$odd/out/tokenize.state.json" ] && $two --out "$odd/out" "$odd/p1.jsonl" >$here/output 2>&1 &&
-    grep -q "going on" $here/output && grep -qF 'caf\\xE9 \\x5Cx41/p1.jsonl' "$odd/out/manifest.json" &&
+    grep -q "going on" $here/output && grep -qF 'caf\\xE9 \\x5Cx41 [1]*,a:3/p1.jsonl' "$odd/out/manifest.json" &&
     $two --out "$odd/out" "$odd/p1.jsonl" >$here/output 2>&1 && grep -q "finished by" $here/output
 check "a path that is no UTF-8: killed, gone on with, and found finished" $?
 
@@ -555,6 +555,7 @@ if [ -x train_remoe ]; then
     refused 1 "holds another comparison" side_by_side "$tiny" hash out other.jsonl
     refused 1 "holds another comparison" side_by_side "$tiny --seed 3" hash out mine.jsonl
     refused 1 "holds no comparison" side_by_side "$tiny" hash before/data mine.jsonl
+    refused 1 "means something in --train-data" side_by_side "$tiny" hash 'out[1]' mine.jsonl
     refused 1 "no file or folder data/sample.jsonl" side_by_side "$tiny" hash out2 data/sample.jsonl
     refused 1 "the trainer failed with --router relu" side_by_side "--layers -1" relu out3 mine.jsonl
     rm $here/elsewhere/out/hash.done
