@@ -446,6 +446,14 @@ refused 1 "none of the 135 records is a document" $tokenize --tokenizer $here/vo
 check "no text: no manifest, and unreadable.txt says why" $?
 $tokenize --tokenizer $here/vocabulary --text-key content --out $here/content $here/content.jsonl >$here/output 2>&1
 check "the same folder takes the command that is right" $?
+sed 's/"text": /"content": /' $here/a.jsonl >$here/content.jsonl # so many that states are written
+for i in 1 2; do
+    refused 1 "none of the 8100 records is a document" $two --out $here/content2 $here/content.jsonl
+done
+killed '"unreadable": [1-9]' $two --out $here/k $here/content.jsonl
+$two --text-key content --out $here/k $here/content.jsonl >$here/output 2>&1
+check "a run that was killed before its first document binds no other" $?
+sed 's/"text": /"content": /' data/sample.jsonl >$here/content.jsonl
 refused 1 "none of the 135 records is a document" $train --out $here/x $here/content.jsonl
 [ "$(grep -c 'line .* is no document' $here/output)" = 10 ]
 check "the first ten are named" $?
@@ -461,7 +469,7 @@ printf 'read me\n' >$here/tree/docs/README
 printf 'hidden\n' >$here/tree/.git/HEAD
 printf 'PNG\000\001' >$here/tree/docs/image.png
 printf '[{"text": "x"}]' >$here/tree/docs/data.json
-printf '{"text": "line"}\n{"text": "named", "meta": {"pile_set_name": "Own Name"}}\n' >$here/tree/docs/more.jsonl
+printf '{"text": "line"}\n{"text": "named", "meta": {"pile_set_name": "Own Name"}}\n{}\n' >$here/tree/docs/more.jsonl
 : >$here/tree/docs/nothing
 ln -s .. $here/tree/docs/circle
 ln -s nowhere $here/tree/docs/dangling
@@ -472,12 +480,12 @@ grep -q "2 files of the folders are left out.*data.json" $here/output &&
     grep -q '"name": "own_name", "documents": 1' $here/tree/out/manifest.json &&
     grep -q '"name": "src", "documents": 2' $here/tree/out/manifest.json
 check "folders: what is text in them, and its domains" $?
-for command in $tokenize "$tokenize --threads 1"; do # the shards in the folder are no input
-    $command --tokenizer $here/vocabulary --val-fraction 0 --out $here/tree/out2 $here/tree >$here/output 2>&1
-    check "a folder that holds the output" $?
-    grep -q "finished by" $here/output || rm -rf $here/tree/out
+rm -r $here/tree/out
+for i in 1 2; do # what it wrote, unreadable.txt too, is no input
+    $tokenize --tokenizer $here/vocabulary --val-fraction 0 --out $here/tree/out2 $here/tree >$here/output 2>&1
+    check "a folder that holds the output, time $i" $?
 done
-grep -q "finished by" $here/output
+grep -q "finished by" $here/output && [ -e $here/tree/out2/unreadable.txt ]
 check "a folder that holds the output: the same input again" $?
 refused 1 "holds no text" $tokenize --tokenizer $here/vocabulary --out $here/tree/out2 $here/tree/out2
 $train --vocab-size 300 --out $here/tree_vocabulary $here/tree >$here/output 2>&1
