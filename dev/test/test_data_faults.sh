@@ -219,6 +219,22 @@ go_on && grep -q 'going on at .*p2.jsonl, line [0-9]*$' $here/output
 check "a killed run goes on where it was" $?
 mv $here/r $here/undisturbed
 
+edited() { # edited SED-SCRIPT TEXT: the state, edited, is refused
+    rm -rf $here/e
+    cp -r $here/killed $here/e
+    sed "$1" $here/killed/tokenize.state.json >$here/e/tokenize.state.json
+    refused 1 "$2" $two --out $here/e $parts
+}
+edited 's/"file": 1/"file": 4/' '"file" is no number from 0 to 3'
+edited 's/"file": 1/"file": 3000000000/' '"file" is no number from 0 to 3'
+edited 's/"offset": /&9999999/' 'is shorter than it was'
+edited 's/"val": /&99999999999/' '"val" is no number from 0 to 2147483647'
+edited 's/"train": /&-/' '"train" is no number'
+edited 's/"train": [0-9]/&999999999/' 'cannot rename\|is shorter than'
+edited 's/"name": "python"/"name": "..\/python"/' "is no domain"
+edited 's/"name": "python"/"name": "c"/' "stands there twice"
+edited 's/"digest": "../"digest": "/' '"digest" is none'
+
 restore # which touches all
 go_on && grep -q 'read again first' $here/output && same_folders $here/undisturbed $here/r
 check "inputs that were touched are read again, and found the same" $?
@@ -239,21 +255,6 @@ restore
 $two --out $here/undisturbed $parts >$here/output 2>&1 && grep -q "finished by an earlier run" $here/output
 check "a finished run whose inputs were touched is not done again" $?
 
-edited() { # edited SED-SCRIPT TEXT: the state, edited, is refused
-    rm -rf $here/e
-    cp -r $here/killed $here/e
-    sed "$1" $here/killed/tokenize.state.json >$here/e/tokenize.state.json
-    refused 1 "$2" $two --out $here/e $parts
-}
-edited 's/"file": 1/"file": 4/' '"file" is no number from 0 to 3'
-edited 's/"file": 1/"file": 3000000000/' '"file" is no number from 0 to 3'
-edited 's/"offset": /&9999999/' 'is shorter than it was'
-edited 's/"val": /&99999999999/' '"val" is no number from 0 to 2147483647'
-edited 's/"train": /&-/' '"train" is no number'
-edited 's/"train": [0-9]/&999999999/' 'cannot rename\|is shorter than'
-edited 's/"name": "python"/"name": "..\/python"/' "is no domain"
-edited 's/"name": "python"/"name": "c"/' "stands there twice"
-edited 's/"digest": "../"digest": "/' '"digest" is none'
 $two --out $here/pipe_fresh - <$here/p1.jsonl >$here/output 2>&1
 killed '"file": 0, "offset": [1-9]' sh -c "exec $two --out $here/k - <$here/p1.jsonl"
 cp -r $here/k $here/k2
@@ -487,6 +488,8 @@ for i in 1 2; do # what it wrote, unreadable.txt too, is no input
 done
 grep -q "finished by" $here/output && [ -e $here/tree/out2/unreadable.txt ]
 check "a folder that holds the output: the same input again" $?
+grep -q '"documents": 5,' $here/tree/out2/manifest.json
+check "a folder with all that is in it, but hidden files" $?
 refused 1 "holds no text" $tokenize --tokenizer $here/vocabulary --out $here/tree/out2 $here/tree/out2
 $train --vocab-size 300 --out $here/tree_vocabulary $here/tree >$here/output 2>&1
 check "train_tokenizer takes folders" $?
