@@ -508,8 +508,8 @@ static void write_merges(NewFile *f, const Token *tokens, int n) {
 }
 
 // The two files belong together. An earlier vocab.json goes before the new merges.txt comes: killed in
-// between, the folder holds no vocabulary rather than halves of two. Both are on the disk by then, so that a
-// full one does not cost the earlier vocabulary
+// between, the folder holds no vocabulary rather than halves of two. Both are written by then, so that a
+// full disk does not cost the earlier vocabulary
 static void write_vocabulary(const char *dir, const Token *tokens, int n) {
     char path[4096];
     NewFile vocab, merges;
@@ -519,10 +519,10 @@ static void write_vocabulary(const char *dir, const Token *tokens, int n) {
     newfile_open(&merges, path);
     write_vocab(&vocab, tokens, n);
     write_merges(&merges, tokens, n);
-    if (fflush(vocab.file) != 0) {
+    if (fflush(vocab.file) != 0 || ferror(vocab.file)) {
         newfile_fail(&vocab);
     }
-    if (fflush(merges.file) != 0) {
+    if (fflush(merges.file) != 0 || ferror(merges.file)) {
         newfile_fail(&merges);
     }
     if (strcmp(vocab.path, vocab.temporary) != 0) {

@@ -325,6 +325,17 @@ for fault in kill full; do
     check "fault '$fault' at every operation" $?
 done
 
+blocks=$((($(wc -c <$here/new_vocabulary/vocab.json) + 511) / 512))
+while [ $blocks -gt 1 ]; do
+    blocks=$((blocks * 3 / 4)) # too few for vocab.json, then for merges.txt, too
+    rm -rf $here/pair
+    cp -r $here/vocabulary $here/pair
+    refused 1 "cannot write .*File too large" sh -c "ulimit -f $blocks; exec $train --vocab-size 1024 --out $here/pair $here/other.jsonl"
+    rm -f $here/pair/*.tmp
+    same_folders $here/vocabulary $here/pair
+    check "no room beyond $blocks blocks: the earlier vocabulary is still there" $?
+done
+
 # --- folders and files that are closed to the user; file systems without locks
 if [ "$(id -u)" = 0 ] && command -v setpriv >/dev/null; then
     user="setpriv --reuid=65534 --regid=65534 --clear-groups"
@@ -477,7 +488,7 @@ ln -s nowhere $here/tree/docs/dangling
 $tokenize --tokenizer $here/vocabulary --val-fraction 0 --out $here/tree/out $here/tree/docs/ $here/tree/src >$here/output 2>&1
 check "folders" $?
 grep -q "2 files of the folders are left out.*data.json" $here/output &&
-    grep -q '"documents": 5,' $here/tree/out/manifest.json && grep -q '"name": "docs", "documents": 2' $here/tree/out/manifest.json &&
+    grep -q '^ "documents": 5, "tokens"' $here/tree/out/manifest.json && grep -q '"name": "docs", "documents": 2' $here/tree/out/manifest.json &&
     grep -q '"name": "own_name", "documents": 1' $here/tree/out/manifest.json &&
     grep -q '"name": "src", "documents": 2' $here/tree/out/manifest.json
 check "folders: what is text in them, and its domains" $?
@@ -488,7 +499,7 @@ for i in 1 2; do # what it wrote, unreadable.txt too, is no input
 done
 grep -q "finished by" $here/output && [ -e $here/tree/out2/unreadable.txt ]
 check "a folder that holds the output: the same input again" $?
-grep -q '"documents": 5,' $here/tree/out2/manifest.json
+grep -q '^ "documents": 5, "tokens"' $here/tree/out2/manifest.json
 check "a folder with all that is in it, but hidden files" $?
 refused 1 "holds no text" $tokenize --tokenizer $here/vocabulary --out $here/tree/out2 $here/tree/out2
 $train --vocab-size 300 --out $here/tree_vocabulary $here/tree >$here/output 2>&1
