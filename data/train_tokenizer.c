@@ -503,7 +503,23 @@ static void write_merges(NewFile *f, const Token *tokens, int n) {
         *end++ = ' ';
         end = spell_token(tokens, tokens[id].right, end);
         *end++ = '\n';
-        newfile_write(f, spelling, 1, (size_t)(end - spelling));
+        fwrite(spelling, 1, (size_t)(end - spelling), f->file); // require_written() sees what came of it
+    }
+}
+
+static int is_device(const NewFile *f) {
+    return strcmp(f->path, f->temporary) == 0;
+}
+
+// dies if the file could not be written, and then leaves nothing of the other one either
+static void require_written(NewFile *f, const NewFile *other) {
+    if (fflush(f->file) != 0 || ferror(f->file)) {
+        int cause = errno;
+        if (!is_device(other)) {
+            unlink(other->temporary);
+        }
+        errno = cause;
+        newfile_fail(f);
     }
 }
 
@@ -519,13 +535,9 @@ static void write_vocabulary(const char *dir, const Token *tokens, int n) {
     newfile_open(&merges, path);
     write_vocab(&vocab, tokens, n);
     write_merges(&merges, tokens, n);
-    if (fflush(vocab.file) != 0 || ferror(vocab.file)) {
-        newfile_fail(&vocab);
-    }
-    if (fflush(merges.file) != 0 || ferror(merges.file)) {
-        newfile_fail(&merges);
-    }
-    if (strcmp(vocab.path, vocab.temporary) != 0) {
+    require_written(&vocab, &merges);
+    require_written(&merges, &vocab);
+    if (!is_device(&vocab)) {
         unlink(vocab.path);
     }
     newfile_close(&merges);

@@ -331,7 +331,6 @@ while [ $blocks -gt 1 ]; do
     rm -rf $here/pair
     cp -r $here/vocabulary $here/pair
     refused 1 "cannot write .*File too large" sh -c "ulimit -f $blocks; exec $train --vocab-size 1024 --out $here/pair $here/other.jsonl"
-    rm -f $here/pair/*.tmp
     same_folders $here/vocabulary $here/pair
     check "no room beyond $blocks blocks: the earlier vocabulary is still there" $?
 done
