@@ -44,6 +44,7 @@ the tests that watch it from outside.
 #include "dev/test/test_sampler.h"
 #include "dev/test/test_schedule.h"
 #include "dev/test/test_tokenizer.h"
+#include "dev/test/test_data.h"
 #include "dev/test/test_trainer.h"
 
 typedef struct {
@@ -83,6 +84,7 @@ static const TestRow test_rows[] = {
     {"logger", test_logger},
     {"checkpoint", test_checkpoint},
     {"fuzz_corpus", test_fuzz_corpus},
+    {"data", test_data},
     {"trainer", test_trainer},
 };
 

@@ -630,9 +630,11 @@ void model_profile(Model *m, int on) {
 // ----------------------------------------------------------------------------
 // the run: options, data, step after step, log, checkpoints
 
-// defines: run_main
+// defines: run_main; streams_open
 #include "llmc/run/main.h"
+#include "llmc/streams.h"
 
 int main(int argc, char **argv) {
+    streams_open();
     return run_main("./train_remoe", argc, argv);
 }

@@ -1,47 +1,47 @@
 /*
-Documents out of files, one after another, in constant memory.
+Records out of files, one after another, in constant memory.
 
-    FILE.jsonl   a JSON object a line: {"text": ..., "meta": {"pile_set_name": ...}}, as the Pile has it
-    FILE.txt     plain text, cut into documents at <|endoftext|> and at the first blank line behind text_bytes
-                 bytes (0: not there)
-    FILE.zst     either of them, through `zstd -dc`
-    -            JSON Lines from standard input
+A record is what a file holds of a document, unparsed: reading is one thread's work, parsing (document.h)
+any thread's.
+    JSON Lines   a line
+    text         what stands between <|endoftext|>, cut at the first blank line behind text_bytes bytes (0:
+                 not there). A blank line may end in carriage returns, as on Windows
+Compressed files come through `zstd -dc`. A byte order mark of UTF-8 is no part of a file's first record, nor
+of any line. Records of white space alone are passed over.
 
-A record is what the file holds of a document, unparsed: reading is one thread's work, corpus_parse() any
-thread's. A position (file, offset in its uncompressed bytes, line) can be returned to.
+A position (file, offset in its uncompressed bytes, line) can be returned to. With it goes a digest of all
+that was read up to there, names included: whether the input is still the same is seen by reading it again,
+and where no file was touched since (inputs_identity), taken for granted.
 
-Shapes: none. Errors: a file that cannot be read ends the program, naming it; a record that is no document is
-the caller's to count.
+Shapes: none. Errors: a file that cannot be read, or is not what it was, ends the program, naming it.
 */
 #ifndef CORPUS_H
 #define CORPUS_H
 
+#include "data/hash.h"
+#include "data/inputs.h"
 #include "llmc/check.h"
-#include "llmc/files/json.h"
-#include <ctype.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-// defines: tolower, open, stat, waitpid, read, lseek, pipe, fork, execlp
+// defines: open, stat, waitpid, read, lseek, pipe, fork, execlp
 
-enum { CORPUS_DOMAIN_SIZE = 48, CORPUS_READ_SIZE = 1 << 20, CORPUS_LONGEST_TEXT = 64 };
+enum { CORPUS_READ_SIZE = 1 << 20, CORPUS_LONGEST_TEXT = 64 };
 
 #define CORPUS_SEPARATOR "<|endoftext|>"
+#define CORPUS_BYTE_ORDER_MARK "\xEF\xBB\xBF"
 
 typedef struct {
-    int file;       // index into the paths
+    int file;       // index into the inputs
     int64_t offset; // of the next record, in uncompressed bytes
     int64_t line;   // of the next record, from 1 on
+    Digest digest;  // of the names and bytes before it
 } CorpusPosition;
 
 typedef struct {
-    char *const *paths;
-    int count;
-    size_t text_bytes;       // of a .txt file's document, at least; 0: no cut at blank lines
+    const Inputs *inputs;
+    size_t text_bytes;       // of a text's document, at least; 0: no cut at blank lines
     CorpusPosition position; // of the next record
     int fd;                  // where uncompressed bytes come from; -1 when no file is open
     int source;              // the compressed file, read by the decompressor; -1 when there is none
@@ -51,7 +51,7 @@ typedef struct {
     size_t start; // of the first byte of the next record
     size_t size;  // behind the last byte read
     size_t capacity;
-    size_t scanned;   // bytes behind start known not to end a record
+    size_t scanned;   // bytes behind start in which no separator, or no blank line, begins
     int64_t finished; // bytes of the files before this one, as they are on disk
 } Corpus;
 
@@ -72,55 +72,14 @@ typedef struct {
     double progress;    // fraction of the input read, negative when unknown
 } CorpusBatch;
 
-typedef struct {
-    const char *text;
-    size_t size;
-    char domain[CORPUS_DOMAIN_SIZE]; // fit for a file name
-} CorpusDocument;
-
-// ----------------------------------------------------------------------------
-// kinds of files
-
-static inline int corpus_has_suffix(const char *path, const char *suffix) {
-    size_t n = strlen(path), m = strlen(suffix);
-    return n > m && strcmp(path + n - m, suffix) == 0;
-}
-
-static inline int corpus_is_compressed(const char *path) {
-    return corpus_has_suffix(path, ".zst");
-}
-
-static inline int corpus_is_text(const char *path) {
-    return corpus_has_suffix(path, ".txt") || corpus_has_suffix(path, ".txt.zst");
-}
-
-static inline int corpus_is_stdin(const char *path) {
-    return strcmp(path, "-") == 0;
-}
-
-static inline void corpus_check_path(const char *path) {
-    struct stat status;
-    int json = corpus_has_suffix(path, ".jsonl") || corpus_has_suffix(path, ".jsonl.zst");
-    if (!json && !corpus_is_text(path) && !corpus_is_stdin(path)) {
-        die_usage("%s: unknown kind of file\n  ---> expected .jsonl, .txt, either with .zst behind, or - for "
-                  "JSON Lines "
-                  "from standard input",
-                  path);
-    }
-    if (!corpus_is_stdin(path) && stat(path, &status) != 0) {
-        die("cannot open %s: %s\n  ---> make sample, or one of data/download_*.sh", path, strerror(errno));
-    }
-}
-
-// bytes on disk; 0 when unknown
-static inline int64_t corpus_file_size(const char *path) {
-    struct stat status;
-    return !corpus_is_stdin(path) && stat(path, &status) == 0 && S_ISREG(status.st_mode) ? status.st_size : 0;
+static inline const Input *corpus_input(const Corpus *c) {
+    return &c->inputs->files[c->position.file];
 }
 
 // ----------------------------------------------------------------------------
 // opening and closing
 
+// --long=31 allows windows of up to 2 GiB: zstd's own limit is 128 MiB
 static inline void corpus_start_decompressor(Corpus *c, const char *path) {
     int ends[2];
     if (pipe(ends) != 0) {
@@ -136,7 +95,7 @@ static inline void corpus_start_decompressor(Corpus *c, const char *path) {
         close(c->source);
         close(ends[0]);
         close(ends[1]);
-        execlp("zstd", "zstd", "-dcq", (char *)NULL);
+        execlp("zstd", "zstd", "-dcq", "--long=31", (char *)NULL);
         _exit(127);
     }
     close(ends[1]);
@@ -144,25 +103,24 @@ static inline void corpus_start_decompressor(Corpus *c, const char *path) {
 }
 
 static inline void corpus_open_file(Corpus *c) {
-    const char *path = c->paths[c->position.file];
-    int fd = corpus_is_stdin(path) ? dup(0) : open(path, O_RDONLY | O_CLOEXEC);
+    const Input *input = corpus_input(c);
+    int fd = input_is_stdin(input) ? dup(0) : open(input->path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
-        die("cannot open %s: %s\n  ---> check its name and its permissions", path, strerror(errno));
+        input_cannot_open(input->path, "it was there at the start");
     }
     c->fd = fd;
     c->ended = 0;
     c->start = 0;
     c->size = 0;
     c->scanned = 0;
-    if (corpus_is_compressed(path)) {
+    if (input->compressed) {
         c->source = fd;
-        corpus_start_decompressor(c, path);
+        corpus_start_decompressor(c, input->path);
     }
 }
 
 // hurried: the file was not read to its end, so that the decompressor's complaint means nothing
 static inline void corpus_close_file(Corpus *c, int hurried) {
-    const char *path = c->paths[c->position.file];
     close(c->fd);
     c->fd = -1;
     if (c->source < 0) {
@@ -174,23 +132,20 @@ static inline void corpus_close_file(Corpus *c, int hurried) {
     waitpid(c->decompressor, &status, 0);
     if (!hurried && (!WIFEXITED(status) || WEXITSTATUS(status) != 0)) {
         int missing = WIFEXITED(status) && WEXITSTATUS(status) == 127;
-        die("%s: %s\n  ---> %s", path,
+        die("%s: %s\n  ---> %s", corpus_input(c)->path,
             missing ? "zstd is not installed" : "zstd -dc failed: the file is damaged or cut",
-            missing ? "install zstd, or decompress the file by hand" : "fetch it again");
+            missing ? "install zstd, or decompress the file by hand"
+                    : "fetch it again, and give the same command: it goes on where it was");
     }
 }
 
-static inline void corpus_init(Corpus *c, char *const *paths, int count, size_t text_bytes) {
+static inline void corpus_init(Corpus *c, const Inputs *inputs, size_t text_bytes) {
     memset(c, 0, sizeof(*c));
-    c->paths = paths;
-    c->count = count;
+    c->inputs = inputs;
     c->text_bytes = text_bytes;
     c->position.line = 1;
     c->fd = -1;
     c->source = -1;
-    for (int i = 0; i < count; i++) {
-        corpus_check_path(paths[i]);
-    }
 }
 
 static inline void corpus_free(Corpus *c) {
@@ -218,27 +173,47 @@ static inline void corpus_fill(Corpus *c) {
         got = read(c->fd, c->buffer + c->size, CORPUS_READ_SIZE);
     } while (got < 0 && errno == EINTR);
     if (got < 0) {
-        die("cannot read %s: %s\n  ---> is it a file, and is the disk healthy?", c->paths[c->position.file],
+        die("cannot read %s: %s\n  ---> is it a file, and is the disk healthy?", corpus_input(c)->path,
             strerror(errno));
     }
     c->ended = got == 0;
     c->size += (size_t)got;
 }
 
+// the first of two newlines with at most a carriage return between them, or NULL
+static inline const char *corpus_find_blank_line(const char *text, size_t size) {
+    const char *end = text + size;
+    for (const char *p = text; (p = (const char *)memchr(p, '\n', (size_t)(end - p))) != NULL; p++) {
+        const char *next = p + 1;
+        next += next < end && *next == '\r';
+        if (next < end && *next == '\n') {
+            return p;
+        }
+    }
+    return NULL;
+}
+
+static inline size_t corpus_skip_newlines(const char *text, size_t at, size_t size) {
+    for (;;) {
+        size_t next = at + (at + 1 < size && text[at] == '\r');
+        if (next == size || text[next] != '\n') {
+            return at;
+        }
+        at = next + 1;
+    }
+}
+
 // bytes of text to the first blank line behind text_bytes, its newlines included; a text without one is cut
 // at CORPUS_LONGEST_TEXT times that. 0: more must be read first
-static inline size_t corpus_paragraph_end(const Corpus *c, const char *text, size_t size) {
+static inline size_t corpus_paragraph_end(Corpus *c, const char *text, size_t size) {
     size_t longest = c->text_bytes * CORPUS_LONGEST_TEXT;
     size_t window = size < longest ? size : longest;
-    const char *blank = NULL;
-    if (window > c->text_bytes) {
-        blank = (const char *)memmem(text + c->text_bytes, window - c->text_bytes, "\n\n", 2);
-    }
+    size_t from = c->scanned > c->text_bytes ? c->scanned : c->text_bytes;
+    const char *blank = from < window ? corpus_find_blank_line(text + from, window - from) : NULL;
     size_t end = blank != NULL ? (size_t)(blank - text) : window;
-    while (end < size && text[end] == '\n') {
-        end++;
-    }
-    if (end == size) {
+    c->scanned = blank != NULL ? end : window < 2 ? 0 : window - 2; // perhaps it begins in the last two
+    end = corpus_skip_newlines(text, end, size);
+    if (end == size || (end + 1 == size && text[end] == '\r')) {
         return c->ended ? size : 0; // perhaps the blank line or its newlines go on
     }
     while (blank == NULL && end > 1 && (text[end] & 0xC0) == 0x80) {
@@ -251,17 +226,18 @@ static inline size_t corpus_paragraph_end(const Corpus *c, const char *text, siz
 static inline int corpus_cut(Corpus *c, size_t *bytes, size_t *skip) {
     const char *text = c->buffer + c->start;
     size_t size = c->size - c->start;
-    int plain = corpus_is_text(c->paths[c->position.file]);
+    int plain = corpus_input(c)->kind == INPUT_TEXT;
+    int paragraphs = plain && c->text_bytes > 0;
     const char *separator = plain ? CORPUS_SEPARATOR : "\n";
     size_t length = strlen(separator);
-    size_t end = plain && c->text_bytes > 0 ? corpus_paragraph_end(c, text, size) : size;
-    const char *found = NULL;
-    if (end > c->scanned) {
-        found = (const char *)memmem(text + c->scanned, end - c->scanned, separator, length);
+    size_t end = paragraphs ? corpus_paragraph_end(c, text, size) : size;
+    size_t from = paragraphs ? 0 : c->scanned;
+    if (end == 0) {
+        return 0;
     }
-    int complete = plain && c->text_bytes > 0 ? end > 0 : c->ended;
-    if (found == NULL && !complete) {
-        c->scanned = c->text_bytes == 0 && size > length ? size - length : 0;
+    const char *found = (const char *)memmem(text + from, end - from, separator, length);
+    if (found == NULL && !paragraphs && !c->ended) {
+        c->scanned = size >= length ? size - length + 1 : 0;
         return 0;
     }
     *bytes = found != NULL ? (size_t)(found - text) : end;
@@ -270,9 +246,14 @@ static inline int corpus_cut(Corpus *c, size_t *bytes, size_t *skip) {
     return 1;
 }
 
+// a file's name goes into the digest with its first byte
 static inline void corpus_advance(Corpus *c, size_t bytes) {
     const char *p = c->buffer + c->start;
     const char *end = p + bytes;
+    if (c->position.offset == 0 && bytes > 0) {
+        digest_add(&c->position.digest, corpus_input(c)->path, strlen(corpus_input(c)->path) + 1);
+    }
+    digest_add(&c->position.digest, p, bytes);
     while ((p = (const char *)memchr(p, '\n', (size_t)(end - p))) != NULL) {
         c->position.line++;
         p++;
@@ -289,9 +270,25 @@ static inline int corpus_is_blank(const char *text, size_t size) {
     return i == size;
 }
 
+// a text's first record, and every line of JSON Lines (for files may be joined), without byte order mark
+static inline void corpus_drop_mark(const Corpus *c, CorpusRecord *record) {
+    size_t length = strlen(CORPUS_BYTE_ORDER_MARK);
+    int first = c->position.offset == 0;
+    if (first && record->size >= 2 &&
+        (memcmp(record->bytes, "\xFF\xFE", 2) == 0 || memcmp(record->bytes, "\xFE\xFF", 2) == 0)) {
+        die("%s is UTF-16\n  ---> iconv -f UTF-16 -t UTF-8 makes text of it that is read here",
+            corpus_input(c)->path);
+    }
+    if ((first || corpus_input(c)->kind == INPUT_JSON_LINES) && record->size >= length &&
+        memcmp(record->bytes, CORPUS_BYTE_ORDER_MARK, length) == 0) {
+        record->bytes += length;
+        record->size -= length;
+    }
+}
+
 static inline void corpus_next_file(Corpus *c) {
     corpus_close_file(c, 0);
-    c->finished += corpus_file_size(c->paths[c->position.file]);
+    c->finished += corpus_input(c)->size;
     c->position.file++;
     c->position.offset = 0;
     c->position.line = 1;
@@ -299,7 +296,7 @@ static inline void corpus_next_file(Corpus *c) {
 
 // 0 when all files have been read; blank records are passed over. The bytes stay until the next call
 static inline int corpus_next(Corpus *c, CorpusRecord *record) {
-    while (c->position.file < c->count) {
+    while (c->position.file < c->inputs->count) {
         size_t bytes, skip;
         if (c->fd < 0) {
             corpus_open_file(c);
@@ -313,8 +310,9 @@ static inline int corpus_next(Corpus *c, CorpusRecord *record) {
             record->size = bytes;
             record->file = c->position.file;
             record->line = c->position.line;
+            corpus_drop_mark(c, record);
             corpus_advance(c, bytes + skip);
-            if (!corpus_is_blank(record->bytes, bytes)) {
+            if (!corpus_is_blank(record->bytes, record->size)) {
                 return 1;
             }
         }
@@ -322,43 +320,83 @@ static inline int corpus_next(Corpus *c, CorpusRecord *record) {
     return 0;
 }
 
-// goes back to a position of an earlier run
-static inline void corpus_seek(Corpus *c, CorpusPosition position) {
-    c->finished = 0;
-    for (int i = 0; i < position.file; i++) {
-        c->finished += corpus_file_size(c->paths[i]);
+// ----------------------------------------------------------------------------
+// going back to a position of an earlier run
+
+__attribute__((noreturn)) static inline void corpus_changed(const char *path, const char *how) {
+    die("%s %s\n  ---> rm -r the folder of the shards, or choose another --out, and start again", path, how);
+}
+
+// reads on in the file that is open, up to an offset (negative: to its end)
+static inline void corpus_read_to(Corpus *c, int64_t offset) {
+    while (offset < 0 || c->position.offset < offset) {
+        size_t size = c->size - c->start;
+        int64_t left = offset - c->position.offset;
+        if (size > 0) {
+            corpus_advance(c, offset < 0 || left > (int64_t)size ? size : (size_t)left);
+        } else if (!c->ended) {
+            corpus_fill(c);
+        } else if (offset < 0) {
+            return;
+        } else {
+            corpus_changed(corpus_input(c)->path, "is shorter than it was in the earlier run");
+        }
     }
-    c->position = position;
-    if (position.file == c->count) {
+}
+
+// the files before the one of that index, into the digest
+static inline void corpus_read_files(Corpus *c, int end) {
+    while (c->position.file < end) {
+        corpus_open_file(c);
+        corpus_read_to(c, -1);
+        corpus_next_file(c);
+    }
+}
+
+// reads all again that the earlier run read: it must be the same
+static inline void corpus_verify(Corpus *c, const CorpusPosition *target) {
+    corpus_read_files(c, target->file);
+    if (target->file < c->inputs->count) {
+        corpus_open_file(c);
+        corpus_read_to(c, target->offset);
+    }
+    if (!digest_equal(&c->position.digest, &target->digest) || c->position.line != target->line) {
+        int last = target->file < c->inputs->count ? target->file : c->inputs->count - 1;
+        corpus_changed(c->inputs->files[last].path, "or a file before it is another than in the earlier run");
+    }
+}
+
+// trusted: no file before the position was touched since
+static inline void corpus_seek(Corpus *c, const CorpusPosition *target, int trusted) {
+    int ended = target->file >= c->inputs->count;
+    if (!trusted || (!ended && input_is_stdin(&c->inputs->files[target->file]))) {
+        corpus_verify(c, target);
         return;
     }
-    corpus_open_file(c);
-    if (c->source < 0 && lseek(c->fd, position.offset, SEEK_SET) == position.offset) {
-        return;
+    for (int i = 0; i < target->file; i++) {
+        c->finished += c->inputs->files[i].size;
     }
-    int64_t left = position.offset;
-    while (left > 0 && !c->ended) {
-        corpus_fill(c);
-        size_t use = (int64_t)c->size < left ? c->size : (size_t)left;
-        left -= (int64_t)use;
-        c->start = use;
+    c->position.file = target->file;
+    if (!ended) {
+        struct stat status;
+        corpus_open_file(c);
+        int seekable = c->source < 0 && fstat(c->fd, &status) == 0 && S_ISREG(status.st_mode);
+        if (!seekable || target->offset > (int64_t)status.st_size ||
+            lseek(c->fd, (off_t)target->offset, SEEK_SET) != (off_t)target->offset) {
+            corpus_read_to(c, target->offset);
+        }
     }
-    if (left > 0) {
-        die("%s is shorter than it was in the earlier run\n  ---> start again in another folder with --out",
-            c->paths[position.file]);
-    }
+    c->position = *target;
 }
 
 // fraction of the files' bytes on disk that have been read; negative when unknown
 static inline double corpus_progress(const Corpus *c) {
-    int64_t total = 0;
-    for (int i = 0; i < c->count; i++) {
-        int64_t size = corpus_file_size(c->paths[i]);
-        total = size > 0 && total >= 0 ? total + size : -1;
-    }
     int64_t current = c->source >= 0 ? (int64_t)lseek(c->source, 0, SEEK_CUR) : c->position.offset;
-    return total > 0 ? (double)(c->finished + current) / (double)total : -1.0;
+    return c->inputs->size > 0 ? (double)(c->finished + current) / (double)c->inputs->size : -1.0;
 }
+
+// ----------------------------------------------------------------------------
+// batches
 
 // records of about `bytes` together; 0 when there are no more
 static inline int corpus_read_batch(Corpus *c, CorpusBatch *batch, size_t bytes) {
@@ -391,134 +429,6 @@ static inline int corpus_read_batch(Corpus *c, CorpusBatch *batch, size_t bytes)
 static inline void corpus_free_batch(CorpusBatch *batch) {
     free(batch->records);
     free(batch->bytes);
-}
-
-// ----------------------------------------------------------------------------
-// parsing
-
-// lower case, what is neither letter nor digit to one '_'
-static inline void corpus_domain_name(char *domain, const char *name, size_t size) {
-    size_t n = 0;
-    for (size_t i = 0; i < size && n + 1 < CORPUS_DOMAIN_SIZE; i++) {
-        int c = (unsigned char)name[i];
-        if (c < 0x80 && isalnum(c)) {
-            domain[n++] = (char)tolower(c);
-        } else if (n > 0 && domain[n - 1] != '_') {
-            domain[n++] = '_';
-        }
-    }
-    while (n > 0 && domain[n - 1] == '_') {
-        n--;
-    }
-    domain[n] = '\0';
-    if (n == 0) {
-        strcpy(domain, "unnamed");
-    }
-}
-
-// the file's name up to its first dot
-static inline void corpus_file_domain(char *domain, const char *path) {
-    const char *slash = strrchr(path, '/');
-    const char *name = slash != NULL ? slash + 1 : path;
-    const char *stem = corpus_is_stdin(path) ? "stdin" : name;
-    corpus_domain_name(domain, stem, strcspn(stem, "."));
-}
-
-// 1 and the document, which lives in the record and the arena; or 0 and the cause
-static inline int corpus_parse(const Corpus *c, const CorpusRecord *record, JsonArena *arena,
-                               CorpusDocument *document, char *error, size_t capacity) {
-    const char *path = c->paths[record->file];
-    if (corpus_is_text(path)) {
-        document->text = record->bytes;
-        document->size = record->size;
-        corpus_file_domain(document->domain, path);
-        return 1;
-    }
-    json_arena_reset(arena);
-    char cause[256];
-    const Json *root = json_parse(record->bytes, record->size, arena, cause, sizeof(cause));
-    if (root == NULL) {
-        snprintf(error, capacity, "%s", cause + strlen("line 1, ")); // the record's line is the file's
-        return 0;
-    }
-    const Json *text = json_get(root, "text");
-    if (text == NULL || text->type != JSON_STRING) {
-        snprintf(error, capacity,
-                 root->type != JSON_OBJECT ? "not an object"
-                 : text == NULL            ? "no \"text\""
-                                           : "\"text\" is not a string");
-        return 0;
-    }
-    document->text = text->text;
-    document->size = text->text_size;
-    const Json *domain = json_get(json_get(root, "meta"), "pile_set_name");
-    if (domain != NULL && domain->type == JSON_STRING) {
-        corpus_domain_name(document->domain, domain->text, domain->text_size);
-    } else {
-        corpus_file_domain(document->domain, path);
-    }
-    return 1;
-}
-
-// ----------------------------------------------------------------------------
-// what the command lines of data/ share
-
-static inline int64_t corpus_integer(const char *name, const char *text, int64_t least, int64_t most) {
-    char *end;
-    errno = 0;
-    long long value = strtoll(text, &end, 10);
-    if (end == text || *end != '\0' || errno == ERANGE || value < least || value > most) {
-        die_usage("--%s expects an integer from %lld to %lld, not '%s'", name, (long long)least,
-                  (long long)most, text);
-    }
-    return value;
-}
-
-// as many threads as wanted (0: one a core), 1 without OpenMP
-static inline int corpus_threads(int wanted) {
-    int threads = 1;
-    (void)wanted;
-#ifdef _OPENMP
-    if (wanted > 0) {
-        omp_set_num_threads(wanted);
-    }
-    threads = omp_get_max_threads();
-#endif
-    return threads;
-}
-
-// with the folders above it
-static inline void corpus_make_folder(const char *dir) {
-    char path[4096];
-    check_format(path, sizeof(path), "%s/", dir);
-    for (char *p = path + 1; *p != '\0'; p++) {
-        if (*p == '/') {
-            *p = '\0';
-            mkdir(path, 0777); // access() below tells what came of it
-            *p = '/';
-        }
-    }
-    if (access(dir, W_OK | X_OK) != 0) {
-        die("cannot write in the folder %s: %s\n  ---> choose another one with --out", dir, strerror(errno));
-    }
-}
-
-// of the bytes alone: the same on every machine
-static inline uint64_t corpus_hash(const char *text, size_t size) {
-    uint64_t h = size + 0x9E3779B97F4A7C15ull;
-    uint64_t word;
-    size_t at = 0;
-    for (; at + 8 <= size; at += 8) {
-        memcpy(&word, text + at, 8);
-        h = (h ^ word) * 0xD6E8FEB86659FD93ull;
-        h ^= h >> 32;
-    }
-    for (word = 0; at < size; at++) {
-        word = word << 8 | (uint8_t)text[at];
-    }
-    h = (h ^ word) * 0xD6E8FEB86659FD93ull;
-    h = (h ^ h >> 32) * 0x9E3779B97F4A7C15ull;
-    return h ^ h >> 32;
 }
 
 #endif

@@ -4,6 +4,7 @@
 #     download DIR             says how much there is to fetch and the room for it, then fetches it
 # A file is FILE.part until it is whole, and is continued where it was when the script is started again. It is
 # checked against SHA256, or against the hash that the server itself publishes, as Hugging Face does.
+# --help prints the comment at the beginning of the script that sources this.
 set -eu
 
 files=""
@@ -14,6 +15,33 @@ fail() {
     printf 'error: %s\n  ---> %s\n' "$1" "$2" >&2
     exit 1
 }
+
+# the script's own comment, and what else may be said to it than folders and numbers: nothing
+help() {
+    awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/shellcheck/ { sub(/^# ?/, ""); print }' "$0"
+}
+
+usage_error() {
+    printf 'usage error: %s\n  ---> %s --help\n' "$1" "$0" >&2
+    exit 2
+}
+
+number() { # what, text
+    case $2 in
+    '' | *[!0-9]*) usage_error "$1 expects a number, not '$2'" ;;
+    esac
+}
+
+for argument in "$@"; do
+    case $argument in
+    -h | --help)
+        help
+        exit 0
+        ;;
+    -*) usage_error "no option $argument" ;;
+    '') usage_error "an empty argument" ;;
+    esac
+done
 
 command -v curl >/dev/null || fail "curl is not installed" "install curl"
 

@@ -3,8 +3,10 @@
 #     data/download_fineweb.sh [DIR] [SHARDS]       (default: data/fineweb 103)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
+[ $# -le 2 ] || usage_error "more than 2 arguments"
 dir=${1:-data/fineweb}
 last=${2:-103}
+number SHARDS "$last"
 base=https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main
 add $base/fineweb_val_000000.bin val.fineweb.bin
 i=1

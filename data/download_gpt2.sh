@@ -3,6 +3,7 @@
 #     data/download_gpt2.sh [DIR]       (default: data/gpt2)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
+[ $# -le 1 ] || usage_error "more than 1 argument"
 dir=${1:-data/gpt2}
 base=https://openaipublic.blob.core.windows.net/gpt-2/encodings/main
 add $base/encoder.json vocab.json 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783

@@ -4,9 +4,12 @@
 #     data/download_pile.sh [DIR] [FIRST] [LAST]       (default: data/pile 0 29)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
+[ $# -le 3 ] || usage_error "more than 3 arguments"
 dir=${1:-data/pile}
 i=${2:-0}
 last=${3:-29}
+number FIRST "$i"
+number LAST "$last"
 base=https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main
 while [ "$i" -le "$last" ]; do
     name=$(printf 'train/%02d.jsonl.zst' "$i")

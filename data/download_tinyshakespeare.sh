@@ -3,6 +3,7 @@
 #     data/download_tinyshakespeare.sh [DIR]       (default: data/tinyshakespeare)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
+[ $# -le 1 ] || usage_error "more than 1 argument"
 dir=${1:-data/tinyshakespeare}
 base=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare
 add $base/input.txt tinyshakespeare.txt \

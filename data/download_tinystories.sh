@@ -3,6 +3,7 @@
 #     data/download_tinystories.sh [DIR]       (default: data/tinystories)
 # shellcheck source=data/download_common.sh
 . "$(dirname "$0")/download_common.sh"
+[ $# -le 1 ] || usage_error "more than 1 argument"
 dir=${1:-data/tinystories}
 base=https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main
 add $base/TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-train.txt

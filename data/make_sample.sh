@@ -5,6 +5,13 @@
 # Long files are cut at blank lines before unindented ones, that is between functions or sections. What would
 # exceed 400 KB is thinned out evenly. Made files ("do not edit") and what is no source or doc are left out.
 set -eu
+case ${1:-} in
+-*)
+    sed -n '2,5s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || [ "$1" = -h ] || exit 2
+    exit 0
+    ;;
+esac
 cd "$(dirname "$0")/.."
 out=${1:-data/sample.jsonl}
 check=0

@@ -14,14 +14,22 @@ Source: Sennrich et al. 2016, algorithm 1; GPT-2's files. The result does not de
 
 Shapes: none. Errors: exit 1, 2 for usage. Records that are no documents are counted and reported.
 */
+#include "llmc/streams.h"
 #include "llmc/files/newfile.h"
 #include "llmc/files/tokenizer.h"
-#include "data/corpus.h"
+#include "data/command.h"
+#include "data/document.h"
 #include <getopt.h>
 // defines: getopt_long
 
 // a longer word is data rather than language (base64, a run of one character): no token comes of it
-enum { LONGEST_WORD = 4096, BATCH_BYTES_A_THREAD = 4 << 20, LEAST_COUNT = 2, NO_SYMBOL = -1 };
+enum {
+    LONGEST_WORD = 4096,
+    BATCH_BYTES_A_THREAD = 4 << 20,
+    LEAST_COUNT = 2,
+    NO_SYMBOL = -1,
+    LISTED_UNREADABLE = 10
+};
 
 // a distinct word of the text
 typedef struct {
@@ -76,12 +84,15 @@ typedef struct {
 typedef struct {
     int64_t vocab_size;
     const char *out;
+    const char *text_key;
     int64_t text_bytes;
     int64_t threads;
 } Settings;
 
 typedef struct {
     const Tokenizer *cutter;
+    const char *text_key;
+    int64_t *listed; // records that were named as being no documents, by all workers
     JsonArena arena;
     WordCounts counts;
     int64_t bytes, documents, unreadable;
@@ -150,17 +161,21 @@ static void counts_free(WordCounts *c) {
 
 static void count_record(const Corpus *corpus, const CorpusRecord *record, Worker *worker) {
     char error[256];
-    CorpusDocument document;
-    if (!corpus_parse(corpus, record, &worker->arena, &document, error, sizeof(error))) {
+    Document document;
+    const Input *input = &corpus->inputs->files[record->file];
+    if (!document_parse(input, worker->text_key, record, &worker->arena, &document, error, sizeof(error))) {
         worker->unreadable++;
-        warn("%s, line %lld is no document: %s", corpus->paths[record->file], (long long)record->line, error);
+#pragma omp critical(warnings) // two at once would share a line
+        if (++*worker->listed <= LISTED_UNREADABLE) {
+            warn("%s, line %lld is no document: %s", input->path, (long long)record->line, error);
+        }
         return;
     }
     for (size_t at = 0, size; at < document.size; at += size) {
         const char *word = document.text + at;
         size = tokenizer_word_size(worker->cutter, (const uint8_t *)word, document.size - at);
         if (size > 1 && size <= LONGEST_WORD) {
-            counts_add(&worker->counts, word, size, (uint32_t)corpus_hash(word, size), 1);
+            counts_add(&worker->counts, word, size, (uint32_t)hash_text(word, size), 1);
         }
     }
     worker->bytes += (int64_t)document.size;
@@ -204,14 +219,17 @@ static void join_workers(Worker *workers, int threads) {
 }
 
 // cutter: a Tokenizer of which only the classes are there, enough to cut words
-static Worker *count_words(Corpus *corpus, const Tokenizer *cutter, int threads) {
+static Worker *count_words(Corpus *corpus, const Tokenizer *cutter, const char *text_key, int threads) {
     size_t bytes = (size_t)threads * BATCH_BYTES_A_THREAD;
     CorpusBatch batches[2];
     memset(batches, 0, sizeof(batches));
+    int64_t listed = 0;
     Worker *workers = NEW(Worker, threads);
     for (int t = 0; t < threads; t++) {
+        workers[t].listed = &listed;
         json_arena_init(&workers[t].arena);
         workers[t].cutter = cutter;
+        workers[t].text_key = text_key;
     }
     int current = 0;
     int more = corpus_read_batch(corpus, &batches[0], bytes);
@@ -466,67 +484,98 @@ static char *spell_token(const Token *tokens, int id, char *out) {
     return spell_token(tokens, tokens[id].right, spell_token(tokens, tokens[id].left, out));
 }
 
-static void write_vocab(const char *dir, const Token *tokens, int n) {
-    char path[4096];
+static void write_vocab(NewFile *f, const Token *tokens, int n) {
     char spelling[2 * LONGEST_WORD];
-    NewFile f;
-    check_format(path, sizeof(path), "%s/vocab.json", dir);
-    newfile_open(&f, path);
     for (int id = 0; id < n; id++) {
         char *end = spell_token(tokens, id, spelling);
-        fputs(id == 0 ? "{" : ", ", f.file);
-        json_write_string(f.file, spelling, (size_t)(end - spelling));
-        fprintf(f.file, ": %d", id);
+        fputs(id == 0 ? "{" : ", ", f->file);
+        json_write_string(f->file, spelling, (size_t)(end - spelling));
+        fprintf(f->file, ": %d", id);
     }
-    fprintf(f.file, ", \"%s\": %d}\n", TOKENIZER_EOT, n);
-    newfile_close(&f);
+    fprintf(f->file, ", \"%s\": %d}\n", TOKENIZER_EOT, n);
 }
 
-static void write_merges(const char *dir, const Token *tokens, int n) {
-    char path[4096];
+static void write_merges(NewFile *f, const Token *tokens, int n) {
     char spelling[4 * LONGEST_WORD + 2];
-    NewFile f;
-    check_format(path, sizeof(path), "%s/merges.txt", dir);
-    newfile_open(&f, path);
-    fprintf(f.file, "#version: 0.2\n");
+    fprintf(f->file, "#version: 0.2\n");
     for (int id = 256; id < n; id++) {
         char *end = spell_token(tokens, tokens[id].left, spelling);
         *end++ = ' ';
         end = spell_token(tokens, tokens[id].right, end);
         *end++ = '\n';
-        newfile_write(&f, spelling, 1, (size_t)(end - spelling));
+        fwrite(spelling, 1, (size_t)(end - spelling), f->file); // require_written() sees what came of it
     }
-    newfile_close(&f);
+}
+
+static int is_device(const NewFile *f) {
+    return strcmp(f->path, f->temporary) == 0;
+}
+
+// dies if the file could not be written, and then leaves nothing of the other one either
+static void require_written(NewFile *f, const NewFile *other) {
+    if (fflush(f->file) != 0 || ferror(f->file)) {
+        int cause = errno;
+        if (!is_device(other)) {
+            unlink(other->temporary);
+        }
+        errno = cause;
+        newfile_fail(f);
+    }
+}
+
+// The two files belong together. An earlier vocab.json goes before the new merges.txt comes: killed in
+// between, the folder holds no vocabulary rather than halves of two. Both are written by then, so that a
+// full disk does not cost the earlier vocabulary
+static void write_vocabulary(const char *dir, const Token *tokens, int n) {
+    char path[4096];
+    NewFile vocab, merges;
+    check_format(path, sizeof(path), "%s/vocab.json", dir);
+    newfile_open(&vocab, path);
+    check_format(path, sizeof(path), "%s/merges.txt", dir);
+    newfile_open(&merges, path);
+    write_vocab(&vocab, tokens, n);
+    write_merges(&merges, tokens, n);
+    require_written(&vocab, &merges);
+    require_written(&merges, &vocab);
+    if (!is_device(&vocab)) {
+        unlink(vocab.path);
+    }
+    newfile_close(&merges);
+    newfile_close(&vocab);
 }
 
 // ----------------------------------------------------------------------------
 // the command line
 
 static void print_help(void) {
-    printf(
-        "Trains a byte-level BPE vocabulary: vocab.json and merges.txt.\n\n"
-        "  build/train_tokenizer [options] FILE...   .jsonl, .txt, either with .zst behind, or - (JSON "
-        "Lines)\n\n"
-        "  --vocab-size N   tokens, with the 256 bytes and %s (2048)\n"
-        "  --out DIR        folder for the two files (required)\n"
-        "  --text-bytes N   cut .txt at the first blank line behind so many bytes (16384; 0: one document)\n"
-        "  --threads N      threads (0: one a core)\n"
-        "  --help\n",
-        TOKENIZER_EOT);
+    printf("Trains a byte-level BPE vocabulary: vocab.json and merges.txt.\n\n"
+           "  build/train_tokenizer [options] INPUT...\n\n"
+           "INPUT is FILE.jsonl or FILE.ndjson (a document per line), any other file of text, a folder of\n"
+           "them, or - (JSON Lines from standard input). JSON Lines and FILE.txt may have .zst behind.\n\n"
+           "  --vocab-size N   tokens, with the 256 bytes and %s (2048)\n"
+           "  --out DIR        folder for the two files (required)\n"
+           "  --text-key NAME  the name of the text in JSON Lines (text)\n"
+           "  --text-bytes N   cut text at the first blank line behind so many bytes (16384; 0: one\n"
+           "                   document per file)\n"
+           "  --threads N      threads (0: one per core)\n"
+           "  --help\n",
+           TOKENIZER_EOT);
 }
 
 static void parse_settings(Settings *s, int argc, char **argv) {
     static const struct option options[] = {
-        {"vocab-size", 1, NULL, 'v'}, {"out", 1, NULL, 'o'},  {"text-bytes", 1, NULL, 'b'},
-        {"threads", 1, NULL, 'p'},    {"help", 0, NULL, 'h'}, {NULL, 0, NULL, 0},
+        {"vocab-size", 1, NULL, 'v'}, {"out", 1, NULL, 'o'},     {"text-bytes", 1, NULL, 'b'},
+        {"text-key", 1, NULL, 'k'},   {"threads", 1, NULL, 'p'}, {"help", 0, NULL, 'h'},
+        {NULL, 0, NULL, 0},
     };
     int index = 0;
     for (int c; (c = getopt_long(argc, argv, "", options, &index)) != -1;) {
         switch (c) {
-        case 'v': s->vocab_size = corpus_integer("vocab-size", optarg, 257, TOKENIZER_MAX_VOCAB); break;
-        case 'o': s->out = optarg; break;
-        case 'b': s->text_bytes = corpus_integer("text-bytes", optarg, 0, 1 << 30); break;
-        case 'p': s->threads = corpus_integer("threads", optarg, 0, 4096); break;
+        case 'v': s->vocab_size = command_integer("vocab-size", optarg, 257, TOKENIZER_MAX_VOCAB); break;
+        case 'o': s->out = command_text("out", optarg); break;
+        case 'k': s->text_key = command_text("text-key", optarg); break;
+        case 'b': s->text_bytes = command_integer("text-bytes", optarg, 0, 1 << 30); break;
+        case 'p': s->threads = command_integer("threads", optarg, 0, 4096); break;
         case 'h': print_help(); exit(0);
         default: exit(2); // getopt_long has said why
         }
@@ -538,18 +587,27 @@ static void parse_settings(Settings *s, int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
-    Settings s = {2048, NULL, 16384, 0};
+    streams_open();
+    Settings s = {2048, NULL, "text", 16384, 0};
     parse_settings(&s, argc, argv);
+    Inputs inputs;
     Corpus corpus;
-    corpus_init(&corpus, argv + optind, argc - optind, (size_t)s.text_bytes);
-    corpus_make_folder(s.out);
-    int threads = corpus_threads((int)s.threads);
+    inputs_init(&inputs, argv + optind, argc - optind, s.out);
+    corpus_init(&corpus, &inputs, (size_t)s.text_bytes);
+    command_make_folder(s.out);
+    command_lock_folder(s.out);
+    int threads = command_threads((int)s.threads);
     Tokenizer cutter;
     tokenizer_init_classes(&cutter);
-    Worker *workers = count_words(&corpus, &cutter, threads);
+    Worker *workers = count_words(&corpus, &cutter, s.text_key, threads);
     const WordCounts *counts = &workers->counts;
     fprintf(stderr, "%.1f MB, %lld documents, %zu distinct words\n", (double)workers->bytes / 1e6,
             (long long)workers->documents, counts->n);
+    if (workers->documents == 0 && workers->unreadable > 0) {
+        die("none of the %lld records is a document\n"
+            "  ---> if the text has another name than \"text\", give it: --text-key NAME",
+            (long long)workers->unreadable);
+    }
     if (workers->documents == 0) {
         die("there is no document in the input\n  ---> name files with text: build/train_tokenizer --help");
     }
@@ -559,8 +617,7 @@ int main(int argc, char **argv) {
         warn("the text is too short for %lld tokens: no other pair stands there twice",
              (long long)s.vocab_size);
     }
-    write_merges(s.out, tokens, n);
-    write_vocab(s.out, tokens, n);
+    write_vocabulary(s.out, tokens, n);
     printf("%s: %d tokens from %lld documents\n", s.out, n + 1, (long long)workers->documents);
     if (workers->unreadable > 0) {
         warn("%lld records were no documents", (long long)workers->unreadable);
@@ -571,5 +628,6 @@ int main(int argc, char **argv) {
     free(cutter.classes);
     free(workers);
     corpus_free(&corpus);
+    inputs_free(&inputs);
     return 0;
 }

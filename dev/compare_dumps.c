@@ -13,6 +13,7 @@ pairs may, and the language model's loss must agree to 2e-3; gradients are left 
 one of them alone has a gradient there alone. Exit 1 when something is beyond its bound.
 */
 #include "llmc/check.h"
+#include "llmc/streams.h"
 #include "llmc/files/safetensors.h"
 #include <math.h>
 // defines: sqrt, strtod
@@ -177,6 +178,7 @@ static void compare_files(Verdict *v, const Safetensors *a, const Safetensors *b
 }
 
 int main(int argc, char **argv) {
+    streams_open();
     Verdict v;
     memset(&v, 0, sizeof(v));
     v.free_routes = argc == 5 && strcmp(argv[4], "free") == 0;

@@ -2,7 +2,7 @@
 Errors and checked resources: the one place that ends the program.
 
 Every failure says what was wrong, in which file or flag, what was expected, and the command that mends it:
-    die("cannot open %s: %s\n  ---> make sample", path, strerror(errno));
+    die("cannot open %s: %s\n  ---> make sample-data", path, strerror(errno));
 prints "error: ..." on stderr and exits with status 1; die_usage() is for a bad command line and exits with 2.
 The functions below return only on success, so callers read as the straight path.
 
@@ -108,9 +108,14 @@ static inline char *check_strdup(const char *text) {
 // ----------------------------------------------------------------------------
 // files
 
-// hint: the command that would make or mend the file ("" when there is none)
+// hint: the command that would make or mend the file ("" when there is none). A file that is there and
+// closed to this user need not be made
 static inline FILE *check_fopen(const char *path, const char *mode, const char *hint) {
     FILE *file = fopen(path, mode);
+    if (file == NULL && (errno == EACCES || errno == EPERM)) {
+        die("cannot open %s: %s\n  ---> check its permissions, and those of its folders", path,
+            strerror(errno));
+    }
     if (file == NULL) {
         die("cannot open %s: %s%s%s", path, strerror(errno), hint[0] ? "\n  ---> " : "", hint);
     }

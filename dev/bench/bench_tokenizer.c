@@ -7,7 +7,7 @@ of the ids as uint16.
 
 dev/bench/bench_tokenizer.py runs it in turns with tiktoken.
 */
-#include "data/corpus.h"
+#include "data/document.h"
 #include "data/sha256.h"
 #include "llmc/files/tokenizer.h"
 #include <time.h>
@@ -27,20 +27,23 @@ typedef struct {
 
 // reading, parsing and hashing are not in the time
 static void bench_file(Tokenizer *t, char *path, int **ids, size_t *capacity, Result *result) {
+    Inputs inputs;
     Corpus corpus;
     CorpusRecord record;
-    CorpusDocument document;
+    Document document;
     JsonArena arena;
     Sha256 sha;
     char error[256];
     double seconds = 0.0;
-    corpus_init(&corpus, &path, 1, 0);
+    inputs_init(&inputs, &path, 1, "");
+    corpus_init(&corpus, &inputs, 0);
     json_arena_init(&arena);
     sha256_init(&sha);
     result->bytes = 0;
     result->ids = 0;
     while (corpus_next(&corpus, &record)) {
-        if (!corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error))) {
+        if (!document_parse(&inputs.files[record.file], "text", &record, &arena, &document, error,
+                            sizeof(error))) {
             die("%s, line %lld: %s", path, (long long)record.line, error);
         }
         size_t n = 0;
@@ -58,6 +61,7 @@ static void bench_file(Tokenizer *t, char *path, int **ids, size_t *capacity, Re
     result->seconds = result->seconds == 0.0 || seconds < result->seconds ? seconds : result->seconds;
     json_arena_free(&arena);
     corpus_free(&corpus);
+    inputs_free(&inputs);
 }
 
 int main(int argc, char **argv) {

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Every header of llmc/ compiles alone, as C11 and as C++17, by gcc and by clang, with and without OpenMP, without a warning.
+# Every header of llmc/ and data/ compiles alone, as C11 and as C++17, by gcc and by clang, with and without OpenMP, without a warning.
 # usage: dev/test/check_headers.sh [HEADER...]
 cd "$(dirname "$0")/../.." || exit 1
-headers=${*:-llmc/*.h llmc/*/*.h}
+headers=${*:-llmc/*.h llmc/*/*.h data/*.h}
 flags="-O1 -D_GNU_SOURCE -Wall -Wextra -Werror -I. -c -o /dev/null"
 compiled=0
 failed=0

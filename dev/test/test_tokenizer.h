@@ -14,7 +14,7 @@ checked where they lie beside it: golden.jsonl, golden_special.jsonl, corpus_tok
 #include <sys/stat.h>
 #include <time.h>
 // defines: glob, mkdir, clock
-#include "data/corpus.h"
+#include "data/document.h"
 #include "data/sha256.h"
 #include "llmc/files/tokenizer.h"
 #include "harness.h"
@@ -582,20 +582,23 @@ static int tk_golden(Tokenizer *t, const char *path, int special) {
 static void tk_hash_file(Tokenizer *t, const char *path, int with_eot, char *hex) {
     char copy[256], error[256];
     char *paths[1] = {copy};
+    Inputs inputs;
     Corpus corpus;
     CorpusRecord record;
-    CorpusDocument document;
+    Document document;
     JsonArena arena;
     Sha256 sha;
     int *ids = NULL;
     size_t capacity = 0;
     check_format(copy, sizeof(copy), "%s", path);
-    corpus_init(&corpus, paths, 1, 0);
+    inputs_init(&inputs, paths, 1, "");
+    corpus_init(&corpus, &inputs, 0);
     json_arena_init(&arena);
     sha256_init(&sha);
     while (corpus_next(&corpus, &record)) {
         size_t n = 0;
-        CHECK(corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error)));
+        CHECK(document_parse(&inputs.files[record.file], "text", &record, &arena, &document, error,
+                             sizeof(error)));
         tokenizer_encode(t, document.text, document.size, &ids, &n, &capacity);
         tokenizer_reserve(&ids, n, &capacity, 1);
         ids[n] = t->eot;
@@ -607,6 +610,7 @@ static void tk_hash_file(Tokenizer *t, const char *path, int with_eot, char *hex
     sha256_finish(&sha, hex);
     json_arena_free(&arena);
     corpus_free(&corpus);
+    inputs_free(&inputs);
     free(ids);
 }
 
@@ -696,10 +700,12 @@ static char *tk_corpus_text(char *plain, size_t *plain_size) {
 static void tk_corpus_cuts(size_t text_bytes, const char *plain, size_t plain_size) {
     char path[] = TK_FOLDER "/cuts.txt";
     char *paths[1] = {path};
+    Inputs inputs;
     Corpus corpus, again;
     CorpusRecord record, same;
     size_t at = 0, records = 0, wrong = 0;
-    corpus_init(&corpus, paths, 1, text_bytes);
+    inputs_init(&inputs, paths, 1, "");
+    corpus_init(&corpus, &inputs, text_bytes);
     for (;;) {
         CorpusPosition before = corpus.position;
         if (!corpus_next(&corpus, &record)) {
@@ -709,8 +715,8 @@ static void tk_corpus_cuts(size_t text_bytes, const char *plain, size_t plain_si
         wrong += (record.bytes[0] & 0xC0) == 0x80; // never within a character
         at += record.size;
         if (records++ % 500 == 0) {
-            corpus_init(&again, paths, 1, text_bytes);
-            corpus_seek(&again, before);
+            corpus_init(&again, &inputs, text_bytes);
+            corpus_seek(&again, &before, records % 1000 != 0); // taken for granted, or read again
             wrong += !corpus_next(&again, &same) || same.size != record.size || same.line != record.line ||
                      memcmp(same.bytes, record.bytes, same.size) != 0;
             corpus_free(&again);
@@ -719,6 +725,7 @@ static void tk_corpus_cuts(size_t text_bytes, const char *plain, size_t plain_si
     CHECK(wrong == 0 && at == plain_size);
     CHECK(text_bytes == 0 ? records > 10 : records > 100 && records <= 2 * plain_size / text_bytes + 1000);
     corpus_free(&corpus);
+    inputs_free(&inputs);
 }
 
 static void test_tokenizer_corpus_text(void) {
@@ -749,16 +756,19 @@ static void test_tokenizer_corpus_lines(void) {
     char path[] = TK_FOLDER "/lines.jsonl", error[256], got[512];
     char *paths[1] = {path};
     size_t n = 0;
+    Inputs inputs;
     Corpus corpus;
     CorpusRecord record;
-    CorpusDocument document;
+    Document document;
     JsonArena arena;
     tk_write_file(path, lines, sizeof(lines) - 1);
     json_arena_init(&arena);
-    corpus_init(&corpus, paths, 1, 0);
+    inputs_init(&inputs, paths, 1, "");
+    corpus_init(&corpus, &inputs, 0);
     while (corpus_next(&corpus, &record) && n < 6) {
         int line = (int)record.line;
-        if (corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error))) {
+        if (document_parse(&inputs.files[record.file], "text", &record, &arena, &document, error,
+                           sizeof(error))) {
             check_format(got, sizeof(got), "%d %.*s %s", line, (int)document.size, document.text,
                          document.domain);
         } else {
@@ -770,6 +780,7 @@ static void test_tokenizer_corpus_lines(void) {
     }
     CHECK(n == 6);
     corpus_free(&corpus);
+    inputs_free(&inputs);
     json_arena_free(&arena);
 }
 
@@ -784,22 +795,25 @@ static void test_tokenizer_sample(void) {
     }
     char sample[] = "data/sample.jsonl", error[256];
     char *paths[1] = {sample};
+    Inputs inputs;
     Corpus corpus;
     CorpusRecord record;
-    CorpusDocument document;
+    Document document;
     JsonArena arena;
     size_t size;
     int missing = 0, documents = 0;
     Tokenizer *t = tokenizer_load("build/sample");
     uint16_t *shard = (uint16_t *)check_read_file("build/sample/train_000000.bin", &size, "");
     size_t n = size / 2, at = 512; // behind the header
-    corpus_init(&corpus, paths, 1, 0);
+    inputs_init(&inputs, paths, 1, "");
+    corpus_init(&corpus, &inputs, 0);
     json_arena_init(&arena);
     int *ids = NULL;
     size_t capacity = 0;
     while (corpus_next(&corpus, &record)) {
         size_t count = 0;
-        CHECK(corpus_parse(&corpus, &record, &arena, &document, error, sizeof(error)));
+        CHECK(document_parse(&inputs.files[record.file], "text", &record, &arena, &document, error,
+                             sizeof(error)));
         tokenizer_encode(t, document.text, document.size, &ids, &count, &capacity);
         size_t i = 0;
         while (at < n && shard[at] == t->eot && i < count && at + 1 + i < n && shard[at + 1 + i] == ids[i]) {
@@ -815,6 +829,7 @@ static void test_tokenizer_sample(void) {
     CHECK(at == n && missing > 0 && missing < documents / 2);
     json_arena_free(&arena);
     corpus_free(&corpus);
+    inputs_free(&inputs);
     tokenizer_free(t);
     free(shard);
     free(ids);

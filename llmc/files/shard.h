@@ -21,7 +21,7 @@ Shapes: tokens [ntok]. Errors: a file that is no whole shard dies, named with wh
 #define SHARD_MAGIC 20240520
 #define SHARD_VERSION 1
 #define SHARD_HEADER_BYTES 1024
-#define SHARD_HINT "make sample, or name your own shards with --train-data and --val-data"
+#define SHARD_HINT "make sample-data, or name your own shards with --train-data and --val-data"
 
 static_assert(SHARD_HEADER_BYTES == 256 * sizeof(int32_t), "a header is 256 int32");
 
