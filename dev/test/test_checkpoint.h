@@ -68,7 +68,7 @@ static void checkpoint_save_case(const CheckpointCase *m, int64_t step) {
     RunState state = m->state;
     state.step = step;
     checkpoint_save(CHECKPOINT_OUT, &m->config, &m->table, m->params, m->exp_avg, m->exp_avg_sq, &state,
-                    &m->options);
+                    &m->options, NULL);
 }
 
 static int checkpoint_has(const char *name) {

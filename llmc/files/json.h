@@ -13,15 +13,22 @@ Shapes: none. Errors: json_parse_file dies, with line and column; json_int64 and
 // ----------------------------------------------------------------------------
 // reading
 
-static inline Json *json_parse_file(const char *path, JsonArena *arena, const char *hint) {
+// a whole file's text; path: for the message
+static inline Json *json_parse_text(const char *text, size_t size, JsonArena *arena, const char *path,
+                                    const char *hint) {
     char error[256];
-    size_t size;
-    char *text = check_read_file(path, &size, hint);
     Json *root = json_parse(text, size, arena, error, sizeof(error));
-    free(text);
     if (root == NULL) {
         die("%s is not valid JSON: %s%s%s", path, error, hint[0] ? "\n  ---> " : "", hint);
     }
+    return root;
+}
+
+static inline Json *json_parse_file(const char *path, JsonArena *arena, const char *hint) {
+    size_t size;
+    char *text = check_read_file(path, &size, hint);
+    Json *root = json_parse_text(text, size, arena, path, hint);
+    free(text);
     return root;
 }
 
