@@ -278,7 +278,7 @@ static void test_checkpoint_stale(void) {
 static void checkpoint_save_below_file(void *m) {
     const CheckpointCase *c = (const CheckpointCase *)m;
     checkpoint_save(CHECKPOINT_OUT "/file/run", &c->config, &c->table, c->params, c->exp_avg, c->exp_avg_sq,
-                    &c->state, &c->options);
+                    &c->state, &c->options, NULL);
 }
 
 static void test_checkpoint_no_folder(void) {

@@ -227,7 +227,9 @@ static inline void export_card_use(const Export *e, FILE *file) {
         fprintf(
             file,
             "\nThe experts choose among all tokens of a batch (%s). A token that is being generated has no "
-            "such batch:\nwhile generating, each token takes its %d best experts (%s).\n",
+            "such batch:\nwhile generating, each token takes its %d best experts (%s). On whole texts each "
+            "token sees later ones through\nthe experts' choice: losses cannot be compared with other "
+            "routers'.\n",
             router_name(e->config.router.method), e->config.router.active,
             router_name(router_row(e->config.router.method)->for_one_token));
     }
