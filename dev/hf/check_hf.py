@@ -3,9 +3,9 @@ Loads what the trainer exports in transformers, 4 or 5, and compares it with the
 
     make train_remoe data-tools sample-data
     python -m venv /tmp/hf5 && /tmp/hf5/bin/pip install -r dev/hf/requirements.txt
-    /tmp/hf5/bin/python dev/hf/check_hf.py            (the same with 'transformers<5'; each takes some minutes)
+    /tmp/hf5/bin/python dev/hf/check_hf.py [ROUTER ...]     (a minute; then the same with 'transformers<5')
 
-A small model of each router is trained on the built-in sample; TRAINER=./train_remoecu_emulated names another
+A small model of each router is trained on the built-in sample; TRAINER=./train_remoecu_fp32 names another
 trainer. Of each model, with nothing but the exported folder:
 
     logits      the trainer's --dump, ||a - b|| / ||b|| <= 1e-5, in float64 as far as transformers goes
@@ -14,7 +14,7 @@ trainer. Of each model, with nothing but the exported folder:
     generate    greedy, with and without a cache: the trainer's --sample at --temperature 0, character by character
     save        save_pretrained, loaded again: the same weights, text and token ids; the trainer evaluates it the same
 
-And the oracle's fixtures: their logits, and save.
+And, where no ROUTER is named, the oracle's fixtures: their logits, and save.
 """
 import json
 import os
@@ -186,9 +186,9 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as here:
-        for router in ROUTERS:
+        for router in sys.argv[1:] or ROUTERS:
             check_router(router, Path(here))
-        for folder in sorted(path.parent for path in FIXTURES.glob("*/args.json")):
+        for folder in sorted(path.parent for path in FIXTURES.glob("*/args.json")) if not sys.argv[1:] else []:
             check_fixture(folder, Path(here))
     print(f"{failed} failed")
     sys.exit(failed > 0)

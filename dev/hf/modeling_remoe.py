@@ -57,7 +57,8 @@ class RemoeMoE(nn.Module):
         z = self.gate(x)
         z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
         if self.router == "relu":
-            return z.relu(), z > 0
+            active = (z > 0) | ~z.isfinite()  # a router that has broken shows, instead of looking sparse
+            return z.where(active, 0), active
         p = z.softmax(-1)
         if self.router == "topk" or self.alone:
             return p, largest(z, self.k)

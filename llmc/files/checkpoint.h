@@ -157,7 +157,8 @@ static inline void point_latest(const char *out, const char *name) {
     }
 }
 
-// moments NULL (or bf16): weights and config only; tokenizer NULL: none goes along. Returns nothing; dies with earlier checkpoints intact.
+// moments NULL (or bf16): weights and config only; tokenizer NULL: none goes along. Returns nothing; dies with
+// earlier checkpoints intact.
 static inline void checkpoint_save(const char *out, const Config *config, const TensorTable *table,
                                    const float *params, const float *exp_avg, const float *exp_avg_sq,
                                    const RunState *state, const Options *options,

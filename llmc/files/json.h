@@ -3,8 +3,8 @@ JSON: what the readers and writers of config.json, state.json, log.jsonl, vocab.
 share. Text becomes a tree in json_parser.h; here are a whole file, an object's members, numbers, and strings
 on their way out. Repeated keys are the caller's to refuse (json_duplicate_key).
 
-Shapes: none. Errors: json_parse_file and json_parse_text die, with line and column; json_int64 and json_double
-return 0.
+Shapes: none. Errors: json_parse_file and json_parse_text die, with line and column; json_int64 and
+json_double return 0.
 */
 #ifndef JSON_H
 #define JSON_H

@@ -6,8 +6,8 @@ A tokenizer's files, written beside a model: so a folder needs no other to turn 
     tokenizer_config.json    for transformers: which class reads the two, and the special token
     tokenizer.json           the same vocabulary once more, in the one-file format of the tokenizers library
 
-`vocabulary.h` reads the first two back. Text that is encoded gets no <|endoftext|> at its beginning by itself,
-as with GPT-2: who prompts a model puts it there.
+`vocabulary.h` reads the first two back. Text that is encoded gets no <|endoftext|> at its beginning by
+itself, as with GPT-2: who prompts a model puts it there.
 
 Source: the files of openai-community/gpt2 on Hugging Face.
 Shapes: none. Errors: a write that fails dies (newfile.h).

@@ -9,8 +9,8 @@
     README.md                the model card
 
 Nothing in there tells where it was made: of the data it has the files' names, without their folders. Written
-to .tmp_NAME beside DIR, which then gets the name. A folder that holds something is left alone: a checkpoint in
-particular is never replaced by its poorer export.
+to .tmp_NAME beside DIR, which then gets the name. A folder that holds something is left alone: a checkpoint
+is never replaced by its poorer export.
 
 Errors: exit 1 with the folder or file that is wrong and the remedy; 2 for what --export contradicts.
 */
@@ -28,6 +28,7 @@ typedef struct {
     int has_state; // else it is somebody else's model, of whose training nothing is known
     Config config;
     TensorTable table;
+    Weights weights;      // no memory behind them
     Tokenizer *tokenizer; // NULL: none was found
     char folder[PATH_SIZE], temporary[PATH_SIZE];
     const char *name; // the folder's own, without those around it
@@ -276,7 +277,6 @@ static inline void export_read_tokenizer(Export *e, int given) {
 
 static inline void export_read(Export *e, const char *program, int argc, const char *const *argv) {
     const Options *o = &e->options;
-    Weights weights = {0};
     char path[PATH_SIZE];
     read_options(&e->options, &e->state, program, argc, argv);
     if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sample[0] != '\0' || o->eval || o->bench) {
@@ -286,8 +286,7 @@ static inline void export_read(Export *e, const char *program, int argc, const c
     check_format(path, sizeof(path), "%s/config.json", export_source(e));
     e->config = config_read(path);
     e->has_state = checkpoint_load_state(&e->state, NULL, export_source(e));
-    model_tensors(&e->table, &weights, &e->config, NULL);
-    free(weights.layers);
+    model_tensors(&e->table, &e->weights, &e->config, NULL);
     export_read_tokenizer(e, options_given(argc, argv, "tokenizer"));
 }
 
@@ -320,6 +319,7 @@ static inline void export_model(const char *program, int argc, const char *const
         tokenizer_free(e->tokenizer);
     }
     free(e->table.tensors);
+    free(e->weights.layers);
     free(e);
 }
 
