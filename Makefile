@@ -47,7 +47,7 @@ endif
 %_fp32: private PRECISION_FLAG := -DPRECISION_FP32
 $(if $(filter-out bf16,$(PRECISION)),$(error instead of PRECISION=$(PRECISION), make train_remoecu_fp32 or test_remoecu_fp32))
 
-HEADERS := $(wildcard llmc/*.h llmc/*/*.h data/*.h)
+HEADERS := $(wildcard llmc/*.h llmc/*/*.h data/*.h) build/hf_code.h
 CUDA_HEADERS := $(HEADERS) $(wildcard llmc/*.cuh llmc/*/*.cuh)
 CUDA_TESTS := $(wildcard dev/test/*.h dev/test/cuda/*.cuh)
 EMULATOR := $(wildcard dev/emulator/*)
@@ -64,6 +64,13 @@ all: found train_remoe data-tools $(if $(and $(NVCC),$(wildcard train_remoe.cu))
 
 found: # what was found, and what each missing piece costs
 	@dev/found.sh '$(CC)' '$(OPENMP)' '$(NVCC)' '$(GPU_ARCHS)' '$(CUDA_ARCHS)'
+
+# the modelling code that --export puts beside a model's weights: a text per file
+build/hf_code.h: dev/hf/configuration_remoe.py dev/hf/modeling_remoe.py Makefile
+	@mkdir -p build
+	@for file in $(filter %.py,$^); do \
+		echo "static const char $$(basename $$file .py)_py[] ="; sed 's/[\\"]/\\&/g; s/.*/    "&\\n"/' $$file; echo '    ;'; \
+	done >$@
 
 train_remoe: train_remoe.c $(HEADERS) Makefile
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)

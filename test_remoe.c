@@ -23,6 +23,7 @@ the tests that watch it from outside.
 #include "dev/test/test_dispatch.h"
 #include "dev/test/test_embedding.h"
 #include "dev/test/test_experts.h"
+#include "dev/test/test_export.h"
 #include "dev/test/test_fast_exp.h"
 #include "dev/test/test_fuzz_corpus.h"
 #include "dev/test/test_json.h"
@@ -86,6 +87,7 @@ static const TestRow test_rows[] = {
     {"fuzz_corpus", test_fuzz_corpus},
     {"data", test_data},
     {"trainer", test_trainer},
+    {"export", test_export},
 };
 
 enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };

@@ -27,6 +27,7 @@ typedef struct {
     int max_seq_len;
     double norm_eps;
     double rope_theta;
+    int bos, eos; // ids of the tokens that begin and end a text, for who generates; -1: not known
 } Config;
 
 // stops with `where` (the file, or "options") and the name that is wrong; fail: die or die_usage
@@ -76,6 +77,7 @@ static inline Config config_from_options(const Options *o) {
     c.max_seq_len = (int)o->seq_len;
     c.norm_eps = 1e-5;
     c.rope_theta = 1e6;
+    c.bos = c.eos = -1; // until a tokenizer says
     int64_t experts = dense ? 1 : o->experts * o->granularity;
     int64_t active = dense ? 1 : o->active * o->granularity;
     int64_t width = o->ffn_mult * o->hidden;

@@ -1,75 +1,195 @@
 """
-Loads checkpoints in transformers and compares the logits with a dump, in float64 as far as transformers goes.
+Loads what the trainer exports in transformers, 4 or 5, and compares it with the trainer.
 
-    python dev/hf/check_hf.py FIXTURE ...
-    python dev/hf/check_hf.py --dump FILE --data SHARD --batch B --seq-len T CHECKPOINT
+    make train_remoe data-tools sample-data
+    python -m venv /tmp/hf5 && /tmp/hf5/bin/pip install -r dev/hf/requirements.txt
+    /tmp/hf5/bin/python dev/hf/check_hf.py [ROUTER ...]     (a minute; then the same with 'transformers<5')
 
-A dense checkpoint is loaded by LlamaForCausalLM from its folder, unchanged; a MoE one by AutoModelForCausalLM
-from an export. ||a - b|| / ||b|| must stay within 1e-5 (transformers computes norms and angles in float32).
+A small model of each router is trained on the built-in sample; TRAINER=./train_remoecu_fp32 names another
+trainer. Of each model, with nothing but the exported folder:
+
+    logits      the trainer's --dump, ||a - b|| / ||b|| <= 1e-5, in float64 as far as transformers goes
+    bf16        of the export in bf16, 3e-2
+    tokenizer   AutoTokenizer's ids are build/tokenize's; also from the run's own checkpoint
+    generate    greedy, with and without a cache: the trainer's --sample at --temperature 0, character by character
+    save        save_pretrained, loaded again: the same weights, text and token ids; the trainer evaluates it the same
+
+And, where no ROUTER is named, the oracle's fixtures: their logits, and save.
 """
-import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export_hf import export
+LIMIT, BF16_LIMIT = 1e-5, 3e-2
+ROUTERS = ["relu", "topk", "ec", "hash", "dense"]
+ROOT = Path(__file__).resolve().parents[2]
+TRAINER = str(Path(os.environ.get("TRAINER", ROOT / "train_remoe")).resolve())
+SAMPLE, FIXTURES = ROOT / "build/sample", ROOT / "dev/test/fixtures"
+SHAPE = "--layers 2 --hidden 64 --heads 4 --kv-heads 2 --experts 4 --granularity 2 --seq-len 64 --batch 8"
+PROMPTS = ["static inline", "The", "#include <", "", "it's  naïve"]
+NEW_TOKENS = 40  # with the prompt, less than the window of 64
+TEXTS = ["I'll say: they've  12345 \n\n\t x'd", "naïve café — 東京 🙂 ½ ² ß", "  before", "after   ", "\n", "a\r\nb", "\u00a0\u2003x"]
 
-LIMIT = 1e-5
+failed = 0
 
 
-def load(folder):
+def verdict(what, ok, figure=""):
+    global failed
+    failed += not ok
+    print(f"{'ok    ' if ok else 'FAILED'} {what:40} {figure}", flush=True)
+
+
+def trainer(*words):
+    """-> what it printed, bytes"""
+    words = [str(word) for word in words]
+    done = subprocess.run([TRAINER, *words], cwd=ROOT, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode != 0:
+        sys.exit(f"{TRAINER} {' '.join(words)}: exit {done.returncode}\n{done.stderr.decode(errors='replace')}")
+    return done.stdout
+
+
+def load(folder, dtype):
     """Every tensor of the file must be used, and every parameter be in the file."""
-    if "num_experts" not in json.loads((folder / "config.json").read_text()):
-        model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
-    else:
-        with tempfile.TemporaryDirectory() as out:
-            export(folder, out)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                out, dtype=torch.float64, output_loading_info=True, trust_remote_code=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=True)
     off = {name: names for name, names in info.items() if names}
     assert not off, f"{folder}: {off}"
     return model.eval()
 
 
-def check(folder, shard, B, T, dump):
-    tokens = np.frombuffer(Path(shard).read_bytes(), dtype="<u2", offset=1024).astype(np.int64)
-    ids = torch.from_numpy(tokens[: B * T].reshape(B, T))
-    want = load_file(str(dump))["logits"].double()  # [B*T, V]
-    model = load(folder)
+def load_tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # transformers 5 asks for it here too
+
+
+def logits_of(model, ids):
     with torch.no_grad():
-        got = model(ids, use_cache=False).logits.view(B * T, -1)
-        error = float((got - want).norm() / want.norm())
-    verdict = "ok    " if error <= LIMIT else "FAILED"
-    print(f"{verdict} {folder.name:24} {type(model).__name__:18} {error:9.2e}")
-    return error <= LIMIT
+        return model(ids, use_cache=False).logits.flatten(0, 1).double()
+
+
+def shard_ids(path):
+    return np.frombuffer(Path(path).read_bytes(), dtype="<u2", offset=1024).astype(np.int64)
+
+
+def error(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+def check_logits(name, folder, ids, want, dtype=torch.float64, limit=LIMIT):
+    model = load(folder, dtype)
+    off = error(logits_of(model, ids), want)
+    verdict(name, off <= limit, f"{off:9.2e}  {type(model).__name__}, {model.dtype}")
+
+
+def token_ids_of(model):
+    return [source.to_dict().get(key) for source in (model.config, model.generation_config)
+            for key in ("bos_token_id", "eos_token_id")]
+
+
+def generate(model, tokenizer, prompt, **settings):
+    """what --sample prints: the text without the token that begins it"""
+    inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **settings)[0]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(name, folder, here):
+    texts = TEXTS + [json.loads(line)["text"] for line in (ROOT / "data/sample.jsonl").open()][:20]
+    texts = [text for text in texts if "<|endoftext|>" not in text]  # for build/tokenize it is text, here the token
+    (here / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    subprocess.run([ROOT / "build/tokenize", "--tokenizer", folder, "--out", here / "texts", "--val-fraction", "0",
+                    here / "texts.jsonl"], check=True, capture_output=True)
+    tokenizer = load_tokenizer(folder)
+    got = [id for text in texts for id in [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]]
+    want = shard_ids(here / "texts/train_000000.bin").tolist()
+    special = tokenizer(tokenizer.bos_token + "x")["input_ids"][0] == tokenizer.bos_token_id == tokenizer.eos_token_id
+    back = all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in texts)
+    verdict(name, got == want and special and back, f"{len(want)} ids, {type(tokenizer).__name__}")
+
+
+def check_generate(name, run, model, tokenizer):
+    want = [trainer("--load", run, "--sample", prompt or "\n", "--temperature", 0, "--sample-tokens", NEW_TOKENS) for prompt in PROMPTS]
+    for cache in (True, False):
+        got = [generate(model, tokenizer, prompt or "\n", use_cache=cache) + "\n" for prompt in PROMPTS]
+        same = [a == b.decode(errors="replace") for a, b in zip(got, want)]
+        verdict(f"{name}, {'a' if cache else 'no'} cache", all(same), f"{sum(same)} of {len(same)} prompts")
+        for a, b in zip(got, want):
+            if a != b.decode(errors="replace"):
+                print(f"    {a!r}\n    {b.decode(errors='replace')!r}")
+
+
+def check_save(name, folder, ids, here, run=None):
+    """run: a run of the sample, whose folder has a tokenizer"""
+    model, saved = load(folder, torch.float32), here / f"saved-{folder.name}"
+    model.save_pretrained(saved)
+    if run:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.save_pretrained(saved)
+    again = load(saved, torch.float32)
+    before, after = model.state_dict(), again.state_dict()
+    ok = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    ok &= error(logits_of(again, ids), logits_of(model, ids)) < 1e-6 and token_ids_of(model) == token_ids_of(again)
+    if run:
+        other = load_tokenizer(saved)
+        ok &= token_ids_of(again) == [other.eos_token_id] * 4
+        ok &= all(generate(model, tokenizer, p) == generate(again, other, p) for p in PROMPTS)
+        words = ["--eval", "--seq-len", 64, "--batch", 8, "--val-data", SAMPLE / "val.*.bin", "--load"]
+        losses = [trainer(*words, which).split(b"|", 1)[1] for which in (run, saved)]
+        ok &= losses[0] == losses[1]
+    verdict(name, ok, f"token ids {token_ids_of(again)}")
+
+
+def check_router(router, here):
+    run, plain, bf16 = here / f"run-{router}", here / router, here / f"{router}-bf16"
+    trainer(*SHAPE.split(), "--router", router, "--steps", 100, "--lr", 3e-3, "--lambda-init", 1e-2, "--out", run,
+            "--sample-tokens", 0)
+    trainer("--load", run, "--export", plain)
+    trainer("--load", run, "--export", bf16, "--save-dtype", "bf16")
+    shard = SAMPLE / "val.c.bin"
+    trainer("--load", run, "--dump", here / "dump", "--data", shard, "--batch", 2, "--seq-len", 64)
+    ids = torch.from_numpy(shard_ids(shard)[:128].reshape(2, 64))
+    want = load_file(str(here / "dump"))["logits"].double()
+    check_logits(f"{router}: logits", plain, ids, want)
+    check_logits(f"{router}: bf16", bf16, ids, want, "auto", BF16_LIMIT)
+    if router == "dense":
+        check_logits(f"{router}: the run's checkpoint itself", run / "latest", ids, want)
+    check_tokenizer(f"{router}: tokenizer", plain, here)
+    check_tokenizer(f"{router}: tokenizer of the run's checkpoint", run / "latest", here)
+    check_generate(f"{router}: generate", run, load(plain, torch.float32), load_tokenizer(plain))
+    check_save(f"{router}: save", plain, ids, here, run)
+
+
+def check_fixture(folder, here):
+    args = json.loads((folder / "args.json").read_text())
+    if "route_from" in args:
+        return  # transformers routes by itself
+    B, T = args["batch"], args["seq_len"]
+    out = here / f"fixture-{folder.name}"
+    trainer("--load", folder, "--export", out)
+    ids = torch.from_numpy(shard_ids(folder / "shard.bin")[: B * T].reshape(B, T))
+    check_logits(f"{folder.name}: logits", out, ids, load_file(str(folder / "expected.safetensors"))["logits"].double())
+    check_save(f"{folder.name}: save", out, ids, here)
 
 
 def main():
-    a = argparse.ArgumentParser()
-    a.add_argument("--dump")
-    a.add_argument("--data")
-    a.add_argument("--batch", type=int)
-    a.add_argument("--seq-len", type=int)
-    a.add_argument("folders", nargs="+", metavar="FOLDER")
-    o = a.parse_args()
-    logging.disable_progress_bar()
-    failed = 0
-    for folder in map(Path, o.folders):
-        if o.dump:
-            failed += not check(folder, o.data, o.batch, o.seq_len, o.dump)
-            continue
-        args = json.loads((folder / "args.json").read_text())
-        if "route_from" in args:
-            continue  # transformers routes by itself
-        failed += not check(folder, folder / "shard.bin", args["batch"], args["seq_len"],
-                            folder / "expected.safetensors")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as here:
+        for router in sys.argv[1:] or ROUTERS:
+            check_router(router, Path(here))
+        for folder in sorted(path.parent for path in FIXTURES.glob("*/args.json")) if not sys.argv[1:] else []:
+            check_fixture(folder, Path(here))
     print(f"{failed} failed")
     sys.exit(failed > 0)
 

@@ -4,8 +4,9 @@ ReMoE for transformers: LlamaForCausalLM with routed experts for its feed-forwar
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(EXPORTED, trust_remote_code=True)
 
-export_hf.py copies this file beside a checkpoint. Tensor names are the checkpoint's; nothing is converted.
-The router ec takes each token's k best when there is a cache: while generating, the batch is not all there.
+`train_remoe --load RUN --export EXPORTED` puts this file beside a model's weights; transformers 4 and 5 run it.
+Tensor names are the checkpoint's; nothing is converted. The router ec, whose experts choose among the tokens
+of a batch, takes each token's k best experts while generating: the batch is not all there.
 """
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ class RemoeMoE(nn.Module):
         if config.router != "hash":
             self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = RemoeExperts(config)
-        self.input_ids, self.cached = None, False  # set by RemoeModel before each forward
+        self.input_ids, self.alone = None, False  # set by RemoeModel before each forward
 
     def route(self, x):
         """x [N, d] -> gates, active [N, E]"""
@@ -56,9 +57,10 @@ class RemoeMoE(nn.Module):
         z = self.gate(x)
         z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
         if self.router == "relu":
-            return z.relu(), z > 0
+            active = (z > 0) | ~z.isfinite()  # a router that has broken shows, instead of looking sparse
+            return z.where(active, 0), active
         p = z.softmax(-1)
-        if self.router == "topk" or self.cached:
+        if self.router == "topk" or self.alone:
             return p, largest(z, self.k)
         return p, largest(p.T, p.shape[0] * self.k // self.E).T
 
@@ -82,12 +84,14 @@ class RemoeModel(LlamaModel):
             layer.mlp = RemoeMoE(config)
         self.post_init()
 
-    def forward(self, input_ids=None, *args, past_key_values=None, **kwargs):
+    def forward(self, input_ids=None, *args, generating=False, **kwargs):
+        # The cache is past_key_values in transformers 4 and cache in 5, the fourth argument in both
+        caches = [*args[2:3], kwargs.get("past_key_values"), kwargs.get("cache")]
         # a decoder layer hands its mlp the hidden states alone, so what else routing needs is put there
         for layer in self.layers:
             layer.mlp.input_ids = input_ids
-            layer.mlp.cached = past_key_values is not None
-        return super().forward(input_ids, *args, past_key_values=past_key_values, **kwargs)
+            layer.mlp.alone = generating or any(cache is not None for cache in caches)
+        return super().forward(input_ids, *args, **kwargs)
 
 
 class RemoeForCausalLM(LlamaForCausalLM):
@@ -97,3 +101,7 @@ class RemoeForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = RemoeModel(config)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # generate() asks this before each forward, with a cache and without; forward hands `generating` on
+        return {**super().prepare_inputs_for_generation(*args, **kwargs), "generating": True}

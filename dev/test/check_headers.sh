@@ -2,6 +2,7 @@
 # Every header of llmc/ and data/ compiles alone, as C11 and as C++17, by gcc and by clang, with and without OpenMP, without a warning.
 # usage: dev/test/check_headers.sh [HEADER...]
 cd "$(dirname "$0")/../.." || exit 1
+make -s build/hf_code.h || exit 1 # made from dev/hf
 headers=${*:-llmc/*.h llmc/*/*.h data/*.h}
 flags="-O1 -D_GNU_SOURCE -Wall -Wextra -Werror -I. -c -o /dev/null"
 compiled=0

@@ -68,7 +68,7 @@ static void checkpoint_save_case(const CheckpointCase *m, int64_t step) {
     RunState state = m->state;
     state.step = step;
     checkpoint_save(CHECKPOINT_OUT, &m->config, &m->table, m->params, m->exp_avg, m->exp_avg_sq, &state,
-                    &m->options);
+                    &m->options, NULL);
 }
 
 static int checkpoint_has(const char *name) {
@@ -278,7 +278,7 @@ static void test_checkpoint_stale(void) {
 static void checkpoint_save_below_file(void *m) {
     const CheckpointCase *c = (const CheckpointCase *)m;
     checkpoint_save(CHECKPOINT_OUT "/file/run", &c->config, &c->table, c->params, c->exp_avg, c->exp_avg_sq,
-                    &c->state, &c->options);
+                    &c->state, &c->options, NULL);
 }
 
 static void test_checkpoint_no_folder(void) {

@@ -151,6 +151,7 @@ static void test_config_round_trip(void) {
         Config c = config_of(NULL, lines[i]);
         c.norm_eps = 1e-6;
         c.rope_theta = 123456.75;
+        c.bos = (int)i - 1; // -1, none, is written as null
         FILE *file = check_fopen(CONFIG_PATH, "wb", "");
         config_write(&c, file);
         check_fclose(file, CONFIG_PATH);
@@ -159,6 +160,7 @@ static void test_config_round_trip(void) {
         CHECK(back.head_size == c.head_size && back.router.experts == c.router.experts);
         CHECK(back.router.active == c.router.active && back.granularity == c.granularity);
         CHECK(back.norm_eps == 1e-6 && back.rope_theta == 123456.75 && back.hidden == c.hidden);
+        CHECK(back.bos == (int)i - 1 && back.eos == -1);
     }
 }
 
@@ -173,6 +175,7 @@ static void test_config_written(void) {
           strstr(dense, "\"model_type\": \"llama\""));
     CHECK(strstr(dense, "\"rope_theta\": 1000000,") && strstr(dense, "\"rms_norm_eps\": 1e-05,"));
     CHECK(strstr(dense, "\"tie_word_embeddings\": false") && strstr(dense, "experts") == NULL);
+    CHECK(strstr(dense, "\"bos_token_id\": null,") && strstr(dense, "\"eos_token_id\": null\n"));
     c = config_of(NULL, "--hidden 128 --heads 4 --granularity 2");
     file = check_fopen(CONFIG_PATH, "wb", "");
     config_write(&c, file);
@@ -248,6 +251,11 @@ static void test_config_accepted(void) {
     CHECK(c.router.experts == 6);
     c = config_read_with("", "\"router\": \"dense\", \"model_type\": \"llama\", ", 0);
     CHECK(c.router.method == ROUTER_DENSE);
+    CHECK(c.bos == -1 && c.eos == -1);
+    c = config_read_with("", "\"bos_token_id\": 0, \"eos_token_id\": [2, 3], ", 0);
+    CHECK(c.bos == 0 && c.eos == -1); // a list is not one token, and no fault
+    c = config_read_with("", "\"bos_token_id\": null, \"eos_token_id\": 66, ", 1);
+    CHECK(c.bos == -1 && c.eos == 66);
 }
 
 typedef struct {

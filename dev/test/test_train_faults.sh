@@ -233,6 +233,26 @@ touch file
     done
 }
 
+# --- an export, disturbed at every operation on files: it has its name when it is whole, and the next one succeeds
+"$trainer" --load start --export exported >output 2>&1
+check "an export" $?
+for how in kill full; do
+    status=1
+    for ((n = 1; n < 200 && status != 0; n++)); do
+        rm -rf again
+        {
+            LD_PRELOAD=./fault_at.so FAULT_AT=$n FAULT=$how "$trainer" --load start --export again >output 2>&1
+            status=$?
+        } 2>/dev/null
+        { [ $how = kill ] && [ $status = 137 ]; } || [ $status = 0 ] || { [ $status = 1 ] && grep -q '^  ---> ' output; }
+        check "exit $status of an export, $how at operation $n" $?
+        [ ! -e again ] || [ "$(ls exported)" = "$(ls again)" ]
+        check "an export is whole after $how at operation $n" $?
+    done
+    [ $n -gt 20 ] && diff -r -x README.md exported again >&2 && [ -z "$(find . -maxdepth 1 -name '.tmp_*')" ]
+    check "the export after $((n - 1)) times $how" $?
+done
+
 # --- damaged checkpoints
 damage() { # a copy of a run; $file: one of its latest checkpoint
     rm -rf bad bad_out

@@ -5,6 +5,9 @@ The whole trainer, from outside: what it dumps, trains, saves and refuses, again
 Each run of the trainer is a process of its own, this program with --train: it may exit, and a forked child
 could not use OpenMP.
 */
+#ifndef TEST_TRAINER_H
+#define TEST_TRAINER_H
+
 #include <signal.h>
 #include <sys/resource.h>
 // defines: setrlimit, kill
@@ -493,3 +496,5 @@ static void test_trainer(void) {
     trainer_divergence();
     trainer_full_disk();
 }
+
+#endif

@@ -44,6 +44,8 @@ typedef struct {
     char *pieces;     // the bytes of all tokens
     uint32_t *starts; // [vocab_size + 1] into pieces
     int byte_ids[256];
+    char *vocab_text, *merges_text; // vocab.json and merges.txt as they were read (tokenizer_files.h)
+    size_t vocab_bytes, merges_bytes;
     // the merges: an open-addressing table, and a filter in front of it that is small enough to stay near
     uint64_t *merges; // left << 48 | right << 32 | rank << 16 | id, all ones when empty
     int merge_bits;   // log2 of its size

@@ -5,6 +5,7 @@ Checkpoints: a folder step_00001000/ per checkpoint, in the formats of Hugging F
     model.safetensors      the fp32 weights, or bf16 for exports, by the names of model.h
     optimizer.safetensors  AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
     state.json             what else the run needs to go on, and its options (state_file.h)
+    vocab.json, merges.txt, tokenizer_config.json    the tokenizer, if there is one (tokenizer_files.h)
 
 Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last; then the oldest
 are removed (--keep). So a full disk or a kill at any moment leaves the earlier checkpoints as they were. A
@@ -19,6 +20,7 @@ Errors: whatever is missing or does not fit is named with its file, and exit 1.
 #include "llmc/files/config_file.h"
 #include "llmc/files/safetensors_writer.h"
 #include "llmc/files/state_file.h"
+#include "llmc/files/tokenizer_files.h"
 #include "llmc/model.h"
 #include <dirent.h>
 // defines: opendir, readdir, mkdir, rename, symlink, unlink, rmdir, fsync
@@ -155,10 +157,12 @@ static inline void point_latest(const char *out, const char *name) {
     }
 }
 
-// moments NULL (or bf16): weights and config only. Returns nothing; dies with earlier checkpoints intact.
+// moments NULL (or bf16): weights and config only; tokenizer NULL: none goes along. Returns nothing; dies with
+// earlier checkpoints intact.
 static inline void checkpoint_save(const char *out, const Config *config, const TensorTable *table,
                                    const float *params, const float *exp_avg, const float *exp_avg_sq,
-                                   const RunState *state, const Options *options) {
+                                   const RunState *state, const Options *options,
+                                   const Tokenizer *tokenizer) {
     static const char *const no_prefix[] = {""};
     static const char *const moment_prefixes[] = {"exp_avg.", "exp_avg_sq."};
     const float *moments[] = {exp_avg, exp_avg_sq};
@@ -181,6 +185,9 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
         save_tensors(path, table, moment_prefixes, moments, 2, "F32");
         check_format(path, sizeof(path), "%s/state.json", temporary);
         state_write(path, state, options);
+    }
+    if (tokenizer != NULL) {
+        tokenizer_save(tokenizer, temporary, config->max_seq_len);
     }
     place_folder(temporary, folder);
     point_latest(out, name);

@@ -5,6 +5,9 @@ A dense model's file is a Llama's, which transformers reads too; we read Llamas'
 a model has that this trainer does not compute is refused by its key, never silently computed wrong. Keys that
 mean nothing here are skipped.
 
+The ids of the tokens that begin and end a text are written always, as null where no tokenizer is known: a
+Llama without them is taken to have 1 and 2, and transformers then stops generating at an ordinary token.
+
 A new key is a row of config_keys. Its column `models` has a bit per router: only configurations of these
 routers hold the key, and only they are asked for it.
 
@@ -52,6 +55,8 @@ static inline const Key *config_keys(int *count) {
         TEXT(CONSTANT,  EVERY,  "attention_bias",          "false"),
         TEXT(CONSTANT,  EVERY,  "mlp_bias",                "false"),
         TEXT(CONSTANT,  EVERY,  "tie_word_embeddings",     "false"),
+        FIELD(TOKEN,    EVERY,  "bos_token_id",            bos,                 0,     1 << 24, -1),
+        FIELD(TOKEN,    EVERY,  "eos_token_id",            eos,                 0,     1 << 24, -1),
     };
     // clang-format on
     *count = (int)(sizeof(keys) / sizeof(keys[0]));
@@ -64,7 +69,8 @@ static inline const Key *config_keys(int *count) {
 #undef FIELD
 #undef TEXT
 
-static inline void config_write(const Config *c, FILE *file) {
+// the object without its end: more keys may follow
+static inline void config_write_keys(const Config *c, FILE *file) {
     int count;
     const Key *keys = config_keys(&count);
     const char *before = "{\n";
@@ -80,6 +86,10 @@ static inline void config_write(const Config *c, FILE *file) {
         }
         before = ",\n";
     }
+}
+
+static inline void config_write(const Config *c, FILE *file) {
+    config_write_keys(c, file);
     fputs("\n}\n", file);
 }
 

@@ -3,7 +3,8 @@ JSON: what the readers and writers of config.json, state.json, log.jsonl, vocab.
 share. Text becomes a tree in json_parser.h; here are a whole file, an object's members, numbers, and strings
 on their way out. Repeated keys are the caller's to refuse (json_duplicate_key).
 
-Shapes: none. Errors: json_parse_file dies, with line and column; json_int64 and json_double return 0.
+Shapes: none. Errors: json_parse_file and json_parse_text die, with line and column; json_int64 and
+json_double return 0.
 */
 #ifndef JSON_H
 #define JSON_H
@@ -13,15 +14,22 @@ Shapes: none. Errors: json_parse_file dies, with line and column; json_int64 and
 // ----------------------------------------------------------------------------
 // reading
 
-static inline Json *json_parse_file(const char *path, JsonArena *arena, const char *hint) {
+// a whole file's text; path: for the message
+static inline Json *json_parse_text(const char *text, size_t size, JsonArena *arena, const char *path,
+                                    const char *hint) {
     char error[256];
-    size_t size;
-    char *text = check_read_file(path, &size, hint);
     Json *root = json_parse(text, size, arena, error, sizeof(error));
-    free(text);
     if (root == NULL) {
         die("%s is not valid JSON: %s%s%s", path, error, hint[0] ? "\n  ---> " : "", hint);
     }
+    return root;
+}
+
+static inline Json *json_parse_file(const char *path, JsonArena *arena, const char *hint) {
+    size_t size;
+    char *text = check_read_file(path, &size, hint);
+    Json *root = json_parse_text(text, size, arena, path, hint);
+    free(text);
     return root;
 }
 

@@ -5,6 +5,7 @@ which its writer and its reader both walk: what is written is what is read back,
     KEY_INTEGER    int or int64_t
     KEY_REAL       float or double
     KEY_FLAG       int: true or false, read from 1 or 0 too
+    KEY_TOKEN      int: a token's id, or -1 where there is none, written as null; what is no id reads as -1
     KEY_NAME       an enum by its name, which the format writes and reads itself
     KEY_CONSTANT   no field: `text`, the one value that this program knows; any other must be refused
     KEY_NOTE       no field: `text`, written for other readers
@@ -19,7 +20,7 @@ Shapes: none. Errors: key_read says what is wrong with a value, and the format w
 #include <stddef.h>
 // defines: NAN, isnan, offsetof
 
-typedef enum { KEY_INTEGER, KEY_REAL, KEY_FLAG, KEY_NAME, KEY_CONSTANT, KEY_NOTE } KeyKind;
+typedef enum { KEY_INTEGER, KEY_REAL, KEY_FLAG, KEY_TOKEN, KEY_NAME, KEY_CONSTANT, KEY_NOTE } KeyKind;
 
 typedef struct {
     const char *name;
@@ -79,6 +80,8 @@ static inline void key_write(FILE *file, const Key *key, const void *object) {
         fputs(key_integer(key, field) ? "true" : "false", file);
     } else if (key->kind == KEY_REAL) {
         fprintf(file, "%.*g", key->digits, key_real(key, field));
+    } else if (key->kind == KEY_TOKEN && key_integer(key, field) < 0) {
+        fputs("null", file);
     } else {
         fprintf(file, "%lld", (long long)key_integer(key, field));
     }
@@ -130,6 +133,9 @@ static inline KeyResult key_read(const Json *value, const Key *key, void *object
     }
     if (value != NULL && key->kind == KEY_FLAG && value->type == JSON_BOOL) {
         number = value->boolean;
+    } else if (key->kind == KEY_TOKEN) { // others write null, or a list of ids
+        int is_id = json_int64(value, &integer) && integer >= key->least && integer <= key->most;
+        number = is_id ? (double)integer : key->absent;
     } else if (value != NULL) {
         if (!json_double(value, &number) || number < key->least || number > key->most) {
             return KEY_IS_UNUSABLE;

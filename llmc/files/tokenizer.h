@@ -396,6 +396,8 @@ static inline void tokenizer_free(Tokenizer *t) {
     if (!t->shared) {
         free(t->pieces);
         free(t->starts);
+        free(t->vocab_text);
+        free(t->merges_text);
         free(t->merges);
         free(t->filter);
         free(t->classes);

@@ -104,7 +104,8 @@ static inline const Json **tokenizer_sort_vocab(const Json *vocab, const char *p
 static inline void tokenizer_load_vocab(Tokenizer *t, TokenizerLoader *loader, const char *path) {
     JsonArena arena;
     json_arena_init(&arena);
-    const Json *vocab = json_parse_file(path, &arena, TOKENIZER_HINT);
+    t->vocab_text = check_read_file(path, &t->vocab_bytes, TOKENIZER_HINT);
+    const Json *vocab = json_parse_text(t->vocab_text, t->vocab_bytes, &arena, path, TOKENIZER_HINT);
     if (vocab->type != JSON_OBJECT || vocab->count < 257 || vocab->count > TOKENIZER_MAX_VOCAB) {
         die("%s holds %zu tokens; expected an object of 257 (bytes and %s) to %d tokens\n  ---> %s", path,
             vocab->type == JSON_OBJECT ? vocab->count : 0, TOKENIZER_EOT, TOKENIZER_MAX_VOCAB,
@@ -191,8 +192,9 @@ static inline void tokenizer_add_merge(Tokenizer *t, const TokenizerLoader *load
 }
 
 static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, const char *path) {
-    size_t size, lines = 1;
-    char *text = check_read_file(path, &size, TOKENIZER_HINT);
+    t->merges_text = check_read_file(path, &t->merges_bytes, TOKENIZER_HINT);
+    const char *text = t->merges_text;
+    size_t size = t->merges_bytes, lines = 1;
     char *scratch = NEW(char, size + 1);
     for (size_t i = 0; i < size; i++) {
         lines += text[i] == '\n';
@@ -216,7 +218,6 @@ static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, 
         start = end + 1;
     }
     free(scratch);
-    free(text);
 }
 
 // the classes of characters: all that tokenizer_word_size needs

@@ -2,17 +2,18 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --dump FILE
+    train (the default), or: --bench, --eval, --sample TEXT, --dump FILE, --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
 
 #include "llmc/run/bench.h"
 #include "llmc/run/evaluate.h"
+#include "llmc/run/export.h"
 #include "llmc/run/generate.h"
 #include "llmc/run/open.h"
 #include "llmc/run/train.h"
-// defines: bench; validate, dump; generate; open_run, close_run; train
+// defines: bench; validate, dump; export_model; generate; open_run, close_run; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
@@ -34,6 +35,10 @@ static inline void catch_signals(void) {
 
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
+    if (options_given(argc - 1, (const char *const *)(argv + 1), "export_to")) {
+        export_model(program, argc - 1, (const char *const *)(argv + 1)); // nothing is computed: no Run
+        return 0;
+    }
     Run *run = open_run(program, argc - 1, (const char *const *)(argv + 1));
     signal(SIGXFSZ, SIG_IGN); // a file at its size limit is then a failed write, with a message
     if (run->options.dump[0] != '\0') {

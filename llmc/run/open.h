@@ -138,24 +138,21 @@ static inline void build_state(Run *run, int lambda_given) {
 }
 
 // data, text and buffers; what a run cannot do without is opened before it starts
-static inline void open_data(Run *run) {
+static inline void open_data(Run *run, int tokenizer_given) {
     const Options *o = &run->options;
-    const Config *c = &run->config;
+    Config *c = &run->config;
+    const char *folder = tokenizer_folder(o, tokenizer_given);
     char vocab[PATH_SIZE];
-    check_format(vocab, sizeof(vocab), "%s/vocab.json", o->tokenizer);
+    check_format(vocab, sizeof(vocab), "%s/vocab.json", folder);
     if (o->eval || o->dump[0] != '\0') {
         run->tokenizer = NULL; // no text is shown
-    } else if (o->tokenizer[0] != '\0' && path_exists(vocab)) {
-        run->tokenizer = tokenizer_load(o->tokenizer);
-        if (run->tokenizer->vocab_size > c->vocab_size) {
-            die("%s has %d tokens, the model's vocabulary only %d\n  ---> name the model's own --tokenizer",
-                o->tokenizer, run->tokenizer->vocab_size, c->vocab_size);
-        }
+    } else if (folder[0] != '\0' && path_exists(vocab)) {
+        run->tokenizer = load_tokenizer(folder, c);
     } else if (o->sample[0] != '\0') {
         die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
             "sample-data`",
             vocab);
-    } else if (o->tokenizer[0] != '\0') {
+    } else if (folder[0] != '\0') {
         warn("no samples will be shown: there is no %s\n  ---> name a folder with --tokenizer", vocab);
     }
     run->inputs = NEW(int, o->batch * o->seq_len);
@@ -263,7 +260,7 @@ static inline Run *open_run(const char *program, int argc, const char *const *ar
     if (wants_training(&run->options)) {
         open_out(run);
     }
-    open_data(run);
+    open_data(run, options_given(argc, argv, "tokenizer"));
     run->started = seconds_now();
     return run;
 }

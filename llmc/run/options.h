@@ -7,8 +7,9 @@ saved in a checkpoint (state_file.h) all walk OPTION_TABLE, so an option is writ
     scope: SHAPE, sizes of the model, and ROUTING, how it routes: a loaded model has decided them, so they are
            refused beside --load and --resume
            RUN, which a resumed run keeps unless it is given anew; ONCE, of this process alone
-An option's name is its field with dashes: `--global-batch 64` or `--global-batch=64`. Two short names exist
-besides: --data for --train-data and --lambda for --lambda-init. A preset is itself a piece of command line,
+An option's name is its field with dashes: `--global-batch 64` or `--global-batch=64`. Three short names
+exist besides: --data for --train-data, --lambda for --lambda-init, --export for --export-to (C++ has the word
+itself). A preset is itself a piece of command line,
 read before the user's; a resumed run starts from its saved options instead. Errors: exit 2, with the nearest
 name.
 */
@@ -83,6 +84,8 @@ enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the en
     OPTION(TEXT, ONCE, dump, "", 0, 0,                                                                       \
            "write one micro-batch's losses, gates and gradients to this file; no training")                  \
     OPTION(TEXT, ONCE, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")  \
+    OPTION(TEXT, ONCE, export_to, "", 0, 0,                                                                  \
+           "write --load's model to this new folder, for Hugging Face's libraries (also --export)")          \
     OPTION(FLAG, ONCE, eval, "0", 0, 1, "validation only")                                                   \
     OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load)")                      \
     OPTION(REAL, RUN, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")              \
@@ -187,6 +190,9 @@ static inline const OptionRow *option_find(const char *name, size_t size) {
     }
     if (option_name_equal(name, size, "lambda")) {
         return option_find("lambda_init", 11);
+    }
+    if (option_name_equal(name, size, "export")) {
+        return option_find("export_to", 9);
     }
     for (int i = 0; i < count; i++) {
         if (option_name_equal(name, size, rows[i].field)) {

@@ -106,7 +106,7 @@ static inline void save(Run *run) {
     float *params = model_borrow(m, BUFFER_PARAMS);
     float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
     checkpoint_save(run->options.out, &run->config, model_table(m), params, exp_avg, exp_avg_sq, &run->state,
-                    &run->options);
+                    &run->options, run->tokenizer);
     model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, 0);
     model_return(m, BUFFER_EXP_AVG, exp_avg, 0);
     model_return(m, BUFFER_PARAMS, params, 0);

@@ -11,13 +11,14 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 #define STARTUP_H
 
 #include "llmc/files/checkpoint.h"
+#include "llmc/files/tokenizer.h"
 #include "llmc/run/options.h"
 #include <libgen.h>
 // defines: dirname
 
-// --dump, --eval and --sample only look at a model
+// --dump, --eval, --sample and --export only look at a model
 static inline int wants_training(const Options *o) {
-    return o->dump[0] == '\0' && !o->eval && o->sample[0] == '\0';
+    return o->dump[0] == '\0' && !o->eval && o->sample[0] == '\0' && o->export_to[0] == '\0';
 }
 
 // the first free runs/NAME[-2, -3, ...], or, to resume, the last one that is taken
@@ -93,16 +94,36 @@ static inline void resume_options(Options *o, RunState *state, int argc, const c
     check_format(o->resume, sizeof(o->resume), "%s", folder);
 }
 
-// --load: another run's weights. To look at them (--eval, --sample), its data and vocabulary come along
+// --load: another run's weights. To look at them (--eval, --sample, --export), its data and vocabulary come
+// along
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sample[0] != '\0') {
+    if (o->eval || o->sample[0] != '\0' || o->export_to[0] != '\0') {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
     }
     check_format(o->load, sizeof(o->load), "%s", folder);
+}
+
+// A model's own tokenizer is the one in its checkpoint, unless the command line names another (given). The
+// folder that the run was started with may be gone, or be meant from another working folder. Returns "" or a
+// folder, which need not be there
+static inline const char *tokenizer_folder(const Options *o, int given) {
+    const char *loaded = o->resume[0] != '\0' ? o->resume : o->load;
+    return !given && tokenizer_is_in(loaded) ? loaded : o->tokenizer;
+}
+
+// the tokenizer of a model, whose config learns the token that begins and ends a text
+static inline Tokenizer *load_tokenizer(const char *folder, Config *c) {
+    Tokenizer *t = tokenizer_load(folder);
+    if (t->vocab_size > c->vocab_size) {
+        die("%s has %d tokens, the model's vocabulary only %d\n  ---> name the model's own --tokenizer",
+            folder, t->vocab_size, c->vocab_size);
+    }
+    c->bos = c->eos = t->eot;
+    return t;
 }
 
 static inline void check_options(const Options *o) {
@@ -128,7 +149,7 @@ static inline void check_options(const Options *o) {
         die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
     }
     if (!wants_training(o) && o->load[0] == '\0' && o->resume[0] == '\0') {
-        die_usage("--eval, --sample and --dump need a model\n  ---> name its folder with --load");
+        die_usage("--eval, --sample, --dump and --export need a model\n  ---> name its folder with --load");
     }
     if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
         die_usage("--route-from belongs to --dump");

@@ -1,0 +1,326 @@
+/*
+--load RUN --export DIR: a model as Hugging Face's libraries want it, in one folder that needs no other.
+
+    config.json              the checkpoint's, and what the weights' type is; for MoE, where its code is
+    model.safetensors        the weights, fp32 or (--save-dtype bf16) rounded to bf16; no optimizer state
+    vocab.json, merges.txt, tokenizer.json, tokenizer_config.json     its tokenizer (tokenizer_files.h)
+    generation_config.json   the token that ends a text, and the sampler's settings
+    configuration_remoe.py, modeling_remoe.py                         for MoE: dev/hf's, kept in this program
+    README.md                the model card
+
+Nothing in there tells where it was made: of the data it has the files' names, without their folders. Written
+to .tmp_NAME beside DIR, which then gets the name. A folder that holds something is left alone: a checkpoint
+is never replaced by its poorer export.
+
+Errors: exit 1 with the folder or file that is wrong and the remedy; 2 for what --export contradicts.
+*/
+#ifndef EXPORT_H
+#define EXPORT_H
+
+#include "build/hf_code.h"
+#include "llmc/run/startup.h"
+#include <signal.h>
+// defines: configuration_remoe_py, modeling_remoe_py; signal
+
+typedef struct {
+    Options options;
+    RunState state;
+    int has_state; // else it is somebody else's model, of whose training nothing is known
+    Config config;
+    TensorTable table;
+    Weights weights;      // no memory behind them
+    Tokenizer *tokenizer; // NULL: none was found
+    char folder[PATH_SIZE], temporary[PATH_SIZE];
+    const char *name; // the folder's own, without those around it
+} Export;
+
+// ----------------------------------------------------------------------------
+// the folder
+
+static inline int folder_is_empty(const char *path) {
+    DIR *folder = opendir(path);
+    int names = 0;
+    while (folder != NULL && names <= 2 && readdir(folder) != NULL) {
+        names++; // two are . and ..
+    }
+    if (folder != NULL) {
+        closedir(folder);
+    }
+    return folder != NULL && names <= 2;
+}
+
+// folder, temporary and name from what the user typed; before the weights are read
+static inline void export_choose_folder(Export *e, const char *typed) {
+    size_t size = strlen(typed);
+    while (size > 1 && typed[size - 1] == '/') {
+        size--;
+    }
+    check_format(e->folder, sizeof(e->folder), "%.*s", (int)size, typed);
+    const char *slash = strrchr(e->folder, '/');
+    e->name = slash == NULL ? e->folder : slash + 1;
+    check_format(e->temporary, sizeof(e->temporary), "%.*s.tmp_%s", (int)(e->name - e->folder), e->folder,
+                 e->name);
+    if (e->name[0] == '\0' || strcmp(e->name, ".") == 0 || strcmp(e->name, "..") == 0) {
+        die_usage("--export %s: expected the name of a new folder", typed);
+    }
+    struct stat status;
+    if (stat(e->folder, &status) == 0 && (!S_ISDIR(status.st_mode) || !folder_is_empty(e->folder))) {
+        die("--export %s: there is something there already\n  ---> name a new folder, or remove it first",
+            e->folder);
+    }
+}
+
+static inline void export_place_folder(const Export *e) {
+    newfile_sync_folder(e->temporary);
+    if (rename(e->temporary, e->folder) != 0) {
+        die("cannot rename %s to %s: %s\n  ---> it is whole: rename it", e->temporary, e->folder,
+            strerror(errno));
+    }
+    newfile_sync_folder(e->folder);
+}
+
+// a file of the folder, open
+static inline void export_open(const Export *e, const char *name, NewFile *file) {
+    char path[PATH_SIZE];
+    check_format(path, sizeof(path), "%s/%s", e->temporary, name);
+    newfile_open(file, path);
+}
+
+static inline void export_text(const Export *e, const char *name, const char *text) {
+    NewFile file;
+    export_open(e, name, &file);
+    newfile_write(&file, text, 1, strlen(text));
+    newfile_close(&file);
+}
+
+// ----------------------------------------------------------------------------
+// what the libraries read
+
+static inline int export_is_bf16(const Export *e) {
+    return strcmp(e->options.save_dtype, "bf16") == 0;
+}
+
+static inline void export_config(const Export *e) {
+    NewFile file;
+    export_open(e, "config.json", &file);
+    config_write_keys(&e->config, file.file);
+    fprintf(file.file, ",\n  \"torch_dtype\": \"%s\"", export_is_bf16(e) ? "bfloat16" : "float32");
+    if (router_has_experts(e->config.router.method)) {
+        fputs(",\n  \"auto_map\": {\n"
+              "    \"AutoConfig\": \"configuration_remoe.RemoeConfig\",\n"
+              "    \"AutoModelForCausalLM\": \"modeling_remoe.RemoeForCausalLM\"\n"
+              "  }",
+              file.file);
+    }
+    fputs("\n}\n", file.file);
+    newfile_close(&file);
+}
+
+// the end of a text also fills up a batch of prompts: nothing was padded in training
+static inline void export_generation_config(const Export *e) {
+    NewFile file;
+    int count;
+    const Key *keys = config_keys(&count);
+    const char *before = "{\n";
+    export_open(e, "generation_config.json", &file);
+    for (int i = 0; i < count; i++) {
+        if (keys[i].kind == KEY_TOKEN) {
+            fprintf(file.file, "%s  \"%s\": ", before, keys[i].name);
+            key_write(file.file, &keys[i], &e->config);
+            before = ",\n";
+        }
+    }
+    if (e->config.eos >= 0) {
+        fprintf(file.file, ",\n  \"pad_token_id\": %d", e->config.eos);
+    }
+    fputs("\n}\n", file.file);
+    newfile_close(&file);
+}
+
+static inline const char *export_source(const Export *e) {
+    return e->options.resume[0] != '\0' ? e->options.resume : e->options.load;
+}
+
+static inline void export_weights(const Export *e) {
+    static const char *const no_prefix[] = {""};
+    float *params = NEW(float, e->table.num_params);
+    const float *saved = params;
+    char path[PATH_SIZE];
+    checkpoint_load_weights(params, export_source(e), &e->table);
+    check_format(path, sizeof(path), "%s/model.safetensors", e->temporary);
+    save_tensors(path, &e->table, no_prefix, &saved, 1, export_is_bf16(e) ? "BF16" : "F32");
+    free(params);
+}
+
+// ----------------------------------------------------------------------------
+// the model card
+
+static inline void export_card_shape(const Export *e, FILE *file) {
+    const Config *c = &e->config;
+    const Router *r = &c->router;
+    fprintf(file, "| | |\n|---|---|\n| parameters | %lld", (long long)config_params(c, r->experts));
+    if (router_has_experts(r->method)) {
+        fprintf(file,
+                ", of which %lld are active per token |\n"
+                "| experts per layer | %d, %d active%s; granularity %d |\n| router | %s |\n",
+                (long long)config_params(c, r->active), r->experts, r->active,
+                router_row(r->method)->leaves_number_open ? " on average" : "", c->granularity,
+                router_name(r->method));
+    } else {
+        fputs(" |\n", file);
+    }
+    fprintf(file,
+            "| layers | %d |\n| hidden size | %d |\n| heads | %d, %d for keys and values, of %d |\n"
+            "| feed-forward width | %d |\n| vocabulary | %d |\n| longest context in training | %d tokens |\n"
+            "| weights | %s |\n\n",
+            c->layers, c->hidden, c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, c->max_seq_len,
+            export_is_bf16(e) ? "bf16, rounded from fp32" : "fp32");
+}
+
+// "data/pile/train_*.bin:0.7,b.bin" -> `train_*.bin:0.7`, `b.bin`: folders are the user's business
+static inline void export_card_data(FILE *file, const char *list) {
+    for (const char *before = " ", *end; list != NULL; before = ", ", list = end) {
+        size_t size = strcspn(list, ",");
+        const char *name = list + size;
+        end = *name == ',' ? name + 1 : NULL;
+        while (name > list && name[-1] != '/') {
+            name--;
+        }
+        fprintf(file, "%s`%.*s`", before, (int)(list + size - name), name);
+    }
+}
+
+static inline void export_card_training(const Export *e, FILE *file) {
+    const Options *o = &e->options;
+    if (!e->has_state) {
+        return;
+    }
+    fprintf(file, "## Training\n\n%lld steps, %lld tokens (sequences of %lld), of:", (long long)e->state.step,
+            (long long)(e->state.sequences * o->seq_len), (long long)o->seq_len);
+    export_card_data(file, o->train_data);
+    fprintf(file, ".\nAdamW, learning rate %g to %g, weight decay %g, seed %lld.\n\n", o->lr, o->lr_min,
+            o->weight_decay, (long long)o->seed);
+}
+
+static inline void export_card_use(const Export *e, FILE *file) {
+    int moe = router_has_experts(e->config.router.method);
+    const char *trust = moe ? ", trust_remote_code=True" : "";
+    fprintf(file,
+            "## Use\n\n"
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "folder = \"%s\"\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder%s)\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder%s)\n"
+            "prompt = tokenizer(tokenizer.bos_token + \"Once upon a time\", return_tensors=\"pt\")\n"
+            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))\n"
+            "```\n\n"
+            "Every text in training began with `" TOKENIZER_EOT
+            "`, so a prompt should; the tokenizer does not "
+            "add it.\n",
+            e->name, trust, trust);
+    if (moe) {
+        fputs("transformers (4 or 5) asks for `trust_remote_code` because the experts' code, "
+              "`modeling_remoe.py`, lies in this folder.\n",
+              file);
+    }
+    if (router_row(e->config.router.method)->for_one_token != e->config.router.method) {
+        fprintf(
+            file,
+            "\nThe experts choose among all tokens of a batch (%s). A token that is being generated has no "
+            "such batch:\nwhile generating, each token takes its %d best experts (%s). On whole texts each "
+            "token sees later ones through\nthe experts' choice: losses cannot be compared with other "
+            "routers'.\n",
+            router_name(e->config.router.method), e->config.router.active,
+            router_name(router_row(e->config.router.method)->for_one_token));
+    }
+    fprintf(file,
+            "\nremoe.c reads the folder too: `./train_remoe --load %s --sample \"Once upon a time\"`.\n",
+            e->name);
+}
+
+static inline void export_card(const Export *e) {
+    NewFile file;
+    int moe = router_has_experts(e->config.router.method);
+    export_open(e, "README.md", &file);
+    fprintf(
+        file.file,
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- %s\n---\n\n# %s\n\n%s\n\n",
+        moe ? "remoe\n- mixture-of-experts" : "llama", e->name,
+        moe ? "A mixture-of-experts language model: LLaMA's layers, their feed-forward part replaced by "
+              "experts "
+              "among which a\nrouter chooses for each token. Trained with remoe.c."
+            : "A dense language model, LLaMA's architecture. Trained with remoe.c.");
+    export_card_shape(e, file.file);
+    export_card_training(e, file.file);
+    export_card_use(e, file.file);
+    newfile_close(&file);
+}
+
+// ----------------------------------------------------------------------------
+// all of it
+
+// of somebody else's model only the tokenizer in its folder is known, or the one that is given
+static inline void export_read_tokenizer(Export *e, int given) {
+    const char *folder = given || e->has_state ? tokenizer_folder(&e->options, given) : export_source(e);
+    if (tokenizer_is_in(folder)) {
+        e->tokenizer = load_tokenizer(folder, &e->config);
+    } else if (given) {
+        die("--tokenizer %s: expected a folder with vocab.json and merges.txt\n  ---> name another", folder);
+    } else {
+        warn("no tokenizer goes along: neither vocab.json nor merges.txt is in %s\n  ---> name their folder "
+             "with "
+             "--tokenizer",
+             export_source(e));
+    }
+}
+
+static inline void export_read(Export *e, const char *program, int argc, const char *const *argv) {
+    const Options *o = &e->options;
+    char path[PATH_SIZE];
+    read_options(&e->options, &e->state, program, argc, argv);
+    if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sample[0] != '\0' || o->eval || o->bench) {
+        die_usage("--export expects a folder, and no --dump, --eval, --sample or --bench beside it");
+    }
+    export_choose_folder(e, o->export_to);
+    check_format(path, sizeof(path), "%s/config.json", export_source(e));
+    e->config = config_read(path);
+    e->has_state = checkpoint_load_state(&e->state, NULL, export_source(e));
+    model_tensors(&e->table, &e->weights, &e->config, NULL);
+    export_read_tokenizer(e, options_given(argc, argv, "tokenizer"));
+}
+
+static inline void export_write(const Export *e) {
+    remove_folder(e->temporary);
+    make_folder(e->temporary);
+    export_config(e);
+    export_generation_config(e);
+    if (e->tokenizer != NULL) {
+        tokenizer_save(e->tokenizer, e->temporary, e->config.max_seq_len);
+        tokenizer_save_json(e->tokenizer, e->temporary);
+    }
+    if (router_has_experts(e->config.router.method)) {
+        export_text(e, "configuration_remoe.py", configuration_remoe_py);
+        export_text(e, "modeling_remoe.py", modeling_remoe_py);
+    }
+    export_card(e);
+    export_weights(e);
+    export_place_folder(e);
+}
+
+static inline void export_model(const char *program, int argc, const char *const *argv) {
+    Export *e = NEW(Export, 1);
+    signal(SIGXFSZ, SIG_IGN); // a file at its size limit is then a failed write, with a message
+    export_read(e, program, argc, argv);
+    export_write(e);
+    printf("%s: %lld parameters in %s, from %s\n", e->folder, (long long)e->table.num_params,
+           export_is_bf16(e) ? "bf16" : "fp32", export_source(e));
+    if (e->tokenizer != NULL) {
+        tokenizer_free(e->tokenizer);
+    }
+    free(e->table.tensors);
+    free(e->weights.layers);
+    free(e);
+}
+
+#endif
