@@ -20,12 +20,12 @@ experts_backward of experts.h; like there no expert's output and no gathered row
       dX' -------------> dispatch_combine       dx_t = residual_t + sum_p dX'[row]     combine
       parts of dgate --> dispatch_dgate         dgate_p, their sum in order            its last loop
 
-where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), dH = [dG | dU], and --rows--> is a
-gather that the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the caller, who
-has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what is to be
-combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down [E, d, F]
-floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of 8. Before:
-dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.
+where row = row_of_pair[p], dG = gate dA' U silu'(G), dU = gate dA' silu(G), dH = [dG | dU], and --rows--> is
+a gather that the GEMM does while it loads. Unlike the C functions these leave the last chunk's combine to the
+caller, who has something to do with the sum while it is in registers (dispatch_rmsnorm.cuh): they return what
+is to be combined, good until the arena's next use. Shapes: x, dy [N, d] floatX; w_gate_up [E, 2F, d], w_down
+[E, d, F] floatX, their gradients fp32; dgate [P] fp32, in the pair list's order. d and F are multiples of 8.
+Before: dispatch_sort and arena_place of the layer. Errors: none here; *arena->overflow afterwards.
 */
 #ifndef EXPERTS_CUH
 #define EXPERTS_CUH
@@ -87,8 +87,8 @@ static inline void experts_clear_unused(float *dw, DeviceDispatch dispatch, int 
            size);
 }
 
-// dw += ...; fresh: dw = ..., whatever was there. dgate [P] is overwritten; H is spent. Returns what sums to the
-// gradient of x
+// dw += ...; fresh: dw = ..., whatever was there. dgate [P] is overwritten; H is spent. Returns what sums to
+// the gradient of x
 static inline CombineChunk experts_backward(float *dgate, float *dw_gate_up, float *dw_down, int fresh,
                                             const floatX *dy, const floatX *x, const floatX *w_gate_up,
                                             const floatX *w_down, DevicePairs pairs, DeviceDispatch dispatch,
