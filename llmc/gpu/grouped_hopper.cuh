@@ -45,7 +45,7 @@ What the tricks cost and bring, on an H100; a step is one of training, dense is 
 size:
 
     trick                                            lines   worth
-    gather in the load: no gathered copy exists        170   2 % of a step at k = 1, 25 % of the experts at k = 8
+    gather in the load: no gathered copy exists        170   2 % of a step at k = 1, 25 % of experts at k = 8
     the epilogue is hidden behind the next tile         70   0.70 -> 0.82 and more of dense
     H comes and goes in slots (down_backward)          150   3 % of a step
     clusters share B                                    60   1 to 12 % of a product

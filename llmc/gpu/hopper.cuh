@@ -141,11 +141,10 @@ namespace hopper {
 // ----------------------------------------------------------------------------
 // barriers
 
-// One lane of the warp, always the same: all lanes must be here. ptxas knows that what this guards has one
-// thread, so it gives TMA its operands in uniform registers as they are. Behind `threadIdx.x == 0` it packs
-// each TMA into a loop over whatever lanes there may be: 15 instructions instead of one, and the grouped
-// GEMM's producer, with its four to six copies a step, fell behind the tensor cores (up_backward 3 to 14 %,
-// weight gradients 2 to 10 %)
+// One lane of the warp, always the same; all lanes must be here. ptxas knows that one thread is behind this, and
+// issues a TMA there as one instruction. Behind `threadIdx.x == 0` it packs each TMA into a loop over whatever
+// lanes there may be, 15 instructions, and the grouped GEMM's producer, with four to six copies a step, falls
+// behind the tensor cores
 __device__ __forceinline__ bool elect_one(void) {
     uint32_t elected;
     asm volatile("{\n"
