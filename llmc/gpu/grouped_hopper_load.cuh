@@ -13,7 +13,7 @@ out the 1,024 pieces of a stage:
 
     RowGather      rows of D are tokens   thread 8 r + p: piece p of rows r, r + 16, ..., the same 8 tokens in
                                           all of the tile's steps
-    ColumnGather   tokens are in k        thread 16 k + p: piece p of tokens k, k + 8, ..., others in each step
+    ColumnGather   tokens are in k        thread 16 k + p: piece p of tokens k, k + 8, ..., new in each step
 
 Rows that do not exist (pads, token -1) and columns behind d are zeros in shared memory. What lies behind an
 expert's rows is not read. Errors: none.

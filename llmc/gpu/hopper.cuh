@@ -141,10 +141,10 @@ namespace hopper {
 // ----------------------------------------------------------------------------
 // barriers
 
-// One lane of the warp, always the same; all lanes must be here. ptxas knows that one thread is behind this, and
-// issues a TMA there as one instruction. Behind `threadIdx.x == 0` it packs each TMA into a loop over whatever
-// lanes there may be, 15 instructions, and the grouped GEMM's producer, with four to six copies a step, falls
-// behind the tensor cores
+// One lane of the warp, always the same; all lanes must be here. ptxas knows that one thread is behind this,
+// and issues a TMA there as one instruction. Behind `threadIdx.x == 0` it packs each TMA into a loop over
+// whatever lanes there may be, 15 instructions, and the grouped GEMM's producer, with four to six copies a
+// step, falls behind the tensor cores
 __device__ __forceinline__ bool elect_one(void) {
     uint32_t elected;
     asm volatile("{\n"
