@@ -128,10 +128,10 @@ __host__ __device__ __forceinline__ int items_of(int cluster, int m_tiles, int n
 // ----------------------------------------------------------------------------
 // the plan
 
-// In shared memory. (The number of all items has a place of its own that no thread computes: so the compiler
-// knows that all lanes read the same, and keeps a producer's item, tile and stage in uniform registers, where
-// TMA wants its operands: 3 to 5 % of up_forward. Found at item_start[E], by an address in each thread's
-// registers, it let the compiler think that lanes might part.)
+// In shared memory. The number of all items has a place of its own, whose address no thread computes: so
+// ptxas knows that all lanes read the same, and keeps a producer's item, tile and stage in uniform registers,
+// where TMA wants its operands. Read at item_start[E], by an address in each thread's registers, it might
+// have been different in each lane, for all that ptxas knew, and so might everything that follows from it
 struct Plan {
     int *items;      // of all experts
     int *item_start; // [E + 1] first item of each expert
