@@ -20,14 +20,14 @@ layer, each chunk is given the next free rows; one that does not fit is placed b
 the next chunk overwrites it, and backward computes it again with the same kernel on the same rows. So the
 budget decides what is computed twice, and no bit of what:
 
-    h    | layer 0, chunk 0 | layer 0, chunk 1 | layer 1, chunk 0 | ... cursor ->    | any chunk that did not fit |
-         0                                                                           store_rows            h_rows
+    h      | layer 0, chunk 0 | layer 0, chunk 1 | layer 1, chunk 0 | ... | any chunk that did not fit |
+    rows   0                                                   cursor ->  store_rows              h_rows
 
 The host launches planned[l] chunks of layer l, as many as the rows of the last steps and a margin ask for; a
-chunk beyond offsets[E] finds no rows, and its kernels exit. If the margin was too small, *overflow is set: the
-step's results are then worthless (the update must look at the flag), and the step is repeated with a larger
-plan. lambda swings S about its target: with many experts k goes up and down by a half within ten steps, so
-what a layer needed fades slowly; a chunk too many is cheaper than a step. A step:
+chunk beyond offsets[E] finds no rows, and its kernels exit. If the margin was too small, *overflow is set:
+the step's results are then worthless (the update must look at the flag), and the step is repeated with a
+larger plan. lambda swings S about its target: with many experts k goes up and down by a half within ten
+steps, so what a layer needed fades slowly; a chunk too many is cheaper than a step. A step:
 
     arena_plan(recent rows)                   host; arena_grow(rows) instead if the last step overflowed
     arena_begin_step                          overflow, most_rows = 0

@@ -63,7 +63,7 @@ __device__ __forceinline__ void produce(const AttentionArguments &args,
         int group = args.H / args.KV;
         for (int head = at.head * group; head < (at.head + 1) * group; head++) {
             for (int query = at.first; query < args.T; query += ATTENTION_ROWS) {
-                barrier_wait(memory.empty(), memory.parity ^ 1);
+                barrier_wait(memory.empty(), memory.ring.parity ^ 1);
                 barrier_expect(memory.full(), Memory::STAGE_BYTES + Memory::ROW_BYTES);
                 load_tile<HD>(memory.tile(0), &args.qkv, memory.full(), head * HD, query, at.b);
                 load_tile<HD>(memory.tile(1), &args.dout, memory.full(), head * HD, query, at.b);
@@ -180,7 +180,7 @@ __device__ __forceinline__ void consume(const AttentionArguments &args,
             dq[i] = 0.0f;
         }
         if (mine > 0) {
-            barrier_wait(memory.full(), memory.parity);
+            barrier_wait(memory.full(), memory.ring.parity);
             wgmma_fence();
             queries.times(s, memory.tile(0));
             wgmma_commit();
@@ -317,7 +317,7 @@ __device__ __forceinline__ void consume(const AttentionArguments &args,
         };
         if (tiles > 0) {
             queries.begin_head(memory);
-            barrier_wait(memory.full(), memory.parity);
+            barrier_wait(memory.full(), memory.ring.parity);
             wgmma_fence();
             keys.times(s, memory.tile(0));
             wgmma_commit();
@@ -329,7 +329,7 @@ __device__ __forceinline__ void consume(const AttentionArguments &args,
             for (int i = 1; i < tiles; i++) {
                 uint32_t before = memory.tile(0), done = memory.empty();
                 queries.advance(memory);
-                barrier_wait(memory.full(), memory.parity);
+                barrier_wait(memory.full(), memory.ring.parity);
                 wgmma_fence();
                 keys.times(s, memory.tile(0));
                 wgmma_commit();

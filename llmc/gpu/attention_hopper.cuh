@@ -50,7 +50,7 @@ __device__ __forceinline__ void produce(const AttentionArguments &args, Attentio
         }
         int column = (args.H + at.head / (args.H / args.KV)) * HD;
         for (int key = 0; key < min(at.first + (int)ATTENTION_BLOCK_ROWS, args.T); key += ATTENTION_ROWS) {
-            barrier_wait(memory.empty(), memory.parity ^ 1);
+            barrier_wait(memory.empty(), memory.ring.parity ^ 1);
             barrier_expect(memory.full(), Memory::STAGE_BYTES);
             load_tile<HD>(memory.tile(0), &args.qkv, memory.full(), column, key, at.b);
             load_tile<HD>(memory.tile(1), &args.qkv, memory.full(), column + args.KV * HD, key, at.b);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void consume(const AttentionArguments &args,
         auto step = [&](float(&s)[32], float(&next)[32]) {
             uint32_t values = memory.tile(1), present = memory.empty();
             memory.advance();
-            barrier_wait(memory.full(), memory.parity);
+            barrier_wait(memory.full(), memory.ring.parity);
             wgmma_fence();
             queries.times(next, memory.tile(0));
             wgmma_commit();
@@ -171,7 +171,7 @@ __device__ __forceinline__ void consume(const AttentionArguments &args,
             done = present;
         };
         if (mine > 0) {
-            barrier_wait(memory.full(), memory.parity);
+            barrier_wait(memory.full(), memory.ring.parity);
             wgmma_fence();
             queries.times(even, memory.tile(0));
             wgmma_commit();

@@ -62,7 +62,7 @@ struct AttentionArguments {
 };
 
 // shared memory: OWN tiles of 64 rows that each consumer owns, the ring, lse and D of the ring's queries
-template <int HD, int OWN> struct AttentionMemory : RingTurn {
+template <int HD, int OWN> struct AttentionMemory {
     enum {
         TILE = (HD + 63) / 64 * BLOCK_BYTES,
         STAGES = HD <= 64                   ? 6
@@ -82,23 +82,24 @@ template <int HD, int OWN> struct AttentionMemory : RingTurn {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned char *memory;
     uint32_t base;
-    uint32_t own_parity; // as parity, of what the consumers own
+    RingTurn ring;
+    uint32_t own_parity; // as ring.parity, of what the consumers own
 
     __device__ __forceinline__ AttentionMemory() {
         uint32_t address = shared_address(shared_memory());
         base = (address + 1023) & ~1023u;
         memory = shared_memory() + (base - address);
-        stage = 0;
-        parity = own_parity = 0;
+        ring.stage = 0;
+        ring.parity = own_parity = 0;
     }
     __device__ __forceinline__ uint32_t own(int which, int consumer) const {
         return base + (2 * which + consumer) * TILE;
     }
     __device__ __forceinline__ uint32_t tile(int which) const {
-        return base + OWN_BYTES + stage * STAGE_BYTES + which * TILE;
+        return base + OWN_BYTES + ring.stage * STAGE_BYTES + which * TILE;
     }
     __device__ __forceinline__ int rows() const { // offset
-        return ROWS + stage * ROW_BYTES;
+        return ROWS + ring.stage * ROW_BYTES;
     }
     __device__ __forceinline__ uint32_t own_full() const {
         return base + BARRIERS;
@@ -107,13 +108,13 @@ template <int HD, int OWN> struct AttentionMemory : RingTurn {
         return own_full() + 8;
     }
     __device__ __forceinline__ uint32_t full() const {
-        return base + BARRIERS + 16 + stage * 16;
+        return base + BARRIERS + 16 + ring.stage * 16;
     }
     __device__ __forceinline__ uint32_t empty() const {
         return full() + 8;
     }
     __device__ __forceinline__ void advance() {
-        RingTurn::advance(STAGES);
+        ring.advance(STAGES);
     }
     __device__ __forceinline__ void init_barriers() {
         barrier_init(own_full(), 1);
@@ -123,7 +124,7 @@ template <int HD, int OWN> struct AttentionMemory : RingTurn {
             barrier_init(empty(), ATTENTION_BLOCK_WARPS);
             advance();
         }
-        parity = 0;
+        ring.parity = 0;
         barrier_init_done();
     }
 #endif
@@ -195,7 +196,7 @@ __device__ __forceinline__ void release(uint32_t empty) {
 
 // a stage that this consumer does not need
 template <class Memory> __device__ __forceinline__ void skip_stage(Memory &memory) {
-    barrier_wait(memory.full(), memory.parity);
+    barrier_wait(memory.full(), memory.ring.parity);
     release(memory.empty());
     memory.advance();
 }
@@ -204,7 +205,7 @@ template <class Memory> __device__ __forceinline__ void skip_stage(Memory &memor
 template <class Memory> __device__ __forceinline__ void wait_next(Memory memory, bool exists) {
     if (exists) {
         memory.advance();
-        barrier_wait(memory.full(), memory.parity);
+        barrier_wait(memory.full(), memory.ring.parity);
     }
 }
 

@@ -1,13 +1,13 @@
 /*
 Grouped GEMM: one product per expert, all of them in one launch, on rows sorted by expert.
 
-    function               product                        size, summed over   in the epilogue
-    grouped_up_forward     [G | U]     = X' W_gate_up^T   rows x 2F, d        gate A, where A = silu(G) U
-    grouped_down_forward   Y           = (gate A) W_down^T rows x d, F
-    grouped_down_backward  dA'         = dO' W_down       rows x F, d         dgate = <dA', A>; dG, dU in place of G, U
-    grouped_down_wgrad     dW_down    += dO'^T (gate A)   d x F, rows         fp32
-    grouped_up_wgrad       dW_gate_up += dH^T X'          2F x d, rows        fp32
-    grouped_up_backward    dX'         = dH W_gate_up     rows x d, 2F
+    grouped_       product                                M x N, sum over   in the epilogue
+    up_forward     [G | U]     = X' W_gate_up^T           rows x 2F, d      gate A, where A = silu(G) U
+    down_forward   Y           = (gate A) W_down^T        rows x d, F
+    down_backward  dA'         = dO' W_down               rows x F, d       dgate = <dA', A>; dG, dU for G, U
+    down_wgrad     dW_down    += dO'^T (gate A)           d x F, rows       fp32
+    up_wgrad       dW_gate_up += dH^T X'                  2F x d, rows      fp32
+    up_backward    dX'         = dH W_gate_up             rows x d, 2F
 
 where dH = [dG | dU], and with silu(g) = g s, s = sigmoid(g), of the rounded G and U
 
@@ -16,13 +16,14 @@ where dH = [dG | dU], and with silu(g) = g s, s = sigmoid(g), of the rounded G a
 The gate is applied before the down-projection and not to its result, which is the same: so forward's gate A
 is what the weights' gradient needs, and the combine just adds rows.
 
-X' and dO' are rows of x and dy [N, d] by token, gathered while they are loaded. Two implementations stand behind
-these names: grouped_portable.cuh (mma.sync, sm_80 and later, and fp32) and grouped_hopper.cuh (wgmma
-and TMA, sm_90a, bf16); chunk.kernels chooses. Their sums differ in order, so their bits do; each is deterministic.
+X' and dO' are rows of x and dy [N, d] by token, gathered while they are loaded. Two implementations stand
+behind these names: grouped_portable.cuh (mma.sync, sm_80 and later, and fp32) and grouped_hopper.cuh (wgmma
+and TMA, sm_90a, bf16); chunk.kernels chooses. Their sums differ in order, so their bits do; each is
+deterministic.
 
-Shapes: chunk buffers h [R, 3F] = [G | U | gate A], y, dx [R, d], indexed from the chunk's first row; w_gate_up
-[E, 2F, d], w_down [E, d, F] floatX, their gradients fp32; d, F multiples of 8. Nothing is written for rows that do not
-exist. Equals matmul_grouped_* of matmul.h and swiglu_* of experts.h. Errors: none.
+Shapes: chunk buffers h [R, 3F] = [G | U | gate A], y, dx [R, d], indexed from the chunk's first row;
+w_gate_up [E, 2F, d], w_down [E, d, F] floatX, their gradients fp32; d, F multiples of 8. Nothing is written
+for rows that do not exist. Equals matmul_grouped_* of matmul.h and swiglu_* of experts.h. Errors: none.
 */
 #ifndef GROUPED_GEMM_CUH
 #define GROUPED_GEMM_CUH

@@ -1,55 +1,66 @@
 /*
-The experts' products on Hopper (sm_90a), bf16: the functions of grouped_gemm.cuh, which has the table of the six, same
-names and arguments, in namespace hopper. One kernel template does all six; they differ in where the operands come
-from (grouped_hopper_load.cuh) and in what becomes of the accumulators (grouped_hopper_epilogues.cuh).
+The experts' products on Hopper (sm_90a), bf16: the functions of grouped_gemm.cuh, which has the table of the
+six products, in namespace hopper. One kernel template does all six; they differ in where the operands come
+from (grouped_hopper_load.cuh) and in what becomes of the accumulators (grouped_hopper_epilogues.cuh):
 
-As many blocks as multiprocessors walk through the tiles of D (grouped_hopper_tiles.cuh), 128 x BN (BN = 256, 192 or
-128: whichever wastes least). A block is three warpgroups. One is the producer: it fills a ring of stages in shared
-memory, each a step of 64 in k. The other two are consumers, 64 rows of the tile each: wgmma from the ring into
-registers.
+    product         A              B                  across k   epilogue
+    up_forward      X' by token    W_gate_up by TMA              SwigluForward, during the next tile
+    down_forward    gate A by TMA  W_down by TMA                 StoreRows, the same
+    down_backward   dO' by token   W_down by TMA      B          SwigluBackward, the same
+    up_backward     dH by TMA      W_gate_up by TMA   B          StoreRows, the same
+    down_wgrad      dO' by token   gate A by TMA      A, B       AddToWeights, at once
+    up_wgrad        X' by token    dH by TMA          A, B       AddToWeights, at once, transposed
 
-    global     X, dY by token --cp.async--\           /-> consumer 0: rows  0 .. 63   --\
-    memory     gate A, dH -------TMA-------> ring ---+                                   +-> shared --TMA--> H, Y, dX',
-               W, dH ------------TMA------/   4 - 6   \-> consumer 1: rows 64 .. 127  --/    memory          += dW
-               (half of B for both blocks)    stages          wgmma, epilogue
+As many blocks as multiprocessors walk through the tiles of D (grouped_hopper_tiles.cuh), 128 x BN (BN = 256,
+192 or 128: whichever wastes least). A block is three warpgroups. One is the producer: it fills a ring of
+stages in shared memory, each a step of 64 in k. The other two are consumers, 64 rows of the tile each: wgmma
+from the ring into registers.
 
-The epilogue is hidden. With d = 768 a tile is only 12 steps long, and what follows, SwiGLU and the stores, would take
-as long again. So a consumer keeps a tile's results in registers (rounded, or down_backward's sums as they are) and
-starts the next tile; while the products of its steps run, which need nobody, it lets a part of 32 columns of the last
-tile leave at every step or two:
+    A by token --cp.async--\           /-> consumer 0: rows 0 .. 63 ----\
+    A ------------TMA-------> ring ---+                                  +--> shared ---TMA--> H, Y, dX'
+    B ------------TMA------/  of 4-6   \-> consumer 1: rows 64 .. 127 --/     memory           dW +=
+     half of it, for both     stages       wgmma, then the epilogue
+     blocks of a cluster
+
+The epilogue is hidden. With d = 768 a tile is only 12 steps long, and what follows, SwiGLU and the stores,
+would take as long again. So a consumer keeps a tile's results in registers (rounded, or down_backward's sums
+as they are) and starts the next tile; while the products of its steps run, which need nobody, it lets a part
+of 32 columns of the last tile leave at every step or two:
 
     tensor cores   | tile 1: step 0 | 1 | 2 | ... | 11 | tile 2: step 0 | 1      | 2      | ...
     the consumer   |                                   | part 0 of 1    | part 1 | part 2 | ...
 
-Weight gradients, whose tiles are long, leave at once. TMA adds each tile to dW in memory, or overwrites it if this is
-the first contribution. Each element is added to exactly once per launch, so the result does not depend on the order of
-tiles.
+Weight gradients, whose tiles are long, leave at once. TMA adds each tile to dW in memory, or overwrites it if
+this is the first contribution. Each element is added to exactly once per launch, so the result does not
+depend on the order of tiles.
 
-Two blocks form a cluster. They work on two row tiles with the same columns, hence the same B: each loads half of B and
-multicasts it to both. Where an expert has an odd number of row tiles, the blocks share the last: two tiles side by
-side, each block loads its own B. A stage is free when both blocks' consumers are done.
+Two blocks form a cluster. They work on two row tiles with the same columns, hence the same B: each loads half
+of B and multicasts it to both. Where an expert has an odd number of row tiles, the blocks share the last: two
+tiles side by side, each block loads its own B. A stage is free when both blocks' consumers are done.
 
-Shared memory is the bottleneck. It delivers 128 bytes per cycle. At full tensor-core rate wgmma reads 80 of them (all
-of B for every 64 rows of A), the ring's loads write 48, up_forward's results add 16: 144 in all.
+Shared memory is the bottleneck. It delivers 128 bytes per cycle. At full tensor-core rate wgmma reads 80 of
+them (all of B for every 64 rows of A), the ring's loads write 48, up_forward's results add 16: 144 in all.
 
-What the tricks cost and bring (H100, d = 768, F = 3072 unless said; a step is one of training):
+What the tricks cost and bring, on an H100; a step is one of training, dense is cuBLASLt's product of the same
+size:
 
     trick                                            lines   worth
-    gather in the load, no gathered copy               150   2 % of a step at k = 1, 25 % of the experts' time at k = 8
-    epilogue hidden behind the next tile                70   0.70 -> 0.82 and more of the dense product's speed
-    H in slots (down_backward)                         150   3 % of a step
-    clusters that share B                               60   1 - 12 % of a product
-    rows of B in pairs: 16-byte results (up_forward)    50   1 - 2 % of up_forward
-    warps that leave alone (up_forward)                 50   3 % of up_forward
-    no clusters where W is small (up_forward)           10   1 - 7 % of up_forward
-    TMA issued behind elect_one (hopper.cuh)            15   @ELECT@
-    a number all lanes share (Plan)                      3   @PLAN@
-    copies aimed before the stage is free (Aim)         25   @AIM@
-    four issuers in turn                                 3   1 % of down_backward
+    gather in the load: no gathered copy exists        170   2 % of a step at k = 1, 25 % of experts at k = 8
+    the epilogue is hidden behind the next tile         70   0.70 -> 0.82 and more of dense
+    H comes and goes in slots (down_backward)          150   3 % of a step
+    clusters share B                                    60   1 to 12 % of a product
+    B's rows in pairs (up_forward)                      50   1 to 2 % of it
+    warps that leave alone (up_forward)                 50   3 % of it
+    no clusters where W is small (up_forward)           10   1 to 7 % of it
+    TMA is issued behind elect_one (hopper.cuh)         20   2 to 15 % of up_backward and the weight gradients
+    all lanes know that they agree (Plan)                3   3 to 4 % of up_forward
+    tokens are fetched two steps ahead                  10   4 to 8 % of narrow experts' weight gradients
+    what takes longer is asked for first                 5   1 to 2 % of up_forward, up to 5 % of down_wgrad
+    four issuers in turn                                 1   1 % of down_backward
 
-Deterministic: each element of an output has one owner, who adds in a fixed order; tiles are dealt out in a fixed
-order. Shapes: grouped_gemm.cuh. Errors: more than 2048 experts are refused. Nothing is allocated, the host does not
-wait; tensor maps are kernel arguments, so a CUDA graph may capture the launches.
+Deterministic: each element of an output has one owner, who adds in a fixed order; tiles are dealt out in a
+fixed order. Shapes: grouped_gemm.cuh. Errors: more than 2048 experts are refused. Nothing is allocated, the
+host does not wait; tensor maps are kernel arguments, so a CUDA graph may capture the launches.
 */
 #ifndef GROUPED_HOPPER_CUH
 #define GROUPED_HOPPER_CUH
@@ -111,9 +122,10 @@ template <class V> struct Multiplier {
         last = ring.empty();
         ring.advance();
     }
-    // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do while they
-    // run. Parts are spread evenly over the steps. If several steps came without a part, the consumer would drain the
-    // ring faster than the producer fills it. They are unrolled, to find their registers at compile time
+    // All products of a tile; the last of them still run. meanwhile(0) .. meanwhile(PARTS - 1): what to do
+    // while they run. Parts are spread evenly over the steps. If several steps came without a part, the
+    // consumer would drain the ring faster than the producer fills it. They are unrolled, to find their
+    // registers at compile time
     template <int PARTS, class Meanwhile>
     __device__ __forceinline__ void tile(float (&acc)[V::BN / 2], int steps, const Meanwhile &meanwhile) {
         int i = 0;
@@ -236,8 +248,8 @@ static inline bool available(void) {
     return code.ptxVersion >= 90;
 }
 
-// Narrow tiles load more per product, into shared memory and from it: they take so much longer for the same work, in
-// 1/100 (192: measured)
+// Narrow tiles load more per product, into shared memory and from it: they take so much longer for the same
+// work, in 1/100 (192: measured)
 static inline int tile_cost(int BN) {
     return BN * (BN == 256 ? 100 : BN == 192 ? 115 : 130);
 }
@@ -264,8 +276,8 @@ static inline int wgrad_tile(int E, int M, int N) {
     });
 }
 
-// down_backward's sums and those held would be 256 registers with 256 columns. Tiles of 128 are faster where an expert is
-// narrow (measured)
+// down_backward's sums and those held would be 256 registers with 256 columns. Tiles of 128 are faster where
+// an expert is narrow (measured)
 static inline int down_backward_tile(int F) {
     return row_tile(F, 256, F < 1024 ? 128 : 192);
 }
@@ -274,10 +286,10 @@ static inline int grouped_dgate_tiles(int F) {
     return ceil_div(F, down_backward_tile(F));
 }
 
-// If W_gate_up of an expert is at most this large, up_forward runs without clusters: its epilogue is long, and four
-// consumers that wait for each other lose more (1 to 4 %) than loading all of B costs. If it is larger, L2 is what
-// clusters relieve (1 to 7 %). The threshold lies between measurements at 1, 9 and 17 MB. (A test has small shapes
-// only, which should meet both)
+// If W_gate_up of an expert is at most this large, up_forward runs without clusters: its epilogue is long,
+// and four consumers that wait for each other lose more (1 to 4 %) than loading all of B costs. If it is
+// larger, L2 is what clusters relieve (1 to 7 %). The threshold lies between measurements at 1, 9 and 17 MB.
+// (A test has small shapes only, which should meet both)
 static inline int64_t alone_bytes(void) {
     return emulated() ? 32 << 10 : 8 << 20;
 }
@@ -331,7 +343,8 @@ static inline CUtensorMap h_operand(ChunkH h, int first, int columns, int F, int
     return tensor_map(h.buffer + first, columns, h.rows, 1, box_rows, 3 * F);
 }
 
-// H as an epilogue reads and writes it, [rows][3][F], in boxes of `parts` of G, U and gate A: a box ends where G ends
+// H as an epilogue reads and writes it, [rows][3][F], in boxes of `parts` of G, U and gate A: a box ends
+// where G ends
 static inline CUtensorMap h_results(ChunkH h, int F, int box_rows, int parts, int columns) {
     return tensor_map(h.buffer, false, F, 3, h.rows, parts, box_rows, columns);
 }

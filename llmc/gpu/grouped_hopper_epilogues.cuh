@@ -1,23 +1,23 @@
 /*
 The grouped GEMM on Hopper: what becomes of a tile's sums. Four epilogues, named as the portable ones
-(grouped_portable_epilogues.cuh): SwigluForward, StoreRows, SwigluBackward, AddToWeights. Each is a consumer's, 64
-rows of the tile, and has
+(grouped_portable_epilogues.cuh): SwigluForward, StoreRows, SwigluBackward, AddToWeights. Each is a
+consumer's, 64 rows of the tile, and has
 
     any                       a tile is held whose results have not left
     take(acc)                 the tile's sums: to be held (AddToWeights: to leave at once)
-    leave(part, next, mine)   part 0, 1, ... of what is held leaves; next: the tile that is multiplied meanwhile,
-                              mine: this consumer has rows of it
+    leave(part, next, mine)   part 0, 1, ... of what is held leaves; next is the tile that is multiplied
+                              meanwhile, mine: this consumer has rows of it
     hold(next, mine)          and that one becomes the held one
 
-Results leave by way of shared memory, from where TMA takes them: the consumer's four warps put a part, 64 rows x 32
-columns, meet, and one thread starts the copy. The place is free when the copy has read it. SwigluForward's warps wait
-for no other: each takes its own 16 rows. What lies behind an edge of d or F is not stored; nor are the rows of a half
-tile that is nobody's.
+Results leave by way of shared memory, from where TMA takes them: the consumer's four warps put a part, 64
+rows x 32 columns, meet, and one thread starts the copy. The place is free when the copy has read it.
+SwigluForward's warps wait for no other: each takes its own 16 rows. What lies behind an edge of d or F is not
+stored; nor are the rows of a half tile that is nobody's.
 
 Formulas, with silu(g) = g s, s = sigmoid(g), of the rounded G and U:
 
-    SwigluForward    A = U silu(G), times gate
-    SwigluBackward   dG = gate dA' U s (1 + G (1 - s));  dU = gate dA' silu(G);  <dA', A>, a tile's part of dgate
+    SwigluForward    gate A = gate U silu(G)
+    SwigluBackward   dG = gate dA' U s (1 + G (1 - s));  dU = gate dA' silu(G);  dgate's part = <dA', A>
 */
 #ifndef GROUPED_HOPPER_EPILOGUES_CUH
 #define GROUPED_HOPPER_EPILOGUES_CUH
@@ -95,9 +95,9 @@ struct Exit {
 // ----------------------------------------------------------------------------
 // G and U, rounded, and gate silu(G) U of what was rounded
 
-// A warp's place in shared memory has 16 rows x 32 columns of G, U and gate A: 64-byte lines, swizzled, three a row. The
-// 32 columns take two parts, rows r and rows r + 8: paired_rows_map's order of B's rows has made a thread's results
-// 16 bytes of a line
+// A warp's place in shared memory has 16 rows x 32 columns of G, U and gate A: 64-byte lines, swizzled, three
+// a row. The 32 columns take two parts, rows r and rows r + 8: paired_rows_map's order of B's rows has made a
+// thread's results 16 bytes of a line
 template <class V> struct SwigluForward : Held<V> {
     const Arguments &args;
     int group, first_row; // of the warp's rows in the chunk's first tile, in the map
@@ -207,9 +207,10 @@ template <class V> struct StoreRows : Held<V> {
 // ----------------------------------------------------------------------------
 // dG, dU in place of G, U, and the tile's part of dgate
 
-// H comes and goes in slots, 64 rows x 64 columns of G and of U. The consumer's pieces of H, of one tile after the
-// other, go through its two slots in turn: TMA brings a piece, the consumer computes in place, TMA takes it away. The
-// next one is asked for as soon as the slot's results have left, also that of the tile that is multiplied now
+// H comes and goes in slots, 64 rows x 64 columns of G and of U. The consumer's pieces of H, of one tile
+// after the other, go through its two slots in turn: TMA brings a piece, the consumer computes in place, TMA
+// takes it away. The next one is asked for as soon as the slot's results have left, also that of the tile
+// that is multiplied now
 template <class V> struct SwigluBackward {
     const Arguments &args;
     Exit exit;
@@ -255,7 +256,8 @@ template <class V> struct SwigluBackward {
             load_gates(gate, args, next, exit.group);
         }
     }
-    // G and U of the next pieces, as far as slots are free: of the held tile, then of the one that is multiplied
+    // G and U of the next pieces, as far as slots are free: of the held tile, then of the one that is
+    // multiplied
     __device__ __forceinline__ void ask(const Tile &next, int next_pieces) {
         while (asked - done < SLOTS) {
             int p = asked - of_tile;
@@ -349,8 +351,8 @@ template <class V> struct SwigluBackward {
 // ----------------------------------------------------------------------------
 // dW[m][n] += D, or transposed, dW[n][m] += D: = D where nothing has been added yet
 
-// The tiles are long (k are rows), so their results leave at once. In shared memory a part's rows are of 32 numbers,
-// 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
+// The tiles are long (k are rows), so their results leave at once. In shared memory a part's rows are of 32
+// numbers, 128 bytes, swizzled; transposed there are two boxes, the second of columns m + 32 on
 template <class V> struct AddToWeights {
     const Arguments &args;
     Exit exit;

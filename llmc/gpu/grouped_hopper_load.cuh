@@ -6,12 +6,14 @@ A stage is a step of 64 in k: A (128 rows of D), then B (BN columns of D), each 
     full[stage]    the producer's arrivals and TMA's bytes: the stage may be read
     empty[stage]   8 consumer warps of each block of the cluster: the stage may be written
 
-B comes by TMA. A comes by TMA where its rows lie together (produce_by_tma: one thread does it all). Where A's rows
-are tokens, anywhere in X or dY, all 128 threads copy 16-byte pieces of them by cp.async (produce_by_token): no
-gathered copy ever exists, and the gather costs no time of its own. Two ways to deal out the 1,024 pieces of a stage:
+B comes by TMA. A comes by TMA where its rows lie together (produce_by_tma: one thread does it all). Where A's
+rows are tokens, anywhere in x or dy, all 128 threads copy 16-byte pieces of them by cp.async
+(produce_by_token): no gathered copy ever exists, and the gather costs no time of its own. Two ways to deal
+out the 1,024 pieces of a stage:
 
-    RowGather      rows of D are tokens    thread 8 r + p: piece p of rows r, r + 16, ..., always the same 8 tokens
-    ColumnGather   tokens are in k         thread 16 k + p: piece p of tokens k, k + 8, ..., at each step another 8
+    RowGather      rows of D are tokens   thread 8 r + p: piece p of rows r, r + 16, ..., the same 8 tokens in
+                                          all of the tile's steps
+    ColumnGather   tokens are in k        thread 16 k + p: piece p of tokens k, k + 8, ..., new in each step
 
 Rows that do not exist (pads, token -1) and columns behind d are zeros in shared memory. What lies behind an
 expert's rows is not read. Errors: none.
@@ -77,8 +79,8 @@ template <class V> __device__ __forceinline__ void init_barriers(Ring<V> ring) {
 // ----------------------------------------------------------------------------
 // B, and A where its rows lie together, by TMA (one thread)
 
-// A stage's B, `count` boxes of it; BOTH: to both blocks. Along k a box is BN / 2 rows (up_forward: gate's, then
-// up's), across k 64 columns
+// A stage's B, `count` boxes of it; BOTH: to both blocks. Along k a box is BN / 2 rows (up_forward: gate's,
+// then up's), across k 64 columns
 template <class V, bool BOTH>
 __device__ __forceinline__ void load_boxes(const Arguments &args, const Ring<V> &ring, const Tile &tile,
                                            int first_k, int first) {
@@ -137,20 +139,18 @@ enum {
 }; // of a stage's A, of 16 bytes, that a thread copies
 static_assert(PIECES == 8, "what the two gathers deal out");
 
-// The pieces that a thread copies next. They are aimed before the stage is free: then nothing is left to be computed
-// when it is, and each copy has address registers of its own. (cp.async holds them until the copy is issued. Eight
-// copies through one pair of registers would wait for each other, as long as the step's wgmma takes.)
-struct Aim {
-    const uint4 *from[PIECES];
-    bool valid[PIECES]; // else zeros
-
-    template <int STRIDE> __device__ __forceinline__ void copy(uint32_t to) const {
+// Copies a thread's pieces, STRIDE bytes apart, or zeros. cp.async holds its address registers until the copy
+// is issued, so eight copies through one register pair wait for each other: all addresses are computed first,
+// each in a pair of its own where the compiler finds one. (Before the stage is free, in 16 registers: no
+// gain.)
+template <int STRIDE>
+__device__ __forceinline__ void copy_pieces(uint32_t to, const uint4 *const (&from)[PIECES],
+                                            const bool (&valid)[PIECES]) {
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            copy16(to + i * STRIDE, from[i], valid[i]);
-        }
+    for (int i = 0; i < PIECES; i++) {
+        copy16(to + i * STRIDE, from[i], valid[i]);
     }
-};
+}
 
 // Rows of D are tokens: a warp's are 4 warp + (0 .. 3) + 16 i, whose tokens its lanes fetch a tile ahead
 struct RowGather {
@@ -159,7 +159,6 @@ struct RowGather {
     uint32_t piece, pieces;  // of a row: this thread's in step 0, and how many there are
     uint32_t to;             // offset in the tile
     int token;               // the lane's, of the tile that begins next
-    Aim next;
 
     static constexpr uint32_t NO_ROW = 0xffffffffu;
 
@@ -179,28 +178,28 @@ struct RowGather {
             source[i] = its < 0 ? NO_ROW : (uint32_t)its * pieces;
         }
     }
-    __device__ __forceinline__ void aim(int step) {
+    __device__ __forceinline__ void copy(uint32_t a, int step) const {
         uint32_t at = piece + (uint32_t)step * (STEP_K / 8);
+        const uint4 *from[PIECES];
+        bool valid[PIECES];
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            next.valid[i] = at < pieces && source[i] != NO_ROW;
-            next.from[i] = rows + (next.valid[i] ? source[i] + at : 0);
+            valid[i] = at < pieces && source[i] != NO_ROW;
+            from[i] = rows + (valid[i] ? source[i] + at : 0);
         }
-    }
-    __device__ __forceinline__ void copy(uint32_t a) const {
-        next.copy<16 * 128>(a + to);
+        copy_pieces<16 * 128>(a + to, from, valid);
     }
 };
 
-// Rows of D are columns of X, tokens are in k: lane l of each warp has tokens l and l + 32 of a step. They are fetched
-// two steps ahead: memory answers later than the step takes
+// Rows of D are columns of X, tokens are in k: lane l of each warp has tokens l and l + 32 of a step. They
+// are fetched two steps ahead: memory takes about as long to answer as a step (4 to 8 % of narrow experts'
+// gradients)
 struct ColumnGather {
     const uint4 *column; // the thread's piece of token 0
     uint32_t pieces;     // of a row
     bool inside;
     int tokens[2], later[2]; // of the next step and of the one after
     uint32_t to;
-    Aim next;
 
     __device__ __forceinline__ void fetch(const Arguments &args, const Tile &tile, int step = 0) {
         const int *from =
@@ -220,17 +219,17 @@ struct ColumnGather {
         tokens[0] = later[0];
         tokens[1] = later[1];
     }
-    __device__ __forceinline__ void aim(int) {
+    __device__ __forceinline__ void copy(uint32_t a, int) const {
         int k = threadIdx.x % GROUP_THREADS / 16;
+        const uint4 *from[PIECES];
+        bool valid[PIECES];
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int token = __shfl_sync(0xffffffffu, tokens[i / 4], k + i % 4 * 8);
-            next.valid[i] = inside && token >= 0;
-            next.from[i] = column + (next.valid[i] ? (uint32_t)token * pieces : 0);
+            valid[i] = inside && token >= 0;
+            from[i] = column + (valid[i] ? (uint32_t)token * pieces : 0);
         }
-    }
-    __device__ __forceinline__ void copy(uint32_t a) const {
-        next.copy<8 * 128>(a + to);
+        copy_pieces<8 * 128>(a + to, from, valid);
     }
 };
 
@@ -246,8 +245,6 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
         tile.expert = expert;
         if (find_tile<V>(tile, item, plan, args)) {
             gather.fetch(args, tile);
-        } else if constexpr (!V::WGRAD) {
-            gather.token = -1;
         }
     };
     // weight gradients: those of a step; behind the last, of the next tile's first
@@ -281,12 +278,11 @@ __device__ __forceinline__ void produce_by_token(const Arguments &args, Plan pla
             fetch_tile(item + stride, tile.expert);
         }
         for (int step = 0; step < tile.steps; step++) {
-            gather.aim(step);
             barrier_wait(ring.empty(), ring.parity ^ 1);
-            if (!V::WGRAD) { // weights first, but tokens before H (1 to 2 % of up_forward, up to 5 % of down_wgrad)
+            if (!V::WGRAD) { // W before A (1 to 2 % of up_forward), but A before H (up to 5 % of down_wgrad)
                 issue_b(tile, first_k + step * STEP_K);
             }
-            gather.copy(ring.a());
+            gather.copy(ring.a(), step);
             if (V::WGRAD) {
                 issue_b(tile, first_k + step * STEP_K);
             }

@@ -6,18 +6,16 @@ Plan      made by every block at its start, in shared memory, from the offsets o
           items each expert has. An item is what a cluster takes at a time, a tile for each of its blocks.
 Walk      a cluster's items: number c, c + clusters, c + 2 clusters, ...
 
-The tiles of one expert, 4 rows of tiles and 3 columns, in clusters of two blocks, a and b (5 rows: the last is
-shared the other way):
+An expert with 5 rows and 3 columns of tiles, and a cluster of two blocks, a and b; a3 is block a's tile of
+item 3:
 
-    item 0: a0 b0 are rows 0 and 1 of column 0              columns    0    1    2
-    item 1: of column 1                                     rows 0     a0   a1   a2
-    item 2: of column 2                                          1     b0   b1   b2
-    item 3: rows 2 and 3 of column 0                             2     a3   a4   a5
-    ...                                                          3     b3   b4   b5
-    item 6: columns 0 and 1 of row 4                             4     a6   b6   a7
+          column 0   1    2
+    row 0        a0  a1   a2      items 0 to 5: the blocks have the same columns, so the same B (they are
+        1        b0  b1   b2      coupled): each loads half of it, for both
+        2        a3  a4   a5
+        3        b3  b4   b5
+        4        a6  b6   a7      items 6, 7: what is left over is shared the other way; each loads its own B
 
-The blocks of items 0 to 5 have the same columns, so the same B (they are coupled): each loads half of it, for both.
-Those of items 6 and 7 have not. Source: DeepGEMM has the same idea of multicast and of a scheduler on the device.
 Errors: none.
 */
 #ifndef GROUPED_HOPPER_TILES_CUH
@@ -68,7 +66,7 @@ template <int PRODUCT_, int BN_, int CLUSTER_> struct Variant {
     static constexpr bool UP = PRODUCT == UP_FORWARD, WGRAD = PRODUCT == DOWN_WGRAD || PRODUCT == UP_WGRAD;
     static constexpr bool SLOTTED = PRODUCT == DOWN_BACKWARD;        // the epilogue reads H
     static constexpr bool GATHERS = WGRAD || UP || SLOTTED;          // A, by token
-    static constexpr bool A_ACROSS = WGRAD;                          // stored across k
+    static constexpr bool A_ACROSS = WGRAD;                          // stored across k (hopper.cuh)
     static constexpr bool B_ACROSS = !UP && PRODUCT != DOWN_FORWARD; // the same of B
     static constexpr int N =
         UP ? BN / 2 : BN; // a tile's columns as the product counts them: up_forward counts f
@@ -111,7 +109,7 @@ struct Arguments {
         out; // of the epilogue. Reads and writes H [rows][3][F]; writes Y, dX'; adds to dW [E][.][.], fp32
     RowChunk chunk;
     ChunkH h;
-    const floatX *rows; // gathered: X or dY [N, d]
+    const floatX *rows; // gathered: x or dy [N, d]
     int again;          // up_forward only if H is not kept
     float *dgate_partial;
     int d, F;
@@ -131,10 +129,10 @@ __host__ __device__ __forceinline__ int items_of(int cluster, int m_tiles, int n
 // ----------------------------------------------------------------------------
 // the plan
 
-// In shared memory. (The number of all items has a place of its own that no thread computes: so the compiler knows
-// that all lanes read the same, and keeps a producer's item, tile and stage in uniform registers, where TMA wants
-// its operands: 3 to 5 % of up_forward. Found at item_start[E], by an address in each thread's registers, it let
-// the compiler think that lanes might part.)
+// In shared memory. The number of all items has a place of its own, whose address no thread computes: so
+// ptxas knows that all lanes read the same, and keeps a producer's item, tile and stage in uniform registers,
+// where TMA wants its operands. Read at item_start[E], by an address in each thread's registers, it might
+// have been different in each lane, for all that ptxas knew, and so might everything that follows from it
 struct Plan {
     int *items;      // of all experts
     int *item_start; // [E + 1] first item of each expert

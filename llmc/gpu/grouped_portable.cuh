@@ -1,9 +1,9 @@
 /*
 Grouped GEMM on any GPU with tensor cores (mma.sync, sm_80 and later), and in fp32: the functions of
-grouped_gemm.cuh, which has the table of the six products, in namespace portable. They are one kernel, for operands
-(grouped_portable_load.cuh) and an epilogue (grouped_portable_epilogues.cuh); a fixed grid of blocks walks over the
-tiles of C (grouped_portable_tiles.cuh). In the products over rows an expert's rows are lines of C, in the weight
-gradients they are summed over.
+grouped_gemm.cuh, which has the table of the six products, in namespace portable. They are one kernel, for
+operands (grouped_portable_load.cuh) and an epilogue (grouped_portable_epilogues.cuh); a fixed grid of blocks
+walks over the tiles of C (grouped_portable_tiles.cuh). In the products over rows an expert's rows are lines
+of C, in the weight gradients they are summed over.
 
 1. A block computes tiles of 128 x 128 of C: four warps, each 64 x 64 in 128 registers a thread. A warp reads
    64 + 64 lines from shared memory for 64 x 64 products; a smaller part would wait for shared memory.
@@ -19,8 +19,8 @@ gradients they are summed over.
 5. Segments and chunks are multiples of 64 rows, a warp's height: a warp's rows all exist or none does.
 
 Every element of C is the sum over k in steps of 16, in order, by one thread: no bit depends on the number of
-blocks, nor, in the products over rows, on the rows around it: H computed again in backward is the same H. A weight's
-gradient is added chunk by chunk.
+blocks, nor, in the products over rows, on the rows around it: H computed again in backward is the same H. A
+weight's gradient is added chunk by chunk.
 
 Shapes: grouped_gemm.cuh. Errors: none; 80 KB and 8 (E + 1) bytes of shared memory must fit a block.
 */
@@ -32,7 +32,8 @@ Shapes: grouped_gemm.cuh. Errors: none; 80 KB and 8 (E + 1) bytes of shared memo
 #include "llmc/gpu/grouped_portable_load.cuh"
 #include "llmc/gpu/grouped_portable_tiles.cuh"
 #include "llmc/gpu/mma.cuh"
-// defines: the epilogues; Operand, TileLoader; Shape, Sizes, WarpSums, fill_table, find_tile; load_a, load_b, mma
+// defines: the epilogues; Operand, TileLoader; Shape, Sizes, WarpSums, fill_table, find_tile; load_a, load_b,
+// mma
 
 namespace portable {
 

@@ -1,7 +1,7 @@
 /*
 The grouped GEMM on any GPU: what becomes of a finished tile. Four epilogues, named as Hopper's
-(grouped_hopper_epilogues.cuh): StoreRows, SwigluForward, SwigluBackward, AddToWeights. Formulas, with silu(g) = g s,
-s = sigmoid(g), of the rounded G and U:
+(grouped_hopper_epilogues.cuh): StoreRows, SwigluForward, SwigluBackward, AddToWeights. Formulas, with silu(g)
+= g s, s = sigmoid(g), of the rounded G and U:
 
     SwigluForward    A = U silu(G), times gate
     SwigluBackward   dG = gate dA' U silu'(G);  dU = gate dA' silu(G);  <dA', A>, a warp's part of dgate

@@ -1,7 +1,7 @@
 /*
-The grouped GEMM on any GPU: its operands, and how their tiles come into shared memory. An operand says how it is
-stored, [line][k] or [k][line], and which of its rows to read (gathered by token, in order, an expert's weights). Errors:
-none.
+The grouped GEMM on any GPU: its operands, and how their tiles come into shared memory. An operand says how it
+is stored, [line][k] or [k][line], and which of its rows to read (gathered by token, in order, an expert's
+weights). Errors: none.
 */
 #ifndef GROUPED_PORTABLE_LOAD_CUH
 #define GROUPED_PORTABLE_LOAD_CUH

@@ -1,8 +1,8 @@
 /*
-The grouped GEMM on any GPU: the shape of its tiles, and the tiles of a chunk of rows, found on the device. Only the
-device knows how many rows an expert has: a block makes a table of them at its start, and finds in it the tiles that
-are its own, number b, b + blocks, ... Tiles of an expert are taken 16 rows of tiles at a time: blocks that run together
-read the same weights and the same rows, from L2. Errors: none.
+The grouped GEMM on any GPU: the shape of its tiles, and the tiles of a chunk of rows, found on the device.
+Only the device knows how many rows an expert has: a block makes a table of them at its start, and finds in it
+the tiles that are its own, number b, b + blocks, ... Tiles of an expert are taken 16 rows of tiles at a time:
+blocks that run together read the same weights and the same rows, from L2. Errors: none.
 */
 #ifndef GROUPED_PORTABLE_TILES_CUH
 #define GROUPED_PORTABLE_TILES_CUH

@@ -1,7 +1,7 @@
 /*
-Hopper's asynchronous machinery (sm_90a): barriers in shared memory and the tensor memory accelerator (TMA). One
-function per instruction; wgmma.cuh has the tensor cores', grouped_hopper.cuh and attention_hopper.cuh put them
-together.
+Hopper's asynchronous machinery (sm_90a): barriers in shared memory and the tensor memory accelerator (TMA).
+One function per instruction; wgmma.cuh has the tensor cores', grouped_hopper.cuh and attention_hopper.cuh put
+them together.
 
 Barrier (mbarrier): counts arrivals and, of asynchronous copies, bytes. When both counts are met the phase
 ends and the next begins; a waiter names the phase by its parity, 0, 1, 0, ... A barrier is its byte address
@@ -15,13 +15,17 @@ Tiles lie in shared memory as TMA's 128-byte swizzle writes and wgmma reads them
 numbers, eight pieces of 16 bytes; piece p of row r is at place p ^ (r % 8). A column of pieces then meets all
 32 banks, so that 8 rows can be read at once:
 
-    place   0  1  2  3  4  5  6  7        A tile begins at a multiple of 1024 bytes. Two ways to hold an operand of
-    row 0   0  1  2  3  4  5  6  7        M (or N) x 64 in k:
-    row 1   1  0  3  2  5  4  7  6        along k    a row is one m, its 64 numbers are neighbours in k; m / 8 groups
-    row 2   2  3  0  1  6  7  4  5                   of 1024 bytes (the PTX manual: K-major)
-    row 3   3  2  1  0  7  6  5  4        across k   a row is one k, its 64 numbers are neighbours in m; a block of 64
-    ...                                              rows for each 64 of m (MN-major)
+    place   0  1  2  3  4  5  6  7
+    row 0   0  1  2  3  4  5  6  7
+    row 1   1  0  3  2  5  4  7  6
+    row 2   2  3  0  1  6  7  4  5
+    row 3   3  2  1  0  7  6  5  4
+    ...
     row 7   7  6  5  4  3  2  1  0
+
+A tile begins at a multiple of 1024 bytes. Two ways to hold an operand of M (or N) x 64 in k:
+    along k    a row is one m, its 64 numbers neighbours in k (K-major); m / 8 groups of 1024 bytes
+    across k   a row is one k, its 64 numbers neighbours in m (MN-major); a block of 64 rows for each 64 of m
 
 Source: the PTX manual, sections on mbarrier, cp.async.bulk.tensor and elect. On a CPU dev/emulator has all of
 it in C++. Errors: a tensor map that the driver refuses ends the program.
@@ -67,10 +71,10 @@ static inline EncodeTiled tensor_map_encoder(void) {
     }
     return (EncodeTiled)function;
 }
-// Innermost dimension first; strides in bytes, that of the first dimension is an element. A row of a box has 128
-// or 64 bytes (swizzled) or 256 (not swizzled). L2 promotion is off: fetching more than was asked for slows
-// down_backward by 2 to 6 %, the others by up to 3 %.
-// were asked for, brought to L2, cost down_backward 2 to 6 %, others 3 % to nothing.)
+// Innermost dimension first; strides in bytes, that of the first dimension is an element. A row of a box has
+// 128 or 64 bytes (swizzled) or 256 (not swizzled). L2 promotion is off: fetching more than was asked for
+// slows down_backward by 2 to 6 %, the others by up to 3 %. were asked for, brought to L2, cost down_backward
+// 2 to 6 %, others 3 % to nothing.)
 static inline CUtensorMap tensor_map(const void *base, bool fp32, int dims, const cuuint64_t *sizes,
                                      const cuuint64_t *strides, const cuuint32_t *box) {
     CUtensorMap map;
@@ -108,10 +112,11 @@ static inline CUtensorMap tensor_map(const void *base, int64_t columns, int64_t 
     return tensor_map(base, false, columns, rows, sheets, box_rows, 1, 64, stride);
 }
 
-// A bf16 operand [sheets][rows][columns] along k, rows a multiple of 8, whose rows are permuted while they are
-// loaded. wgmma gives thread t of a quad columns 2t and 2t + 1 of every 8 of its result, which are rows of B. The
-// box has, of each 8 rows, first all rows 0 and 1, then all 2 and 3, ...: what a thread holds of four groups of
-// 8 columns are then 8 neighbours, one store of 16 bytes. For a box of 128 rows, in quarters of 32:
+// A bf16 operand [sheets][rows][columns] along k, rows a multiple of 8, whose rows are permuted while they
+// are loaded. wgmma gives thread t of a quad columns 2t and 2t + 1 of every 8 of its result, which are rows
+// of B. The box has, of each 8 rows, first all rows 0 and 1, then all 2 and 3, ...: what a thread holds of
+// four groups of 8 columns are then 8 neighbours, one store of 16 bytes. For a box of 128 rows, in quarters
+// of 32:
 //
 //     row of the box   0  1 | 2  3 | 4  5 | 6  7 | 8  9 | ...    32 33 | ...    64 65 | ...    96 97 | ...
 //     holds row        0  1 | 8  9 |16 17 |24 25 |32 33 | ...     2  3 | ...     4  5 | ...     6  7 | ...
@@ -136,10 +141,10 @@ namespace hopper {
 // ----------------------------------------------------------------------------
 // barriers
 
-// One lane of the warp, always the same: all lanes must be here. ptxas knows that what this guards has one thread,
-// so it gives TMA its operands in uniform registers as they are. Behind `threadIdx.x == 0` it packs each TMA
-// into a loop over whatever lanes there may be: 15 instructions instead of one, and the grouped GEMM's producer,
-// with its four to six copies a step, fell behind the tensor cores (up_backward 3 to 14 %, weight gradients 2 to 10 %)
+// One lane of the warp, always the same; all lanes must be here. ptxas knows that one thread is behind this,
+// and issues a TMA there as one instruction. Behind `threadIdx.x == 0` it packs each TMA into a loop over
+// whatever lanes there may be, 15 instructions, and the grouped GEMM's producer, with four to six copies a
+// step, falls behind the tensor cores
 __device__ __forceinline__ bool elect_one(void) {
     uint32_t elected;
     asm volatile("{\n"

@@ -1,6 +1,6 @@
 /*
-What a grouped GEMM is told of the rows it works on: a chunk of a layer's rows, sorted by expert (dispatch.cuh),
-where what backward needs of them is kept (arena.cuh), and which kernels to use.
+What a grouped GEMM is told of the rows it works on: a chunk of a layer's rows, sorted by expert
+(dispatch.cuh), where what backward needs of them is kept (arena.cuh), and which kernels to use.
 
     rows    0 ...... offsets[1] ...... offsets[2] ...        expert e: offsets[e] .. offsets[e + 1] - 1
     chunk   first .. first + rows - 1, as far as they exist: the device alone knows how many do
@@ -27,9 +27,10 @@ __device__ __forceinline__ bool sets_gradient(const RowChunk &chunk, int expert)
     return chunk.fresh && chunk.offsets[expert] >= chunk.first;
 }
 
-// H, in one buffer [rows, 3F] for all chunks. A row is G, U = its up-projection, and gate A, the down-projection's
-// input, where A = silu(G) U; backward turns G, U into dG, dU and reads gate A again. The first `kept` rows stay
-// until backward has read them; a chunk that lies behind them is in scratch, where the next one overwrites it
+// H, in one buffer [rows, 3F] for all chunks. A row is G, U = its up-projection, and gate A, the
+// down-projection's input, where A = silu(G) U; backward turns G, U into dG, dU and reads gate A again. The
+// first `kept` rows stay until backward has read them; a chunk that lies behind them is in scratch, where the
+// next one overwrites it
 typedef struct {
     floatX *buffer;
     int64_t rows, kept;

@@ -1,12 +1,12 @@
 /*
-The tensor cores of Hopper (sm_90a): wgmma. Four warps (a warpgroup) multiply D[64, N] += A[64, 16] B[16, N], bf16
-from shared memory (A: or from registers), fp32 in registers: thread lane = 4 g + t of warp w holds, for each 8
-columns j,
+The tensor cores of Hopper (sm_90a): wgmma. Four warps (a warpgroup) multiply D[64, N] += A[64, 16] B[16, N],
+bf16 from shared memory (A: or from registers), fp32 in registers: thread lane = 4 g + t of warp w holds, for
+each 8 columns j,
 
     acc[4j], acc[4j+1] = D[16w + g][8j + 2t], [8j + 2t + 1];  acc[4j+2], acc[4j+3] the same of row 16w + g + 8
 
-wgmma runs on while its thread goes on; its registers are not to be touched until the wait. How operands lie in
-shared memory: hopper.cuh.
+wgmma runs on while its thread goes on; its registers are not to be touched until the wait. How operands lie
+in shared memory: hopper.cuh.
 
 Source: the PTX manual, section on wgmma. On a CPU dev/emulator has all of it in C++. Errors: none.
 */
