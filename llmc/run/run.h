@@ -18,6 +18,7 @@ Errors: what a run cannot do without is opened, and refused, before it starts (s
 #include "llmc/config.h"
 #include "llmc/files/checkpoint.h"
 #include "llmc/files/dataloader.h"
+#include "llmc/files/domains.h"
 #include "llmc/files/dump.h"
 #include "llmc/files/logger.h"
 #include "llmc/files/prefetch.h"
@@ -43,8 +44,12 @@ typedef struct {
     Model *model;
     StepSettings step;
     RunState state;
+    Provenance provenance; // which run, on which data
+    int lock;              // of the folder that it writes to; -1: none
     DataLoader train;
-    Prefetcher ahead;     // batches of `train`, assembled while a step computes
+    Prefetcher ahead;    // batches of `train`, assembled while a step computes
+    DataDomain *domains; // to validate on
+    int num_domains;
     Tokenizer *tokenizer; // NULL: no text can be shown
     char log_path[PATH_SIZE];
     FILE *log;
@@ -109,7 +114,7 @@ static inline void save(Run *run) {
     float *params = model_borrow(m, BUFFER_PARAMS);
     float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
     checkpoint_save(run->options.out, &run->config, model_table(m), params, exp_avg, exp_avg_sq, &run->state,
-                    &run->options);
+                    &run->provenance, &run->options);
     model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, 0);
     model_return(m, BUFFER_EXP_AVG, exp_avg, 0);
     model_return(m, BUFFER_PARAMS, params, 0);
@@ -117,15 +122,19 @@ static inline void save(Run *run) {
     fflush(stdout);
 }
 
+// what was learned before data that cannot be read is kept
+static inline void save_before_end(void *run) {
+    save((Run *)run);
+}
+
 // ----------------------------------------------------------------------------
 // validation
 
-// mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the targets
-static inline double validate_file(Run *run, const char *path, int64_t *tokens) {
+// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the targets.
+// 0 when a token has changed since the run began into one that the vocabulary does not have
+static inline int validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
     const Options *o = &run->options;
-    DataLoader loader;
-    dataloader_open(&loader, path, (int)o->seq_len, 0, 0);
-    int64_t sequences = dataloader_num_sequences(&loader);
+    int64_t sequences = dataloader_num_sequences(loader), bad_token;
     int64_t most = o->val_batches * o->batch;
     double sum = 0.0;
     *tokens = 0;
@@ -134,43 +143,52 @@ static inline double validate_file(Run *run, const char *path, int64_t *tokens) 
         int B = (int)(sequences - first < o->batch ? sequences - first : o->batch);
         int64_t N = (int64_t)B * o->seq_len;
         for (int b = 0; b < B; b++) {
-            dataloader_sequence(&loader, first + b, run->config.vocab_size, run->inputs + b * o->seq_len,
-                                run->targets + b * o->seq_len);
+            if (dataloader_try_sequence(loader, first + b, run->config.vocab_size,
+                                        run->inputs + b * o->seq_len, run->targets + b * o->seq_len,
+                                        &bad_token) != NULL) {
+                return 0;
+            }
         }
         sum += model_loss(run->model, run->inputs, run->targets, B, (int)o->seq_len) * (double)N;
         *tokens += N;
     }
-    dataloader_close(&loader);
-    return sum / (double)*tokens;
+    *loss = sum / (double)*tokens;
+    return 1;
 }
 
 // every domain of --val-data, then all together; ec routes within its micro-batch
 static inline void validate(Run *run) {
-    if (run->options.val_data[0] == '\0') {
-        return;
-    }
-    DataDomain *domains;
-    int count = dataloader_domains(run->options.val_data, &domains);
     double sum = 0.0;
     int64_t total = 0;
+    if (run->num_domains == 0) {
+        return;
+    }
     model_route(run->model, run->config.router.method, run->config.router.active);
     printf("val  %5lld |", (long long)run->state.step);
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < run->num_domains; i++) {
+        const DataDomain *domain = &run->domains[i];
         int64_t tokens;
-        double loss = validate_file(run, domains[i].path, &tokens);
+        double loss;
+        if (!validate_domain(run, &domain->loader, &loss, &tokens)) {
+            warn("%s was not validated: it has changed since the run began, and is damaged", domain->path);
+            continue;
+        }
         sum += loss * (double)tokens;
         total += tokens;
-        printf(" %s %.4f", domains[i].name, loss);
+        printf(" %s %.4f", domain->name, loss);
         fflush(stdout);
         if (run->log != NULL) {
-            log_validation(run->log, run->log_path, run->state.step, loss, domains[i].name);
+            log_validation(run->log, run->log_path, run->state.step, loss, domain->name);
         }
+    }
+    if (total == 0) {
+        printf("\n");
+        return;
     }
     printf(" | all %.4f\n", sum / (double)total);
     if (run->log != NULL) {
         log_validation(run->log, run->log_path, run->state.step, sum / (double)total, "all");
     }
-    dataloader_free_domains(domains, count);
 }
 
 // ----------------------------------------------------------------------------
@@ -345,7 +363,9 @@ static inline void train(Run *run) {
     double seconds = seconds_now() - run->started;
     printf("%lld steps in %.1f s; the loader was waited for %.2f %% of it\n",
            (long long)(run->state.step - run->first_step), seconds, 0.1 * run->ahead.wait_ms / seconds);
-    save(run); // before anything that could fail
+    if (run->state.step > run->first_step || o->resume[0] == '\0') {
+        save(run); // before anything that could fail
+    }
     if (run->state.step < o->steps) {
         printf("stopped at step %lld of %lld\n  ---> continue with --resume %s\n", (long long)run->state.step,
                (long long)o->steps, run->options.out);
