@@ -16,15 +16,15 @@ end manifest.json counts documents, tokens and bytes a domain and names the shar
 Shards: 256 int32 {20240520, 1, number of tokens, 0...}, then uint16 tokens. Errors: exit 1, 2 for usage; a
 record that is no document is counted and named in unreadable.txt.
 */
-#include "llmc/files/folder.h"
 #include "llmc/files/newfile.h"
 #include "llmc/files/shard.h"
 #include "llmc/files/tokenizer.h"
 #include "data/corpus.h"
 #include "data/sha256.h"
 #include <getopt.h>
+#include <sys/file.h>
 #include <time.h>
-// defines: getopt_long, clock_gettime
+// defines: getopt_long, flock, clock_gettime
 
 enum { BATCH_BYTES_A_THREAD = 4 << 20, MAX_DOMAINS = 256, LISTED_UNREADABLE = 10 };
 
@@ -697,6 +697,15 @@ static char *describe_job(const Settings *s, char *const *paths, int count) {
     return job;
 }
 
+// two runs in one folder would write over each other; the system lets go of the lock however this run ends
+static void lock_folder(const char *dir) {
+    int folder = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder < 0 || flock(folder, LOCK_EX | LOCK_NB) != 0) {
+        die("%s: another run is at work there (%s)\n  ---> wait for it, or choose another --out", dir,
+            strerror(errno));
+    }
+}
+
 // 1 if the folder holds this job's finished output
 static int is_done(const Output *out) {
     char path[4096];
@@ -726,7 +735,7 @@ int main(int argc, char **argv) {
     corpus_init(&corpus, paths, count, (size_t)s.text_bytes);
     Tokenizer *tokenizer = tokenizer_load(s.tokenizer);
     corpus_make_folder(s.out);
-    lock_folder(s.out, "tokenizes");
+    lock_folder(s.out);
     Output *out = NEW(Output, 1);
     out->dir = s.out;
     out->shard_tokens = s.shard_tokens;

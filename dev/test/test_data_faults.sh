@@ -127,7 +127,7 @@ done
 $run --out $here/twice >$here/output 2>&1 &
 pid=$!
 sleep 0.1
-refused 1 "another process tokenizes in" $run --out $here/twice
+refused 1 "another run is at work" $run --out $here/twice
 wait $pid && same_folders $here/whole $here/twice
 check "a second run in the same folder does no harm" $?
 

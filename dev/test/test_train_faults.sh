@@ -214,9 +214,9 @@ unchanged killed refused 1 'killed holds another run than killed/step_00000004: 
 rm -r killed/step_00000004 killed/mine
 unchanged killed refused 1 'killed holds another run than start/step_00000004' --resume start --out killed
 mkdir log_only && echo '{"step": 0}' >log_only/log.jsonl
-unchanged log_only refused 1 'log_only already holds a run: log.jsonl' --resume start --out log_only
+unchanged log_only refused 1 'log_only already holds a run: the log.jsonl' --resume start --out log_only
 # shellcheck disable=SC2086
-unchanged log_only refused 1 'log_only already holds a run: log.jsonl' $model $batch --steps 2 --out log_only
+unchanged log_only refused 1 'log_only already holds a run: the log.jsonl' $model $batch --steps 2 --out log_only
 rm -rf run && cp -r start run && ln -s run/step_00000004 linked
 "$trainer" --resume linked >output 2>&1
 finished run short 6 && [ ! -e log.jsonl ]
@@ -259,6 +259,7 @@ mkdir -p default/runs/tiny-relu && echo '{"step": 0}' >default/runs/tiny-relu/lo
     [ "$(readlink runs/tiny-topk/latest)" = step_00000003 ]
     check "the newest run, whatever its router" $?
 }
+mkdir empty && cd empty && refused 1 'no folder below runs holds a checkpoint' --resume latest && cd ..
 refused 2 'runs/tiny-topk/step_00000003/config.json decides it' --resume latest --router topk
 cd .. || exit 1
 

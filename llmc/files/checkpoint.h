@@ -140,10 +140,10 @@ static inline void checkpoint_find(char *folder, const char *named, const char *
     char newest[PATH_SIZE] = "runs";
     int found = find_named(folder, named);
     if (!found && strcmp(named, "latest") == 0) {
-        if (out[0] == '\0') {
-            newest_run(newest, "runs");
-            out = newest;
+        if (out[0] == '\0' && !newest_run(newest, "runs")) {
+            die("no folder below runs holds a checkpoint\n  ---> train one first, or name a run's folder");
         }
+        out = out[0] == '\0' ? newest : out;
         named = out;
         found = run_checkpoint(folder, out);
     }

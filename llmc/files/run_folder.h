@@ -266,7 +266,7 @@ static inline void mend_run(const char *out) {
 // ----------------------------------------------------------------------------
 // finding
 
-// what of a run the folder holds, as a reason not to begin another there; NULL: nothing
+// what of a run the folder holds, to say why no other may begin there; NULL: nothing
 static inline const char *run_in_folder(const char *out) {
     char path[PATH_SIZE];
     struct stat status;
@@ -275,11 +275,11 @@ static inline const char *run_in_folder(const char *out) {
     free(list);
     check_format(path, sizeof(path), "%s/latest", out);
     if (checkpoints > 0 || name_exists(path)) {
-        return "checkpoints";
+        return "its checkpoints";
     }
     check_format(path, sizeof(path), "%s/log.jsonl", out);
     int logged = stat(path, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0;
-    return logged ? "log.jsonl, of a run that saved nothing," : NULL;
+    return logged ? "the log.jsonl of one that has saved nothing" : NULL;
 }
 
 // when the newest checkpoint of a run was written; 0 when there is none

@@ -141,10 +141,10 @@ static inline void open_training_data(Run *run, int data_given) {
     int training = wants_training(o);
     Provenance now = {run->provenance.run, NULL, 0};
     dataloader_open(&run->train, o->train_data, (int)o->seq_len, (uint64_t)o->seed, training && o->shuffle);
-    dataloader_check_tokens(&run->train, 1, c->vocab_size);
     if (!training) {
         return;
     }
+    dataloader_check_tokens(&run->train, 1, c->vocab_size);
     record_shards(&now, &run->train);
     check_same_data(&run->provenance, &now, data_given);
     provenance_free(&run->provenance);
@@ -280,12 +280,11 @@ static inline void open_out(Run *run) {
         run->lock = lock_folder(o->out, "trains");
     }
     const char *found = run_in_folder(o->out);
-    if (found != NULL && strcmp(found, "checkpoints") == 0) {
-        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", o->out,
-            o->out);
-    }
     if (found != NULL) {
-        die("%s already holds a run: %s\n  ---> remove it, or choose another --out", o->out, found);
+        die("%s already holds a run: %s\n  ---> choose another --out, or continue it with --resume %s "
+            "(without a "
+            "checkpoint: remove it)",
+            o->out, found, o->out);
     }
     run->provenance.run = draw_run();
 }

@@ -82,50 +82,66 @@ static inline void find_run(char *folder, char *home, char *name, const Options 
         if (!same_folder(home, real_home)) {
             check_format(home, PATH_SIZE, "%s", real_home);
         }
-        check_format(folder, PATH_SIZE, "%.1500s/%.500s", home, name);
+        int here = strcmp(home, ".") == 0;
+        check_format(folder, PATH_SIZE, "%.1500s%s%.500s", here ? "" : home, here ? "" : "/", name);
         free(real);
     }
 }
 
-// Dies when `out` holds another run than the one that would go on there. A run that was moved or copied whole
-// goes on where it is; a checkpoint that was copied by itself does not make a run of the folder around it.
-// Returns 1 when the run's own checkpoints are in `out`
-static inline int check_whose_folder(const char *out, const char *folder, const char *name, uint64_t run,
-                                     int out_given) {
+// whose checkpoints a folder holds, beside those of a run
+typedef struct {
+    int own;                            // of that run
+    char other[CHECKPOINT_NAME_SIZE];   // one of another run, or ""
+    char unknown[CHECKPOINT_NAME_SIZE]; // one that does not say, or "": from before runs had numbers
+} Neighbours;
+
+// of a checkpoint of `run`, which may itself lie in `out`
+static inline Neighbours find_neighbours(const char *out, const char *folder, uint64_t run) {
+    Neighbours found = {0, "", ""};
     CheckpointName *list;
-    char path[PATH_SIZE];
-    int n = list_checkpoints(out, &list), own = 0, foreign = -1, unknown = -1;
-    int at_home = checkpoint_step(name) >= 0 || strcmp(name, "latest") == 0;
-    check_format(path, sizeof(path), "%s/%s", out, name);
-    int inside = same_folder(path, folder);
+    int n = list_checkpoints(out, &list);
     for (int i = 0; i < n; i++) {
+        char path[PATH_SIZE];
+        check_format(path, sizeof(path), "%s/%s", out, list[i].name);
+        int itself = same_folder(path, folder);
         check_format(path, sizeof(path), "%s/%s/state.json", out, list[i].name);
-        uint64_t other = strcmp(list[i].name, name) == 0 && inside ? run : peek_run(path);
-        own += other == run && run != 0;
-        foreign = other != run && other != 0 && run != 0 ? i : foreign;
-        unknown = other == 0 || run == 0 ? i : unknown;
-    }
-    inside = inside && (at_home || own > 0);
-    if (foreign < 0 && !inside) {
-        foreign = unknown; // from before runs had a number: the same run only where it lies
-    }
-    if (foreign >= 0) {
-        die("%s holds another run than %s: its %s\n  ---> choose another folder with --out, or continue that "
-            "run with --resume %s",
-            out, folder, list[foreign].name, out);
+        uint64_t its_run = itself ? run : peek_run(path);
+        if (itself || (its_run == run && run != 0)) {
+            found.own++;
+        } else {
+            memcpy(its_run == 0 || run == 0 ? found.unknown : found.other, list[i].name, sizeof(found.other));
+        }
     }
     free(list);
+    return found;
+}
+
+// Dies when `out` holds another run than the one that would go on there. A run that was moved or copied whole
+// goes on where it is; a checkpoint that was copied by itself does not make a run of the folder around it.
+// Returns 1 when it is the run's own folder
+static inline int check_whose_folder(const char *out, const char *folder, const char *name, uint64_t run,
+                                     int out_given) {
+    Neighbours found = find_neighbours(out, folder, run);
+    char path[PATH_SIZE];
+    check_format(path, sizeof(path), "%s/%s", out, name);
+    int inside = same_folder(path, folder) && (checkpoint_step(name) >= 0 || found.own > 0);
+    // what does not say whose it is belongs to the run in whose folder it lies
+    const char *other = found.other[0] != '\0' || inside ? found.other : found.unknown;
+    if (other[0] != '\0') {
+        die("%s holds another run than %s: its %s\n  ---> choose another folder with --out, or continue that "
+            "run with --resume %s",
+            out, folder, other, out);
+    }
     if (!inside && !out_given) {
-        die("%s is a copy outside of its run's folder\n  ---> name a folder for what follows: --resume %s "
-            "--out "
-            "FOLDER",
+        die("%s is a copy outside of its run's folder\n  ---> name a folder for the run: --resume %s --out "
+            "RUN",
             folder, folder);
     }
-    if (!inside && n == 0 && run_in_folder(out) != NULL) {
+    if (!inside && found.own == 0 && run_in_folder(out) != NULL) {
         die("%s already holds a run: %s\n  ---> remove it, or choose another folder with --out", out,
             run_in_folder(out));
     }
-    return n > 0;
+    return inside || found.own > 0;
 }
 
 // --resume: the run goes on with its own options, in its folder, unless the command line says otherwise. The
@@ -161,9 +177,11 @@ static inline int resume_options(Options *o, RunState *state, Provenance *proven
 
 // A run that has all its steps, and has validated them: nothing is left to do, and nothing is touched
 static inline void stop_if_finished(const Options *o, const RunState *state) {
-    char log[PATH_SIZE];
+    char log[PATH_SIZE], home[PATH_SIZE], name[PATH_SIZE];
+    split_path(home, name, o->resume);
     check_format(log, sizeof(log), "%s/log.jsonl", o->out);
-    if (state->step < o->steps || (o->val_data[0] != '\0' && !log_has_validation(log, state->step))) {
+    int to_validate = same_folder(home, o->out) && o->val_data[0] != '\0';
+    if (state->step < o->steps || (to_validate && !log_has_validation(log, state->step))) {
         return;
     }
     printf("%s has done %lld steps, and --steps is %lld: nothing is left to do, and nothing was changed\n"
