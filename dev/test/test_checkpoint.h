@@ -535,7 +535,8 @@ static void test_checkpoint_unused_moments(void) {
     checkpoint_save_case(&m, 7);
     save_tensors(CHECKPOINT_OUT "/latest/optimizer.safetensors", &m.table, prefixes, buffers, 3, "F32");
     check_format(text, sizeof(text),
-                 "has %d tensors that the model of config.json does not use: max_exp_avg_sq.", m.table.count);
+                 "has tensors that the model of config.json does not use (%d): max_exp_avg_sq.",
+                 m.table.count);
     check_dies(1, text, checkpoint_load_unused_moments, &m);
     checkpoint_case_free(&m);
 }
@@ -563,7 +564,7 @@ static void test_checkpoint_foreign(void) {
                                              "model.layers.2.input_layernorm.weight"};
         char text[256];
         check_format(text, sizeof(text),
-                     "has 1 tensors that the model of config.json does not use: %s\n  ---> ", unused[i]);
+                     "has tensors that the model of config.json does not use (1): %s\n  ---> ", unused[i]);
         checkpoint_write_foreign(&m, -1, unused[i]);
         check_dies(1, text, checkpoint_load_foreign, &m);
     }

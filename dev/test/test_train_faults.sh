@@ -137,6 +137,10 @@ cp -r short/step_00000002 short/step_00000004 start
 ln -s step_00000004 start/latest
 grep -v '^{"step": [456]' short/log.jsonl >start/log.jsonl
 
+kept() { # RUN CHECKPOINT: one that is saved again is lost at no moment
+    [ "$2" = latest ] || [ -f "$1/step_00000004/state.json" ] || [ -f "$1/step_00000004.old/state.json" ]
+}
+
 disturb() { # disturb kill|full CHECKPOINT OPTIONS...: every n until nothing is left to disturb; the number of them in $n
     local how=$1 from=$2 status
     shift 2
@@ -156,7 +160,7 @@ disturb() { # disturb kill|full CHECKPOINT OPTIONS...: every n until nothing is 
         elif [ $status != 0 ] && [ $status != 137 ]; then
             check "exit $status at operation $n" 1
         fi
-        whole run short
+        whole run short && kept run "$from"
         check "checkpoints after $how at operation $n from $from, $*" $?
         [ $((n % 4)) != 0 ] && [ "$how" = full ] && continue # that it goes on is shown for each kill
         LD_PRELOAD=./fault_at.so "$trainer" --resume latest --out run >output 2>&1
@@ -165,11 +169,11 @@ disturb() { # disturb kill|full CHECKPOINT OPTIONS...: every n until nothing is 
     done
 }
 
-disturb kill latest
+disturb kill latest --keep 1
 [ $n -gt 30 ] && [ $n -lt 200 ]
 check "$n operations were tried: the trainer is disturbed" $?
 disturb kill step_00000002 --keep 0
-disturb full latest
+disturb full latest --keep 1
 disturb full step_00000002 --keep 0
 export PLAIN=1 # a file system without links, locks, and the exchange of two names
 disturb kill step_00000002 --keep 0

@@ -175,7 +175,7 @@ static inline void refuse_unused_tensors(const Safetensors *st, const TensorTabl
         }
     }
     if (unused > 0) {
-        die("%s has %zu tensors that the model of config.json does not use: %s%s\n  ---> %s", st->path,
+        die("%s has tensors that the model of config.json does not use (%zu): %s%s\n  ---> %s", st->path,
             unused, names, unused > 4 ? ", ..." : "",
             st->hint[0] ? st->hint : "name a folder whose config.json and tensors belong together");
     }
