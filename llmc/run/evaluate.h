@@ -14,8 +14,9 @@ warning.
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
 
-// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the targets.
-// A signal ends it early. 0 when a token has changed since the run began into one that the vocabulary lacks
+// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the
+// targets. A signal ends it early. 0 when a token has changed since the run began into one that the
+// vocabulary lacks
 static inline int validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
     const Options *o = &run->options;
     int64_t sequences = dataloader_num_sequences(loader), bad_token;
