@@ -130,8 +130,8 @@ static inline void save_before_end(void *run) {
 // ----------------------------------------------------------------------------
 // validation
 
-// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the targets.
-// 0 when a token has changed since the run began into one that the vocabulary does not have
+// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the
+// targets. 0 when a token has changed since the run began into one that the vocabulary does not have
 static inline int validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
     const Options *o = &run->options;
     int64_t sequences = dataloader_num_sequences(loader), bad_token;
