@@ -488,7 +488,8 @@ static void test_checkpoint_no_folder(void) {
 // ----------------------------------------------------------------------------
 // folders by others
 
-// m's tensors last to first, one named `extra` between them, every second in BF16; without one of them (or -1)
+// m's tensors last to first, one named `extra` between them, every second in BF16; without one of them
+// (or -1)
 static void checkpoint_write_foreign(const CheckpointCase *m, int without, const char *extra) {
     const int64_t shape[2] = {2, 3};
     const float unknown[6] = {0};

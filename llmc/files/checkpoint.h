@@ -134,8 +134,8 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
 // ----------------------------------------------------------------------------
 // loading
 
-// The checkpoint folder that the user named: a checkpoint, a run's folder, its `latest`; or 'latest' alone, of
-// `out`, or where that is "", of the newest run below runs
+// The checkpoint folder that the user named: a checkpoint, a run's folder, its `latest`; or 'latest' alone,
+// of `out`, or where that is "", of the newest run below runs
 static inline void checkpoint_find(char *folder, const char *named, const char *out) {
     char newest[PATH_SIZE] = "runs";
     int found = find_named(folder, named);

@@ -232,8 +232,8 @@ static inline int same_file(const char *a, const char *b, const char *name) {
     return same;
 }
 
-// A `latest` that is a folder of its own, because a copy has followed the link, is the checkpoint of its step:
-// it takes that name. Where the copy has that checkpoint too, equal states say that the two are one
+// A `latest` that is a folder of its own, because a copy has followed the link, is the checkpoint of its
+// step: it takes that name. Where the copy has that checkpoint too, equal states say that the two are one
 static inline void name_real_latest(const char *out) {
     char latest[PATH_SIZE], name[CHECKPOINT_NAME_SIZE], folder[PATH_SIZE], half[PATH_SIZE];
     struct stat status;

@@ -3,8 +3,8 @@ The command line: one table. The struct, the parser, --help, the presets, the pr
 saved in a checkpoint (state_file.h) all walk OPTION_TABLE, so an option is written once.
 
     OPTION(kind, scope, field, default, least, most, what it means)
-    kind:  INT (int64), REAL (double), TEXT (least: the fewest bytes that may be given), FLAG (0 or 1; `--eval`
-           alone means 1)
+    kind:  INT (int64), REAL (double), TEXT (least: the fewest bytes that may be given), FLAG (0 or 1;
+           `--eval` alone means 1)
     scope: SHAPE, sizes of the model, and ROUTING, how it routes: a loaded model has decided them, so they are
            refused beside --load and --resume
            RUN, which a resumed run keeps unless it is given anew; ONCE, of this process alone

@@ -233,8 +233,8 @@ static inline void check_options(const Options *o) {
     }
 }
 
-// From the table, the preset, a checkpoint and the command line, each over the one before. Returns the lock of
-// the folder of a run that is resumed, or -1
+// From the table, the preset, a checkpoint and the command line, each over the one before. Returns the lock
+// of the folder of a run that is resumed, or -1
 static inline int read_options(Options *o, RunState *state, Provenance *provenance, const char *program,
                                int argc, const char *const *argv) {
     int lock = -1;
