@@ -76,7 +76,7 @@ static inline int document_parse(const Input *input, const char *text_key, const
     document->size = text->text_size;
     const Json *domain = json_get(json_get(root, "meta"), "pile_set_name");
     if (domain != NULL && domain->type == JSON_STRING) {
-        domain_name(document->domain, domain->text, domain->text_size);
+        make_domain_name(document->domain, domain->text, domain->text_size);
     }
     return 1;
 }

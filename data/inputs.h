@@ -80,7 +80,7 @@ static inline InputKind input_kind(const char *path, int *compressed) {
 }
 
 // lower case, what is neither letter nor digit to one '_': fit for a file name
-static inline void domain_name(char *domain, const char *name, size_t size) {
+static inline void make_domain_name(char *domain, const char *name, size_t size) {
     size_t n = 0;
     for (size_t i = 0; i < size && n + 1 < DOMAIN_SIZE; i++) {
         int c = (unsigned char)name[i];
@@ -104,14 +104,14 @@ static inline void domain_of_file(char *domain, const char *path) {
     const char *slash = strrchr(path, '/');
     const char *name = slash != NULL ? slash + 1 : path;
     const char *stem = strcmp(path, "-") == 0 ? "stdin" : name;
-    domain_name(domain, stem, strcspn(stem, "."));
+    make_domain_name(domain, stem, strcspn(stem, "."));
 }
 
 // the folder's own name, whatever it was called by: ".", "texts/"
 static inline void domain_of_folder(char *domain, const char *path) {
     char *full = realpath(path, NULL);
     const char *name = full != NULL ? strrchr(full, '/') + 1 : "";
-    domain_name(domain, name, strlen(name));
+    make_domain_name(domain, name, strlen(name));
     free(full);
 }
 

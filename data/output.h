@@ -240,9 +240,9 @@ static inline int domain_validates(const Output *out, Domain *domain, int64_t ha
     return by_hash || (domain->chosen_hash != 0 && hash == domain->chosen_hash);
 }
 
-static inline void output_document(Output *out, const char *domain_name, size_t text_size, int64_t hash,
-                                   int by_hash, const uint16_t *tokens, size_t n) {
-    Domain *domain = output_domain(out, domain_name);
+static inline void output_document(Output *out, const char *name, size_t text_size, int64_t hash, int by_hash,
+                                   const uint16_t *tokens, size_t n) {
+    Domain *domain = output_domain(out, name);
     int validates = domain_validates(out, domain, hash, by_hash);
     domain->documents++;
     domain->bytes += (int64_t)text_size;

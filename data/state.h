@@ -23,7 +23,8 @@ exception: where no document was found, nothing is lost, and another job may beg
 #define STATE_FILE "tokenize.state.json"
 #define STATE_RESTART "remove its folder, and start again"
 
-static inline void tokenize_state_write(const Output *out, const CorpusPosition *position, uint64_t identity) {
+static inline void tokenize_state_write(const Output *out, const CorpusPosition *position,
+                                        uint64_t identity) {
     char path[OUTPUT_PATH_SIZE], digest[DIGEST_TEXT_SIZE];
     NewFile f;
     output_path(out, path, STATE_FILE, "");
@@ -76,12 +77,12 @@ static inline const char *state_text(const Json *object, const char *key, const 
     return value->text;
 }
 
-// a name becomes a part of file names: only what domain_name() makes is one
+// a name becomes a part of file names: only what make_domain_name() makes is one
 static inline void state_read_domain(Output *out, const Json *row, const char *path) {
     char name[DOMAIN_SIZE];
     const char *text = state_text(row, "name", path);
     int known = out->domain_count;
-    domain_name(name, text, strlen(text));
+    make_domain_name(name, text, strlen(text));
     Domain *d = strcmp(name, text) == 0 && known < MAX_DOMAINS ? output_domain(out, name) : NULL;
     if (d == NULL || out->domain_count == known) {
         die("%s: '%s' is no domain, stands there twice, or is one too many\n  ---> %s", path, name,

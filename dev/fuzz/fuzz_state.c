@@ -5,13 +5,14 @@
 #include "llmc/files/checkpoint.h"
 
 // all that a state and its options hold, as text
-static char *describe(const RunState *s, const Options *options) {
+static char *describe(const RunState *s, const Provenance *provenance, const Options *options) {
     char *text = NULL;
     size_t size = 0;
     FILE *out = open_memstream(&text, &size);
     fprintf(out, "%lld %lld %lld %a %d %a %d %lld %lld\n", (long long)s->step, (long long)s->optimizer_step,
             (long long)s->sequences, (double)s->sparsity.lambda, s->sparsity.stage, s->sparsity.min_sparsity,
             s->sparsity.rising_steps, (long long)s->sparsity.stage2_step, (long long)s->sparsity.stage3_step);
+    provenance_write(out, provenance);
     options_write_json(out, options);
     fclose(out);
     return text;
@@ -31,35 +32,35 @@ static void check_ranges(const RunState *s, const Options *o) {
         double real;
         memcpy(&integer, field, sizeof(integer));
         memcpy(&real, field, sizeof(real));
-        double value = rows[i].kind == OPTION_REAL   ? real
-                       : rows[i].kind == OPTION_TEXT ? 0.0
-                                                     : (double)integer;
-        FUZZ_CHECK(value >= rows[i].least && value <= rows[i].most);
+        double value = rows[i].kind == OPTION_REAL ? real : (double)integer;
+        FUZZ_CHECK(rows[i].kind == OPTION_TEXT || (value >= rows[i].least && value <= rows[i].most));
         FUZZ_CHECK(rows[i].kind != OPTION_TEXT || memchr(field, '\0', OPTION_TEXT_SIZE) != NULL);
     }
 }
 
-static void load(RunState *state, Options *options) {
+static void load(RunState *state, Provenance *provenance, Options *options) {
     memset(state, 0, sizeof(*state));
     options_defaults(options, "tiny");
     FUZZ_CHECK(checkpoint_load_state(state, options, fuzz_folder) == 1);
+    checkpoint_load_provenance(provenance, fuzz_folder);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static RunState state;
     static Options options;
+    static Provenance provenance;
     static int reading; // survives the longjmp
     fuzz_write("state.json", data, size);
     reading = 1;
     int died = setjmp(fuzz_died);
     if (died == 0) {
-        load(&state, &options);
+        load(&state, &provenance, &options);
         reading = 0; // from here on nothing is refused
         check_ranges(&state, &options);
-        char *before = describe(&state, &options);
-        state_write(fuzz_path, &state, &options);
-        load(&state, &options);
-        char *after = describe(&state, &options);
+        char *before = describe(&state, &provenance, &options);
+        state_write(fuzz_path, &state, &provenance, &options);
+        load(&state, &provenance, &options);
+        char *after = describe(&state, &provenance, &options);
         FUZZ_CHECK(strcmp(before, after) == 0);
         free(before);
         free(after);

@@ -4,6 +4,7 @@ Preloaded into a program, this lets its n-th operation on files go wrong, so tha
     cc -shared -fPIC dev/test/fault_at.c -o fault_at.so -ldl
     LD_PRELOAD=./fault_at.so FAULT_AT=7 FAULT=kill ./train_remoe ...    SIGKILL in place of operation 7
     LD_PRELOAD=./fault_at.so FAULT_AT=7 FAULT=full ./train_remoe ...    no space from operation 7 on
+    LD_PRELOAD=./fault_at.so PLAIN=1 ./train_remoe ...                  a file system without links, locks and exchanges
 
 Operations are the calls that make, flush, sync, rename, link or remove a file or a folder; a full disk does not hinder the
 removing. The standard streams do not count.
@@ -15,9 +16,10 @@ removing. The standard streams do not count.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-// defines: dlsym, kill, getenv, mode_t
+// defines: dlsym, kill, getenv, flock, mode_t
 
 // 1 when the operation that is about to run shall fail
 static int fault_now(int needs_space) {
@@ -60,7 +62,20 @@ int mkdir(const char *path, mode_t mode) {
     return fault_now(1) ? -1 : NEXT(int (*)(const char *, mode_t), "mkdir")(path, mode);
 }
 
+// 1 on a file system that lacks what is asked for
+static int is_plain(int error) {
+    errno = error;
+    return getenv("PLAIN") != NULL;
+}
+
+int flock(int fd, int operation) {
+    return is_plain(ENOLCK) ? -1 : NEXT(int (*)(int, int), "flock")(fd, operation);
+}
+
 int symlink(const char *target, const char *path) {
+    if (is_plain(EPERM)) {
+        return -1;
+    }
     return fault_now(1) ? -1 : NEXT(int (*)(const char *, const char *), "symlink")(target, path);
 }
 
@@ -70,6 +85,9 @@ int rename(const char *from, const char *to) {
 
 int renameat2(int from_folder, const char *from, int to_folder, const char *to, unsigned flags) {
     typedef int (*Function)(int, const char *, int, const char *, unsigned);
+    if (is_plain(EINVAL)) {
+        return -1;
+    }
     return fault_now(1) ? -1 : NEXT(Function, "renameat2")(from_folder, from, to_folder, to, flags);
 }
 

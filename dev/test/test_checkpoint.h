@@ -19,6 +19,7 @@ typedef struct {
     Weights weights;
     float *params, *exp_avg, *exp_avg_sq;
     RunState state;
+    Provenance provenance;
     Options options;
 } CheckpointCase;
 
@@ -68,7 +69,7 @@ static void checkpoint_save_case(const CheckpointCase *m, int64_t step) {
     RunState state = m->state;
     state.step = step;
     checkpoint_save(CHECKPOINT_OUT, &m->config, &m->table, m->params, m->exp_avg, m->exp_avg_sq, &state,
-                    &m->options, NULL);
+                    &m->provenance, &m->options, NULL);
 }
 
 static int checkpoint_has(const char *name) {
@@ -142,18 +143,27 @@ static void test_checkpoint_round_trip(void) {
 
 // weights alone, rounded to bf16: an export, not a state to go on from
 static void test_checkpoint_bf16(void) {
-    const char *folder = CHECKPOINT_OUT "/step_00000007";
-    CheckpointCase m = checkpoint_case("--save-dtype bf16", 1);
+    CheckpointCase m = checkpoint_case("", 1);
+    const float *buffer = m.params;
     RunState state;
     checkpoint_clean();
-    checkpoint_save_case(&m, 7);
+    save_tensors(CHECKPOINT_OUT "/model.safetensors", &m.table, weight_prefix, &buffer, 1, "BF16");
     for (int64_t i = 0; i < m.table.num_params; i++) {
         m.params[i] = bf16_to_float(float_to_bf16(m.params[i]));
     }
-    CHECK(checkpoint_weights_equal(&m, folder));
-    CHECK(!checkpoint_has("step_00000007/optimizer.safetensors") &&
-          !checkpoint_has("step_00000007/state.json"));
-    CHECK(checkpoint_load_state(&state, NULL, folder) == 0 && !checkpoint_moments_equal(&m, folder));
+    CHECK(checkpoint_weights_equal(&m, CHECKPOINT_OUT));
+    CHECK(checkpoint_load_state(&state, NULL, CHECKPOINT_OUT) == 0 &&
+          !checkpoint_moments_equal(&m, CHECKPOINT_OUT));
+    checkpoint_case_free(&m);
+}
+
+// whatever the options of an older run say, a checkpoint has all that the run needs to go on
+static void test_checkpoint_always_whole(void) {
+    CheckpointCase m = checkpoint_case("--save-dtype bf16", 1);
+    checkpoint_clean();
+    checkpoint_save_case(&m, 7);
+    CHECK(checkpoint_weights_equal(&m, CHECKPOINT_OUT "/latest") &&
+          checkpoint_moments_equal(&m, CHECKPOINT_OUT "/latest"));
     checkpoint_case_free(&m);
 }
 
@@ -168,26 +178,212 @@ static void test_checkpoint_again(void) {
     checkpoint_case_free(&second);
 }
 
+// ----------------------------------------------------------------------------
+// which checkpoint counts
+
 static void checkpoint_find_missing(void *named) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, (const char *)named, "build/test/nowhere");
 }
 
+// what the user named, and the checkpoint's folder
+static void checkpoint_check_find(const char *named, const char *want) {
+    char folder[PATH_SIZE];
+    checkpoint_find(folder, named, CHECKPOINT_OUT);
+    if (!CHECK(strcmp(folder, want) == 0)) {
+        printf("    %s: %s, expected %s\n", named, folder, want);
+    }
+}
+
 static void test_checkpoint_find(void) {
-    char folder[PATH_SIZE], latest[] = "latest", absent[] = "build/test/absent", empty[] = "build/test";
+    const char *step = CHECKPOINT_OUT "/step_00000007";
+    char latest[] = "latest", absent[] = "build/test/absent", empty[] = "build/test";
     CheckpointCase m = checkpoint_case("", 1);
     checkpoint_clean();
+    checkpoint_save_case(&m, 5);
+    checkpoint_save_case(&m, 9);
     checkpoint_save_case(&m, 7);
-    checkpoint_find(folder, "latest", CHECKPOINT_OUT);
-    CHECK(strcmp(folder, CHECKPOINT_OUT "/latest") == 0);
-    checkpoint_find(folder, CHECKPOINT_OUT, ""); // a run's folder
-    CHECK(strcmp(folder, CHECKPOINT_OUT "/latest") == 0);
-    checkpoint_find(folder, CHECKPOINT_OUT "/step_00000007", "");
-    CHECK(strcmp(folder, CHECKPOINT_OUT "/step_00000007") == 0);
-    check_dies(1, "no checkpoint in build/test/nowhere/latest", checkpoint_find_missing, latest);
+    checkpoint_check_find("latest", step);
+    checkpoint_check_find(CHECKPOINT_OUT, step); // a run's folder
+    checkpoint_check_find(CHECKPOINT_OUT "/latest", step);
+    checkpoint_check_find(CHECKPOINT_OUT "/step_00000007", step);
+    checkpoint_check_find(CHECKPOINT_OUT "/step_00000007/", step);
+    check_dies(1, "no checkpoint in build/test/nowhere", checkpoint_find_missing, latest);
     check_dies(1, "no checkpoint in build/test/absent", checkpoint_find_missing, absent);
     check_dies(1, "there is no build/test/config.json", checkpoint_find_missing, empty);
     checkpoint_case_free(&m);
+}
+
+static void checkpoint_find_run(void *want) {
+    checkpoint_check_find(CHECKPOINT_OUT, (const char *)want);
+    checkpoint_check_find("latest", (const char *)want);
+    checkpoint_check_find(CHECKPOINT_OUT "/latest", (const char *)want);
+    CHECK(run_in_folder(CHECKPOINT_OUT) != NULL); // no place for another run
+    _exit(tally.failures != 0);                   // the tally of a child is not its parent's
+}
+
+// the checkpoint that counts after a command in the run's folder, and whether it goes without saying
+static void checkpoint_check_latest(const char *command, const char *name, const char *warning) {
+    char words[512], want[PATH_SIZE], output[4096];
+    check_format(words, sizeof(words), "cd " CHECKPOINT_OUT " && %s", command);
+    check_format(want, sizeof(want), CHECKPOINT_OUT "/%s", name);
+    CHECK(system(words) == 0);
+    int failures = tally.failures;
+    tally.failures = 0;
+    int status = run_in_child(checkpoint_find_run, want, output, sizeof(output));
+    tally.failures = failures;
+    int said = strstr(output, "warning: ") != NULL;
+    if (!CHECK(status == 0 && (warning[0] == '\0' ? !said : strstr(output, warning) != NULL))) {
+        printf("    %s: %s\n", command, output);
+    }
+}
+
+// `latest` in all its forms
+static void test_checkpoint_latest(void) {
+    CheckpointCase m = checkpoint_case("--keep 0", 1);
+    checkpoint_clean();
+    for (int64_t step = 99999998; step <= 100000000; step += 2) { // names that do not sort as numbers do
+        checkpoint_save_case(&m, step);
+    }
+    const char *low = "step_99999998", *high = "step_100000000";
+    checkpoint_check_latest("ln -sfn step_99999998 latest", low, "");
+    checkpoint_check_latest("rm latest", high,
+                            "/latest is missing: taking " CHECKPOINT_OUT "/step_100000000");
+    checkpoint_check_latest("ln -s gone latest", high, "/latest leads nowhere: taking ");
+    checkpoint_check_latest("ln -sfn step_7 latest", high, "/latest leads nowhere: taking ");
+    checkpoint_check_latest("ln -sfn latest latest", high, "/latest leads nowhere: taking ");
+    checkpoint_check_latest("mkdir step_200000000 && touch step_200000000/config.json", high, "nowhere");
+    checkpoint_check_latest("rm -r step_200000000 latest && echo step_99999998 > latest", low, "");
+    checkpoint_check_latest("printf 'step_99999998\\r\\n' > latest", low, "");
+    checkpoint_check_latest("echo step_7 > latest", high, "/latest leads nowhere");
+    checkpoint_check_latest("echo ../../../etc > latest", high, "/latest leads nowhere");
+    checkpoint_check_latest("rm latest && cp -r step_99999998 latest", "latest", "");
+    mend_run(CHECKPOINT_OUT); // the copy of a checkpoint that is there
+    CHECK(checkpoint_latest_is(low) && checkpoint_has("step_99999998/state.json") && checkpoint_is_tidy());
+    checkpoint_check_latest("rm latest && mv step_99999998 latest", "latest", "");
+    mend_run(CHECKPOINT_OUT); // the only one of its step
+    CHECK(checkpoint_latest_is(low) && checkpoint_has("step_99999998/state.json") && checkpoint_is_tidy());
+    checkpoint_case_free(&m);
+}
+
+static void checkpoint_mend(void *unused) {
+    (void)unused;
+    mend_run(CHECKPOINT_OUT);
+}
+
+// killed between the two renames of a file system that cannot exchange names: neither is lost
+static void test_checkpoint_aside(void) {
+    CheckpointCase m = checkpoint_case("", 1);
+    checkpoint_clean();
+    checkpoint_save_case(&m, 7);
+    checkpoint_check_latest("mv step_00000007 step_00000007.old", "step_00000007.old", "leads nowhere");
+    mend_run(CHECKPOINT_OUT);
+    CHECK(checkpoint_has("step_00000007/state.json") && !checkpoint_has("step_00000007.old"));
+    checkpoint_check_latest("mkdir step_00000007.old && touch step_00000007.old/config.json", "step_00000007",
+                            "");
+    mend_run(CHECKPOINT_OUT); // half removed, beside the one that took its place
+    CHECK(checkpoint_has("step_00000007/state.json") && !checkpoint_has("step_00000007.old"));
+    checkpoint_check_latest(
+        "rm latest && cp -r step_00000007 latest && echo '{\"step\":7}' > latest/state.json", "latest", "");
+    check_dies(1, "are two checkpoints of step 7\n  ---> ", checkpoint_mend, NULL);
+    checkpoint_case_free(&m);
+}
+
+static void checkpoint_touch(const char *run, int64_t step, int minute) {
+    char command[512];
+    check_format(command, sizeof(command),
+                 "mkdir -p " CHECKPOINT_OUT "/%s/step_%lld && touch -d '2001-01-01 00:%02d' " CHECKPOINT_OUT
+                 "/%s/step_%lld/model.safetensors",
+                 run, (long long)step, minute, run, (long long)step);
+    CHECK(system(command) == 0);
+}
+
+// `--resume latest`: whatever the names
+static void test_checkpoint_newest_run(void) {
+    char out[PATH_SIZE];
+    checkpoint_clean();
+    CHECK(!newest_run(out, CHECKPOINT_OUT) && !newest_run(out, CHECKPOINT_OUT "/absent"));
+    checkpoint_touch("tiny-relu", 300, 10);
+    checkpoint_touch("small-topk-2", 5, 30);
+    checkpoint_touch("small-topk-2", 9, 20);
+    checkpoint_touch("x", 1, 29);
+    checkpoint_touch(".hidden", 1, 40);
+    CHECK(newest_run(out, CHECKPOINT_OUT) && strcmp(out, CHECKPOINT_OUT "/small-topk-2") == 0);
+    checkpoint_touch("tiny-relu", 300, 31);
+    CHECK(newest_run(out, CHECKPOINT_OUT) && strcmp(out, CHECKPOINT_OUT "/tiny-relu") == 0);
+}
+
+// ----------------------------------------------------------------------------
+// which run, which data
+
+static void test_checkpoint_provenance(void) {
+    ShardRecord shards[2] = {{"train \"0\".bin", 2048, 0xfedcba9876543210}, {"b.bin", 1024, 1}};
+    Provenance back, none = {0, NULL, 0};
+    CheckpointCase m = checkpoint_case("", 1);
+    checkpoint_clean();
+    m.provenance.run = draw_run();
+    m.provenance.shards = shards;
+    m.provenance.num_shards = 2;
+    CHECK(m.provenance.run != 0 && draw_run() != m.provenance.run);
+    checkpoint_save_case(&m, 7);
+    checkpoint_load_provenance(&back, CHECKPOINT_OUT "/latest");
+    CHECK(back.run == m.provenance.run && back.num_shards == 2);
+    CHECK(memcmp(back.shards, shards, sizeof(shards)) == 0 && first_other_shard(&back, &m.provenance) < 0);
+    CHECK(peek_run(CHECKPOINT_OUT "/latest/state.json") == back.run);
+    provenance_free(&back);
+    m.provenance = none; // a checkpoint from before
+    checkpoint_save_case(&m, 8);
+    checkpoint_load_provenance(&back, CHECKPOINT_OUT "/latest");
+    CHECK(back.run == 0 && back.num_shards == 0 && peek_run(CHECKPOINT_OUT "/latest/state.json") == 0);
+    provenance_free(&back);
+    CHECK(system("echo '{\"run\": 5' > " CHECKPOINT_OUT "/latest/state.json") == 0);
+    CHECK(peek_run(CHECKPOINT_OUT "/latest/state.json") == 0 && peek_run(CHECKPOINT_OUT "/absent") == 0);
+    checkpoint_case_free(&m);
+}
+
+typedef struct {
+    Provenance before, now;
+    int chosen;
+} CheckpointData;
+
+static void checkpoint_compare_data(void *data) {
+    CheckpointData *d = (CheckpointData *)data;
+    check_same_data(&d->before, &d->now, d->chosen);
+    printf("done");
+}
+
+static void test_checkpoint_other_data(void) {
+    ShardRecord three[3] = {{"a.bin", 2048, 7}, {"b.bin", 1024, 1}, {"c.bin", 1024, 2}}, other[3];
+    static const struct {
+        int before, now, shard;
+        ShardRecord as;
+        const char *text;
+    } cases[] = {
+        {2, 2, 0, {"a.bin", 2048, 7}, "done"},
+        {0, 2, 0, {"x.bin", 2, 7}, "done"}, // of a run that kept no record
+        {2,
+         2,
+         0,
+         {"x.bin", 2048, 7},
+         "warning: the training data are the same under other names: x.bin was a.bin"},
+        {2, 3, 0, {"a.bin", 2048, 7}, "(2 shards, now 3): c.bin is new"},
+        {3, 2, 0, {"a.bin", 2048, 7}, "(3 shards, now 2): c.bin is gone"},
+        {2, 2, 1, {"b.bin", 1024, 9}, "b.bin holds other tokens"},
+        {2, 2, 1, {"b.bin", 2048, 1}, "b.bin was 1024 bytes, now 2048"},
+        {2, 2, 1, {"x.bin", 2048, 1}, "shard 2 was b.bin, now x.bin"},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        memcpy(other, three, sizeof(three));
+        other[cases[i].shard] = cases[i].as;
+        CheckpointData d = {{1, three, cases[i].before}, {1, other, cases[i].now}, 0};
+        char output[2048];
+        int status = run_in_child(checkpoint_compare_data, &d, output, sizeof(output));
+        CHECK(status == (i >= 3) && strstr(output, cases[i].text) != NULL);
+        CHECK(i < 3 || strstr(output, "\n  ---> ") != NULL);
+        d.chosen = 1; // the user has named other data
+        status = run_in_child(checkpoint_compare_data, &d, output, sizeof(output));
+        CHECK(status == 0 && strstr(output, cases[i].text) != NULL);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -265,20 +461,20 @@ static void test_checkpoint_interrupted(int keep) {
 
 // half of the same step's folder, with a file that the next save does not write
 static void test_checkpoint_stale(void) {
-    CheckpointCase m = checkpoint_case("--save-dtype bf16", 1);
+    CheckpointCase m = checkpoint_case("", 1);
     checkpoint_clean();
     CHECK(system("cd " CHECKPOINT_OUT
-                 " && mkdir .tmp_step_00000007 && echo half > .tmp_step_00000007/state.json") == 0);
+                 " && mkdir .tmp_step_00000007 && echo half > .tmp_step_00000007/tokenizer.json") == 0);
     checkpoint_save_case(&m, 7);
     CHECK(checkpoint_is_tidy() && checkpoint_has("step_00000007") &&
-          !checkpoint_has("step_00000007/state.json"));
+          !checkpoint_has("step_00000007/tokenizer.json"));
     checkpoint_case_free(&m);
 }
 
 static void checkpoint_save_below_file(void *m) {
     const CheckpointCase *c = (const CheckpointCase *)m;
     checkpoint_save(CHECKPOINT_OUT "/file/run", &c->config, &c->table, c->params, c->exp_avg, c->exp_avg_sq,
-                    &c->state, &c->options, NULL);
+                    &c->state, &c->provenance, &c->options, NULL);
 }
 
 static void test_checkpoint_no_folder(void) {
@@ -292,8 +488,9 @@ static void test_checkpoint_no_folder(void) {
 // ----------------------------------------------------------------------------
 // folders by others
 
-// m's tensors last to first, an unknown one between them, every second in BF16; without one of them (or -1)
-static void checkpoint_write_foreign(const CheckpointCase *m, int without) {
+// m's tensors last to first, one named `extra` between them, every second in BF16; without one of them
+// (or -1)
+static void checkpoint_write_foreign(const CheckpointCase *m, int without, const char *extra) {
     const int64_t shape[2] = {2, 3};
     const float unknown[6] = {0};
     SafetensorsWriter w;
@@ -304,7 +501,7 @@ static void checkpoint_write_foreign(const CheckpointCase *m, int without) {
             safetensors_declare(&w, t->name, i % 2 ? "BF16" : "F32", t->ndim, t->shape);
         }
         if (i == 2) {
-            safetensors_declare(&w, "model.layers.0.rotary_emb.inv_freq", "F32", 2, shape);
+            safetensors_declare(&w, extra, "F32", 2, shape);
         }
     }
     safetensors_write_header(&w);
@@ -324,6 +521,27 @@ static void checkpoint_load_foreign(void *m) {
     checkpoint_weights_equal((const CheckpointCase *)m, CHECKPOINT_OUT);
 }
 
+static void checkpoint_load_unused_moments(void *m) {
+    const CheckpointCase *c = (const CheckpointCase *)m;
+    checkpoint_load_moments(c->exp_avg, c->exp_avg_sq, CHECKPOINT_OUT "/latest", &c->table);
+}
+
+// moments of tensors that the model does not have
+static void test_checkpoint_unused_moments(void) {
+    static const char *const prefixes[] = {"exp_avg.", "exp_avg_sq.", "max_exp_avg_sq."};
+    CheckpointCase m = checkpoint_case("", 1);
+    const float *buffers[] = {m.exp_avg, m.exp_avg_sq, m.exp_avg};
+    char text[256];
+    checkpoint_clean();
+    checkpoint_save_case(&m, 7);
+    save_tensors(CHECKPOINT_OUT "/latest/optimizer.safetensors", &m.table, prefixes, buffers, 3, "F32");
+    check_format(text, sizeof(text),
+                 "has tensors that the model of config.json does not use (%d): max_exp_avg_sq.",
+                 m.table.count);
+    check_dies(1, text, checkpoint_load_unused_moments, &m);
+    checkpoint_case_free(&m);
+}
+
 static void test_checkpoint_foreign(void) {
     CheckpointCase m = checkpoint_case("", 1), wider = checkpoint_case("--hidden 16", 1);
     checkpoint_clean();
@@ -333,13 +551,24 @@ static void test_checkpoint_foreign(void) {
             m.params[j] = bf16_to_float(float_to_bf16(m.params[j]));
         }
     }
-    checkpoint_write_foreign(&m, -1);
+    checkpoint_write_foreign(&m, -1,
+                             "model.layers.0.self_attn.rotary_emb.inv_freq"); // it follows from rope_theta
     CHECK(checkpoint_weights_equal(&m, CHECKPOINT_OUT));
     check_dies(1, "tensor model.embed_tokens.weight has shape [11, 8], expected [11, 16]",
                checkpoint_load_foreign, &wider);
-    checkpoint_write_foreign(&m, 4);
+    checkpoint_write_foreign(&m, 4, "x");
     check_dies(1, "has no tensor model.layers.0.self_attn.v_proj.weight, expected with shape [4, 8]",
                checkpoint_load_foreign, &m);
+    for (int i = 0; i < 3; i++) { // a model that has these is another one
+        static const char *const unused[] = {"model.layers.0.self_attn.v_proj.bias",
+                                             "model.layers.1.self_attn.q_norm.weight",
+                                             "model.layers.2.input_layernorm.weight"};
+        char text[256];
+        check_format(text, sizeof(text),
+                     "has tensors that the model of config.json does not use (1): %s\n  ---> ", unused[i]);
+        checkpoint_write_foreign(&m, -1, unused[i]);
+        check_dies(1, text, checkpoint_load_foreign, &m);
+    }
     CHECK(truncate(CHECKPOINT_OUT "/model.safetensors", 3000) == 0);
     check_dies(1, CHECKPOINT_OUT "/model.safetensors is not a good safetensors file", checkpoint_load_foreign,
                &m);
@@ -356,6 +585,7 @@ static void checkpoint_load_latest(void *m) {
     CheckpointCase *c = (CheckpointCase *)m;
     checkpoint_load_moments(c->exp_avg, c->exp_avg_sq, CHECKPOINT_OUT "/latest", &c->table);
     checkpoint_load_state(&c->state, &c->options, CHECKPOINT_OUT "/latest");
+    checkpoint_load_provenance(&c->provenance, CHECKPOINT_OUT "/latest");
 }
 
 // state.json with `from` replaced by `to`
@@ -396,6 +626,13 @@ static void test_checkpoint_damaged(void) {
         {"\"hidden\": 8", "\"hidden\": 1", "hidden"},
         {"\"options\": {", "\"options\": {\"stesp\": 1, ", "stesp"},
         {"\"step\": 7", "\"step\" 7", "state.json is not valid JSON: line 2"},
+        {"\"options\": {", "\"run\": 5, \"options\": {", "\"run\" is unusable, expected sixteen"},
+        {"\"options\": {", "\"run\": \"0123456789abcdeF\", \"options\": {", "\"run\" is unusable"},
+        {"\"options\": {", "\"shards\": {}, \"options\": {", "\"shards\" is unusable"},
+        {"\"options\": {", "\"shards\": [1], \"options\": {", "\"shards\" is unusable"},
+        {"\"options\": {",
+         "\"shards\": [{\"name\": \"a\", \"bytes\": 1.5, \"hash\": \"0123456789abcdef\"}], \"options\": {",
+         "\"shards\" is unusable"},
     };
     CheckpointCase m = checkpoint_case("", 1);
     checkpoint_clean();
@@ -418,14 +655,21 @@ static void test_checkpoint_damaged(void) {
 static void test_checkpoint(void) {
     test_checkpoint_round_trip();
     test_checkpoint_bf16();
+    test_checkpoint_always_whole();
     test_checkpoint_again();
     test_checkpoint_find();
+    test_checkpoint_latest();
+    test_checkpoint_aside();
+    test_checkpoint_newest_run();
+    test_checkpoint_provenance();
+    test_checkpoint_other_data();
     test_checkpoint_keep();
     test_checkpoint_interrupted(2);
     test_checkpoint_interrupted(0);
     test_checkpoint_stale();
     test_checkpoint_no_folder();
     test_checkpoint_foreign();
+    test_checkpoint_unused_moments();
     test_checkpoint_damaged();
     CHECK(system("rm -rf " CHECKPOINT_OUT) == 0);
 }

@@ -10,6 +10,7 @@ batches assembled ahead.
 #include <sys/resource.h>
 // defines: signal, kill, setrlimit
 #include "llmc/files/dataloader.h"
+#include "llmc/files/domains.h"
 #include "llmc/files/prefetch.h"
 #include "harness.h"
 
@@ -333,7 +334,54 @@ static void test_dataloader_vocabulary(void) {
     CHECK(run_in_child(dl_small_vocabulary, &exact, NULL, 0) == 0);
 }
 
-static void test_dataloader_domains(void) {
+static void dl_check_tokens(void *vocabulary) {
+    DataLoader loader;
+    dataloader_open(&loader, DL_FOLDER "o_*.bin", 5, 7, 0); // 100-110, 200-204 (no window), 300-319
+    dataloader_check_tokens(&loader, 1, *(int *)vocabulary);
+}
+
+// the first and the last window of each shard
+static void test_dataloader_check_tokens(void) {
+    int enough = 316, last = 315, first = 110;
+    CHECK(run_in_child(dl_check_tokens, &enough, NULL, 0) == 0);
+    check_dies(1, "o_3.bin: token 15 is 315, but the vocabulary has 315", dl_check_tokens, &last);
+    check_dies(1, "o_1.bin: token 10 is 110, but the vocabulary has 110", dl_check_tokens, &first);
+}
+
+static uint64_t dl_hash(const char *path) {
+    TokenShard shard;
+    shard_open(&shard, path);
+    uint64_t hash = shard_hash(&shard);
+    shard_close(&shard);
+    return hash;
+}
+
+// of the header and of both ends; what lies between is not read
+static void test_shard_hash(void) {
+    static const struct {
+        long byte;
+        int changes;
+    } cases[] = {{8, 1}, {1024, 1}, {1024 + 4095, 1}, {1024 + 4096, 0}, {15904, 0}, {16928, 1}, {21023, 1}};
+    const char *path = DL_FOLDER "hash.bin";
+    dl_write(path, 0, 10000);
+    uint64_t whole = dl_hash(path);
+    for (size_t i = 1; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        dl_write(path, 0, 10000);
+        FILE *file = fopen(path, "r+b");
+        fseek(file, cases[i].byte, SEEK_SET);
+        fputc(0x5A, file);
+        fclose(file);
+        CHECK((dl_hash(path) != whole) == cases[i].changes);
+    }
+    dl_write(path, 0, 9999);
+    CHECK(dl_hash(path) != whole);
+    dl_write(path, 0, 3);
+    whole = dl_hash(path);
+    dl_write(path, 1, 3);
+    CHECK(dl_hash(path) != whole);
+}
+
+static void test_domains(void) {
     const char *want[] = {"github", "val", "web.val", "x.y"};
     const char *files[] = {"d/val.github.bin", "d/val.bin", "d/web.val.bin", "e/val.x.y.bin"};
     char path[256];
@@ -343,15 +391,76 @@ static void test_dataloader_domains(void) {
         check_format(path, sizeof(path), "%s%s", DL_FOLDER, files[i]);
         dl_write(path, 0, 10);
     }
-    int n = dataloader_domains(DL_FOLDER "d/*.bin," DL_FOLDER "e/*.bin", &domains);
+    int n = domains_open(DL_FOLDER "d/*.bin," DL_FOLDER "e/*.bin", &domains, 4, 100, 10);
     CHECK(n == 4);
     for (int i = 0; i < n; i++) {
         const char *name = i == 0   ? want[1]
                            : i == 1 ? want[0]
                                     : want[i]; // "val.bin" sorts before "val.github.bin"
         CHECK(strcmp(domains[i].name, name) == 0 && strstr(domains[i].path, ".bin") != NULL);
+        CHECK(dataloader_num_sequences(&domains[i].loader) == 2);
     }
-    dataloader_free_domains(domains, n);
+    domains_close(domains, n);
+}
+
+static void dl_open_domains(void *vocabulary) {
+    DataDomain *domains;
+    int n = domains_open(DL_FOLDER "d/*.bin", &domains, 4, 2, *(int *)vocabulary);
+    printf("%d domains, %s and %s\n", n, domains[0].name, domains[1].name);
+    domains_close(domains, n);
+}
+
+// before a run: a short domain is named and left out, a token that will be read is looked at
+static void test_domains_checked(void) {
+    char output[1024];
+    int vocabulary = 14, small = 13;
+    dl_write(DL_FOLDER "d/val.github.bin", 5, 10); // windows end at its 9th token, 13
+    dl_write(DL_FOLDER "d/val.bin", 0, 4);
+    CHECK(run_in_child(dl_open_domains, &vocabulary, output, sizeof(output)) == 0);
+    CHECK(strstr(output, "d/val.bin will not be validated: 4 tokens, too few for a window of 4 + 1") != NULL);
+    CHECK(strstr(output, "2 domains, github and web.val\n") != NULL);
+    check_dies(1, "d/val.github.bin: token 8 is 13, but the vocabulary has 13", dl_open_domains, &small);
+}
+
+// ----------------------------------------------------------------------------
+// names
+
+// how many files the list names; the first window's first token is its file's
+static void check_dl_names(const char *spec, int shards, int first) {
+    DataLoader loader;
+    int files = 0;
+    dataloader_open(&loader, spec, 4, 1, 0);
+    for (int s = 0; s < loader.num_sources; s++) {
+        files += loader.sources[s].num_shards;
+    }
+    if (!CHECK(files == shards && dl_first_token(&loader, 0) == first)) {
+        printf("    for %s: %d files, token %d\n", spec, files, dl_first_token(&loader, 0));
+    }
+    dataloader_close(&loader);
+}
+
+// a path that exists as it stands is that file, whatever a list or a pattern would make of it
+static void test_dataloader_literal_names(void) {
+    CHECK(system("mkdir -p '" DL_FOLDER "n [1]' '" DL_FOLDER "n 1' '" DL_FOLDER "n,b'") == 0);
+    dl_write(DL_FOLDER "n [1]/t.bin", 10, 9);
+    dl_write(DL_FOLDER "n 1/t.bin", 20, 9); // what the pattern would match
+    dl_write(DL_FOLDER "n,b/t.bin", 30, 9);
+    dl_write(DL_FOLDER "n:3", 40, 9);
+    dl_write(DL_FOLDER "n*.bin", 50, 9);
+    dl_write(DL_FOLDER "nn.bin", 60, 9);
+    check_dl_names(DL_FOLDER "n [1]/t.bin", 1, 10);
+    check_dl_names(DL_FOLDER "n [1]/*.bin", 1, 10);
+    check_dl_names(DL_FOLDER "n ?/t.bin", 1, 20);
+    check_dl_names(DL_FOLDER "n,b/t.bin", 1, 30);
+    check_dl_names(DL_FOLDER "n,b/t.bin," DL_FOLDER "n [1]/t.bin", 2, 30);
+    check_dl_names(DL_FOLDER "nn.bin," DL_FOLDER "n,b/t.bin", 2, 60);
+    check_dl_names(DL_FOLDER "n:3", 1, 40);
+    check_dl_names(DL_FOLDER "n:3:0.5," DL_FOLDER "nn.bin:0.5", 2, 40);
+    check_dl_names(DL_FOLDER "n,b/t.bin:0.5," DL_FOLDER "nn.bin:0.5", 2, 30);
+    check_dl_names(DL_FOLDER "n*.bin", 1, 50);
+    check_dl_names(DL_FOLDER "n[n].bin", 1, 60);
+    unlink(DL_FOLDER "n*.bin");
+    check_dl_names(DL_FOLDER "n*.bin", 1, 60);
 }
 
 static void test_dataloader_print(void) {
@@ -479,9 +588,30 @@ static void dl_prefetch_small_vocabulary(void *unused) {
     prefetch_next(&p, &inputs, &targets);
 }
 
+static void dl_before_end(void *context) {
+    printf("%s", (const char *)context);
+}
+
+// the batches before the bad token come; then what was learned can be saved
+static void dl_prefetch_bad_token(void *unused) {
+    static char saved[] = "saved, ";
+    int *inputs, *targets;
+    DataLoader loader;
+    Prefetcher p;
+    (void)unused;
+    dataloader_open(&loader, DL_FOLDER "o_1.bin", 5, 1, 0); // 100 ... 110
+    prefetch_start(&p, &loader, 1, 108, 0, 1);
+    p.before_end = dl_before_end;
+    p.context = saved;
+    prefetch_next(&p, &inputs, &targets);
+    printf("%d, ", inputs[0]);
+    prefetch_next(&p, &inputs, &targets);
+}
+
 static void test_prefetch(void) {
     test_prefetch_batches();
     check_dies(1, "token 8 is 108, but the vocabulary has 108", dl_prefetch_small_vocabulary, NULL);
+    check_dies(1, "100, saved, error: " DL_FOLDER "o_1.bin: token 8 is 108", dl_prefetch_bad_token, NULL);
 }
 
 // ----------------------------------------------------------------------------
@@ -519,7 +649,11 @@ static void test_dataloader(void) {
     test_dataloader_damaged();
     test_dataloader_specs();
     test_dataloader_vocabulary();
-    test_dataloader_domains();
+    test_domains();
+    test_domains_checked();
+    test_dataloader_literal_names();
+    test_dataloader_check_tokens();
+    test_shard_hash();
     test_dataloader_print();
     test_dataloader_faults();
     test_dataloader_fuzz_corpus();

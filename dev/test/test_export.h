@@ -287,7 +287,7 @@ static void test_export_refused(void) {
     CHECK(export_has("relu/latest", "optimizer.safetensors") && export_count("relu_f32") == 10);
     trainer_refuses(2, "the name of a new folder", "--load " EXPORT_TEST "/relu --export .");
     trainer_refuses(2, "the name of a new folder", "--load " EXPORT_TEST "/relu --export /");
-    trainer_refuses(2, "--export expects a folder", "--load " EXPORT_TEST "/relu --export=");
+    trainer_refuses(2, "is empty, expected a path", "--load " EXPORT_TEST "/relu --export=");
     trainer_refuses(2, "--export need a model", "--export " EXPORT_TEST "/refused");
     check_format(words, sizeof(words), "%s/refused --eval --val-data build/test/train.bin", load);
     trainer_refuses(2, "no --dump, --eval, --sample or --bench beside it", words);

@@ -16,11 +16,14 @@ static void corpus_read_config(void *path) {
 static void corpus_read_state(void *path) {
     static Options options;
     RunState state;
+    Provenance provenance;
     char folder[PATH_SIZE];
     check_format(folder, sizeof(folder), "%s", (const char *)path);
     *strrchr(folder, '/') = '\0';
     options_defaults(&options, "tiny");
     checkpoint_load_state(&state, &options, folder);
+    checkpoint_load_provenance(&provenance, folder);
+    provenance_free(&provenance);
     printf("step %lld\n", (long long)state.step);
 }
 

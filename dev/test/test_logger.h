@@ -180,6 +180,26 @@ static void test_logger_cut(void) {
     free(text);
 }
 
+// a finished run is one whose last validation is whole
+static void test_logger_has_validation(void) {
+    static const char *const logs[] = {
+        "{\"step\": 3, \"lm_loss\": 2}\n{\"step\": 4, \"val_loss\": 1.5, \"domain\": \"a\"}\n",
+        "{\"step\": 4, \"val_loss\": 1.5, \"domain\": \"all\"}",
+        "{\"step\": 3, \"val_loss\": 1.5, \"domain\": \"all\"}\n",
+        "",
+    };
+    static const char whole[] = "{\"step\": 3, \"lm_loss\": 2}\n"
+                                "{\"step\": 4, \"val_loss\": null, \"domain\": \"all\"}\n";
+    for (size_t i = 0; i < sizeof(logs) / sizeof(logs[0]); i++) {
+        logger_save(logs[i], strlen(logs[i]));
+        CHECK(!log_has_validation(LOGGER_PATH, 4));
+    }
+    logger_save(whole, sizeof(whole) - 1);
+    CHECK(log_has_validation(LOGGER_PATH, 4) && !log_has_validation(LOGGER_PATH, 40));
+    unlink(LOGGER_PATH);
+    CHECK(!log_has_validation(LOGGER_PATH, 4));
+}
+
 static int logger_cut_missing(void) {
     unlink(LOGGER_PATH);
     log_cut(LOGGER_PATH, 3); // nothing to cut, nothing made
@@ -215,6 +235,13 @@ static void logger_cut_hostile(void *unused) {
     _exit(tally.failures != 0); // the tally of a child is not its parent's
 }
 
+// a FIFO would be waited for, by a process that signals do not stop
+static void logger_cut_fifo(void *unused) {
+    (void)unused;
+    alarm(10);
+    log_cut(LOGGER_PATH, 3);
+}
+
 static void logger_cut_folder(void *unused) {
     (void)unused;
     log_cut("build/test", 3);
@@ -232,7 +259,11 @@ static void test_logger_hostile(void) {
     CHECK(!logger_cut_missing());
     logger_check_cut("", 0, 3, "");
     logger_check_cut("{\"step\": 1}", 11, 3, ""); // no end of line: it may be half a row
-    check_dies(1, "cannot read build/test", logger_cut_folder, NULL);
+    check_dies(1, "build/test is not a regular file", logger_cut_folder, NULL);
+    unlink(LOGGER_PATH);
+    CHECK(mkfifo(LOGGER_PATH, 0666) == 0);
+    check_dies(1, LOGGER_PATH " is not a regular file\n  ---> ", logger_cut_fifo, NULL);
+    unlink(LOGGER_PATH);
 }
 
 // ----------------------------------------------------------------------------
@@ -270,6 +301,7 @@ static void test_logger(void) {
     check_dies(1, "cannot write /dev/full", logger_write_full, NULL);
     test_logger_cut();
     test_logger_hostile();
+    test_logger_has_validation();
     test_logger_print();
     unlink(LOGGER_PATH);
 }

@@ -66,8 +66,8 @@ static void test_options_spellings(void) {
     o = options_of("--pair-budget 1.5 --recompute");
     CHECK(o.pair_budget == 1.5 && o.recompute == 1);
     errno = ERANGE; // left by something earlier
-    o = options_of("--out= --seed 9223372036854775807 --lambda 1e30 --lr 0");
-    CHECK(o.out[0] == '\0' && o.seed == INT64_MAX && o.lambda_init == 1e30 && o.lr == 0.0);
+    o = options_of("--val-data= --seed 9223372036854775807 --lambda 1e30 --lr 0");
+    CHECK(o.val_data[0] == '\0' && o.seed == INT64_MAX && o.lambda_init == 1e30 && o.lr == 0.0);
     const char *words[] = {"--sample", "a \"prompt\" of two  words", "--tokenizer", ""};
     options_parse(&o, 4, words);
     CHECK(strcmp(o.sample, "a \"prompt\" of two  words") == 0 && o.tokenizer[0] == '\0');
@@ -87,6 +87,15 @@ static void options_parse_long(void *size) {
     memset(text, 'x', *(size_t *)size);
     options_defaults(&o, "tiny");
     options_parse(&o, 2, words);
+}
+
+// what `--resume "$UNSET"` passes on
+static void options_parse_empty(void *unused) {
+    Options o;
+    const char *words[] = {"--steps", "5", "--resume", ""};
+    (void)unused;
+    options_defaults(&o, "tiny");
+    options_parse(&o, 4, words);
 }
 
 static void options_unknown_preset(void *unused) {
@@ -115,6 +124,12 @@ static void test_options_refused(void) {
         {"--steps=", "--steps expects an integer"},
         {"--seed=", "--seed expects an integer"},
         {"--lr=", "--lr expects a number"},
+        {"--resume=", "--resume is empty, expected a path\n  ---> "},
+        {"--load=", "--load is empty"},
+        {"--out=", "--out is empty"},
+        {"--data=", "--train-data is empty"},
+        {"--dump=", "--dump is empty"},
+        {"--route-from=", "--route-from is empty"},
         {"--steps 0", "--steps expects an integer from 1"},
         {"--steps 9223372036854775808", "--steps expects an integer"},
         {"--steps -9223372036854775809", "--steps expects an integer"},
@@ -143,6 +158,7 @@ static void test_options_refused(void) {
     size_t most = OPTION_TEXT_SIZE - 1, beyond = OPTION_TEXT_SIZE;
     CHECK(run_in_child(options_parse_long, &most, NULL, 0) == 0);
     check_dies(2, "--out: longer than 1023 bytes", options_parse_long, &beyond);
+    check_dies(2, "--resume is empty", options_parse_empty, NULL);
     check_dies(2, "--preset huge: unknown\n  ---> one of: tiny, small, medium, large", options_unknown_preset,
                NULL);
 }
@@ -215,11 +231,11 @@ static void test_options_model_name(void) {
 
 static void test_options_forget_once(void) {
     Options o = options_of("--eval --bench --load a --resume b --dump c --route-from d --sample e --steps 9 "
-                           "--layers 5 --router hash"),
+                           "--save-dtype bf16 --layers 5 --router hash"),
             want = options_of("--steps 9 --layers 5 --router hash");
     options_forget_once(&o);
     CHECK(o.eval == 0 && o.bench == 0 && o.load[0] == '\0' && o.resume[0] == '\0' && o.dump[0] == '\0');
-    CHECK(o.route_from[0] == '\0' && o.sample[0] == '\0');
+    CHECK(o.route_from[0] == '\0' && o.sample[0] == '\0' && strcmp(o.save_dtype, "f32") == 0);
     CHECK(o.steps == want.steps && o.layers == want.layers && strcmp(o.router, want.router) == 0);
 }
 

@@ -52,7 +52,7 @@ done
 
 (trap '' HUP && exec "$trainer" $model --steps 1000000000 --out $here/nohup >$here/nohup.txt 2>&1) &
 pid=$!
-until [ -s $here/nohup/log.jsonl ]; do sleep 0.02; done
+until [ -s $here/nohup/log.jsonl ] || ! kill -0 $pid 2>/dev/null; do sleep 0.02; done
 kill -HUP $pid
 sleep 0.3
 kill -0 $pid

@@ -34,16 +34,26 @@ refused() { # expected status, expected text, options of the trainer...; a bad f
     [ $status = 0 ] || sed 's/^/    /' output
 }
 
-# whole RUN REFERENCE: each checkpoint in RUN is the reference's of that step, byte for byte; `latest` names one of them
+latest() { # of a run: a link, or where there are none a file with its name
+    [ -L "$1/latest" ] && readlink "$1/latest" || cat "$1/latest"
+}
+
+# whole RUN REFERENCE: each checkpoint in RUN is the reference's of that step, byte for byte; `latest` names one of them. What steps
+# aside while another takes its name counts until that has it
 whole() {
     local folder name
     for folder in "$1"/step_*; do
         [ -e "$folder" ] || break
-        name=${folder##*/}
+        [ "$folder" != "${folder%.old}" ] && [ -e "${folder%.old}" ] && continue
+        name=$(basename "$folder" .old)
         diff -rq -x state.json "$folder" "$2/$name" >&2 || return 1
-        grep -v '"options"' "$folder/state.json" | cmp - <(grep -v '"options"' "$2/$name/state.json") >&2 || return 1
+        state "$folder" | cmp - <(state "$2/$name") >&2 || return 1
     done
-    [ ! -L "$1/latest" ] || [ -f "$1/latest/state.json" ]
+    [ ! -e "$1/latest" ] && [ ! -L "$1/latest" ] || [ -f "$1/$(latest "$1")/state.json" ] || [ -f "$1/$(latest "$1").old/state.json" ]
+}
+
+state() { # without what differs from run to run
+    grep -v '"options"\|"run"' "$1/state.json"
 }
 
 rows() { # of a log: each step and its loss, each validation
@@ -54,7 +64,7 @@ rows() { # of a log: each step and its loss, each validation
 finished() {
     local name
     name=$(printf 'step_%08d' "$3")
-    whole "$1" "$2" && [ "$(readlink "$1/latest")" = "$name" ] &&
+    whole "$1" "$2" && [ "$(latest "$1")" = "$name" ] &&
         rows "$1" | cmp - <(rows "$2") >&2 && [ "$(rows "$1" | grep -c lm_loss)" = "$3" ] &&
         [ -z "$(find "$1" -name '.tmp*' -o -name '*.tmp')" ]
 }
@@ -101,6 +111,7 @@ for _ in $(seq 12); do
     if [ -L killed/latest ]; then
         "$trainer" --resume latest --out killed >output 2>&1 &
     else
+        rm -rf killed # killed before it had saved: a new run in its place would cut its log
         # shellcheck disable=SC2086
         "$trainer" $model $batch --steps 200 --save-every 2 --out killed >output 2>&1 &
     fi
@@ -126,9 +137,13 @@ cp -r short/step_00000002 short/step_00000004 start
 ln -s step_00000004 start/latest
 grep -v '^{"step": [456]' short/log.jsonl >start/log.jsonl
 
-disturb() { # disturb kill|full OPTIONS...: every n until nothing is left to disturb; the number of them in $n
-    local how=$1 status
-    shift
+kept() { # RUN CHECKPOINT: one that is saved again is lost at no moment
+    [ "$2" = latest ] || [ -f "$1/step_00000004/state.json" ] || [ -f "$1/step_00000004.old/state.json" ]
+}
+
+disturb() { # disturb kill|full CHECKPOINT OPTIONS...: every n until nothing is left to disturb; the number of them in $n
+    local how=$1 from=$2 status
+    shift 2
     n=0
     status=1
     while [ $status != 0 ] && [ $n -lt 200 ]; do
@@ -136,7 +151,7 @@ disturb() { # disturb kill|full OPTIONS...: every n until nothing is left to dis
         rm -rf run
         cp -r start run
         {
-            LD_PRELOAD=./fault_at.so FAULT_AT=$n FAULT=$how "$trainer" --resume latest --out run "$@" >output 2>&1
+            LD_PRELOAD=./fault_at.so FAULT_AT=$n FAULT=$how "$trainer" --resume run/$from --save-every 2 "$@" >output 2>&1
             status=$?
         } 2>/dev/null # where the shell says who was killed
         if [ "$how" = full ] && [ $status != 0 ]; then
@@ -145,21 +160,30 @@ disturb() { # disturb kill|full OPTIONS...: every n until nothing is left to dis
         elif [ $status != 0 ] && [ $status != 137 ]; then
             check "exit $status at operation $n" 1
         fi
-        whole run short
-        check "checkpoints after $how at operation $n of: $*" $?
+        whole run short && kept run "$from"
+        check "checkpoints after $how at operation $n from $from, $*" $?
         [ $((n % 4)) != 0 ] && [ "$how" = full ] && continue # that it goes on is shown for each kill
-        LD_PRELOAD=./fault_at.so "$trainer" --resume latest --out run --max-minutes 0 >output 2>&1
+        LD_PRELOAD=./fault_at.so "$trainer" --resume latest --out run >output 2>&1
         finished run short 6
-        check "the end after $how at operation $n of: $*" $?
+        check "the end after $how at operation $n from $from, $*" $?
     done
 }
 
-disturb kill --save-every 2
+disturb kill latest --keep 1
 [ $n -gt 30 ] && [ $n -lt 200 ]
 check "$n operations were tried: the trainer is disturbed" $?
-disturb kill --max-minutes 1e-9
-disturb full --save-every 2
-disturb full --max-minutes 1e-9
+disturb kill step_00000002 --keep 0
+disturb full latest --keep 1
+disturb full step_00000002 --keep 0
+export PLAIN=1 # a file system without links, locks, and the exchange of two names
+disturb kill step_00000002 --keep 0
+grep -q 'run cannot be locked: No locks available' output && [ -f run/latest ] && [ ! -L run/latest ]
+check "a file system without links and locks" $?
+unset PLAIN
+look="--data data.bin --batch 1 --seq-len 8 --dump"
+# shellcheck disable=SC2086
+"$trainer" --load run $look dump >output 2>&1 && "$trainer" --load run/step_00000006 $look dump2 >output 2>&1 && cmp dump dump2
+check "a latest that is a file" $?
 
 # --- a run that was copied goes on where it is; one that goes back to an earlier step has its `latest` there at once
 rm -rf moved && cp -r start moved
@@ -171,6 +195,136 @@ LD_PRELOAD=./fault_at.so FAULT_AT=15 FAULT=full "$trainer" --resume run/step_000
 [ $? = 1 ] && [ "$(readlink run/latest)" = step_00000002 ] && "$trainer" --resume run >output 2>&1 && finished run short 6
 check "back to step 2, disturbed, and on" $?
 
+# --- whose folder: a run goes on in its own, and in no other's
+unchanged() { # FOLDER COMMAND...: nothing in the folder is touched
+    local folder=$1 before
+    shift
+    before=$(picture "$folder")
+    "$@"
+    [ "$before" = "$(picture "$folder")" ]
+    check "$folder as it was after: $*" $?
+}
+
+picture() { # of a folder: names, times, links and contents
+    find "$1" -name output -prune -o -printf '%p %T@ %l ' -type f -exec cksum {} +
+}
+
+cp -r start/step_00000004 mine
+unchanged . refused 1 'mine is a copy outside of its run' --resume mine
+mv mine killed/mine
+unchanged killed refused 1 'killed holds another run than killed/mine: its step_' --resume killed/mine
+cp -r start/step_00000004 killed/step_00000004
+unchanged killed refused 1 'killed holds another run than killed/step_00000004: its step_' --resume killed/step_00000004
+rm -r killed/step_00000004 killed/mine
+unchanged killed refused 1 'killed holds another run than start/step_00000004' --resume start --out killed
+mkdir log_only && echo '{"step": 0}' >log_only/log.jsonl
+unchanged log_only refused 1 'log_only already holds a run: the log.jsonl' --resume start --out log_only
+# shellcheck disable=SC2086
+unchanged log_only refused 1 'log_only already holds a run: the log.jsonl' $model $batch --steps 2 --out log_only
+rm -rf run && cp -r start run && ln -s run/step_00000004 linked
+"$trainer" --resume linked >output 2>&1
+finished run short 6 && [ ! -e log.jsonl ]
+check "a link leads to its run" $?
+"$trainer" --resume start/step_00000002 --out branch >output 2>&1
+rows branch | cmp - <(rows short | tail -n +3) && diff -r -x state.json branch/latest/ short/latest/ &&
+    ! cmp <(grep '"run"' branch/latest/state.json) <(grep '"run"' start/latest/state.json) >/dev/null
+check "a branch of a run is a run of its own" $?
+unchanged branch refused 1 'branch holds another run' --resume start --out branch
+rm -rf run && cp -r start run && sed -i '/"run"/d; /"shards"/,/^  \],/d' run/step_*/state.json
+"$trainer" --resume run >output 2>&1 && "$trainer" --resume run --steps 7 >output 2>&1 && "$trainer" --resume run/step_00000006 --steps 7 >output 2>&1
+diff -r -x state.json run/step_00000006 short/step_00000006 && [ -f run/step_00000007/state.json ]
+check "a checkpoint from before runs had numbers" $?
+
+# --- a run whose \`latest\` is lost, leads nowhere, or was copied as a folder
+"$trainer" --load start $look dump4 >output 2>&1
+for damage in 'rm run/latest' 'ln -sfn step_7 run/latest' 'ln -sfn latest run/latest' 'rm run/latest; cp -r run/step_00000004 run/latest' \
+    'rm run/latest; mv run/step_00000004 run/latest' 'mv run/step_00000004 run/step_00000004.old'; do
+    rm -rf run && cp -r start run && eval "$damage"
+    # shellcheck disable=SC2086
+    unchanged run refused 1 'run already holds a run' $model $batch --steps 2 --out run
+    # shellcheck disable=SC2086
+    unchanged run "$trainer" --load run $look dump >output 2>&1
+    cmp dump dump4
+    check "loaded after: $damage" $?
+    "$trainer" --resume run >output 2>&1
+    finished run short 6 && [ -L run/latest ]
+    check "resumed after: $damage" $?
+done
+
+# --- the default folder, and the newest run
+mkdir -p default/runs/tiny-relu && echo '{"step": 0}' >default/runs/tiny-relu/log.jsonl && cp data.bin default && cd default || exit 1
+# shellcheck disable=SC2086
+{
+    unchanged runs/tiny-relu "$trainer" $model $batch --steps 2 >../output 2>&1
+    [ -L runs/tiny-relu-2/latest ] && "$trainer" $model $batch --steps 2 --router topk >../output 2>&1 && [ -L runs/tiny-topk/latest ]
+    check "the next free folder" $?
+    touch -d '1 minute ago' runs/tiny-relu-2/*/model.safetensors
+    unchanged runs/tiny-relu-2 "$trainer" --resume latest --steps 3 >../output 2>&1
+    [ "$(readlink runs/tiny-topk/latest)" = step_00000003 ]
+    check "the newest run, whatever its router" $?
+}
+mkdir empty && cd empty && refused 1 'no folder below runs holds a checkpoint' --resume latest && cd ..
+refused 2 'runs/tiny-topk/step_00000003/config.json decides it' --resume latest --router topk
+cd .. || exit 1
+
+# --- a finished run: nothing is written; and no poorer checkpoint in a better one's place
+unchanged short "$trainer" --resume short >output 2>&1
+grep -q 'short/step_00000006 has done 6 steps.*nothing was changed' output && grep -q -e '---> .*--resume .* --steps 12' output
+check "a finished run says how to go on" $?
+rm -rf run && cp -r short run && sed -i '/"step": 6, "val_loss".*"all"/d' run/log.jsonl
+"$trainer" --resume run >output 2>&1
+finished run short 6
+check "a finished run that was not validated" $?
+unchanged short refused 2 'save-dtype belongs to --export' --resume short --save-dtype bf16
+unchanged short refused 2 'save-dtype belongs to --export' --resume short --steps 8 --save-dtype bf16
+unchanged . refused 2 'resume is empty' --resume ""
+
+# --- other data than the run began with
+rm -rf run && cp -r start run && cp data.bin other.bin && printf 'z\0' | dd of=other.bin bs=1 seek=1030 conv=notrunc status=none
+mv data.bin kept.bin && mv other.bin data.bin
+unchanged run refused 1 'not those that this run began with (1 shards, now 1): data.bin holds other tokens' --resume run
+cp -r run other && "$trainer" --resume other --data data.bin >output 2>&1 && grep -q 'warning: the training data are not those' output
+check "other data, by the user's will" $?
+mv kept.bin data.bin
+"$trainer" --resume run >output 2>&1
+finished run short 6
+check "the data brought back" $?
+
+# --- validation data: all that a validation reads is looked at before the first step
+shard 1488 >val.bin && shard 9 >val.short.bin
+cp val.bin val.bad.bin && le32 8000000 | dd of=val.bad.bin bs=1 seek=2024 conv=notrunc status=none
+# shellcheck disable=SC2086
+{
+    refused 1 'no file matches none' $model $batch --steps 2 --val-data 'none*.bin' --out validated
+    refused 1 'val.bad.bin: token 500 is' $model $batch --steps 2 --val-data 'val.*bin' --out validated
+    [ ! -e validated ]
+    check "nothing was trained before validation data were refused" $?
+    train --steps 2 --val-data 'val.bin,val.short.bin' --out validated >output 2>&1 && grep -q 'val.short.bin will not be validated' output &&
+        [ "$(grep -c val_loss validated/log.jsonl)" = 2 ]
+    check "a domain that is too short is left out" $?
+    refused 1 'nothing to evaluate' --load start --eval --val-data val.short.bin
+    "$trainer" --load start --eval --val-data val.bin --batch 3 >output 2>&1
+    check "another batch than the run's: --global-batch is a matter of training" $?
+    "$trainer" $model $batch --steps 1000000 --val-every 1 --val-data val.bin --out changed >output 2>&1 &
+}
+pid=$!
+while ! grep -q val_loss changed/log.jsonl 2>/dev/null && kill -0 $pid; do
+    sleep 0.05
+done
+dd if=val.bad.bin of=val.bin conv=notrunc status=none
+while ! grep -q 'val.bin was not validated' output && kill -0 $pid; do
+    sleep 0.05
+done
+kill $pid
+wait $pid && grep -q 'saved changed' output
+check "a failed validation does not end the run" $?
+
+# --- what is no file but would be waited for
+rm -rf run && cp -r start run && rm run/log.jsonl && mkfifo run/log.jsonl fifo.bin
+refused 1 'run/log.jsonl is not a regular file' --resume run
+# shellcheck disable=SC2086
+refused 1 'fifo.bin is not a regular file' $model $batch --data fifo.bin --steps 2 --out bad_out
+
 # --- two at once; and a second interrupt, which does not wait for the step
 "$trainer" --load start --data data.bin --batch 1 --seq-len 8 --global-batch 16000000 --out endless >output 2>&1 &
 pid=$!
@@ -178,6 +332,9 @@ while [ ! -e endless/log.jsonl ] && kill -0 $pid; do
     sleep 0.05
 done
 refused 1 'another process trains in endless' --load start --data data.bin --batch 1 --seq-len 8 --out endless
+mkdir endless/step_00000004 && cp start/latest/[mo]* endless/step_00000004 && touch endless/step_00000004/config.json
+refused 1 'another process trains in endless' --resume endless # before a file in it is opened
+rm -r endless/step_00000004
 kill -INT $pid
 sleep 0.2
 kill -0 $pid
@@ -206,7 +363,7 @@ small_disk() { # in a name space of its own: the mount goes with it
     "$trainer" --resume latest --out disk/run >output 2>&1
     finished disk/run short 6
 }
-export -f small_disk whole finished rows
+export -f small_disk whole finished rows state latest
 export trainer
 if unshare -rm true 2>/dev/null; then
     unshare -rm bash -c small_disk
@@ -279,7 +436,7 @@ for name in model.safetensors optimizer.safetensors; do
     damage $name && cp wide/latest/$name "$file" && unusable "$name: tensor .* has shape .*32.*, expected .*16"
     damage $name && rm "$file" && mkdir "$file" && unusable "$name is not a good safetensors file: it is not a regular"
 done
-damage model.safetensors && rm "$file" && unusable 'cannot open bad/latest/model.safetensors'
+damage model.safetensors && rm "$file" && unusable 'cannot open bad/step_00000004/model.safetensors'
 damage optimizer.safetensors && cp bad/latest/model.safetensors "$file" && unusable 'has no tensor exp_avg.'
 damage optimizer.safetensors && rm "$file" && refused 1 'has no optimizer.safetensors' --resume bad --out bad_out
 damage state.json && rm "$file" && refused 1 'has no state.json' --resume bad --out bad_out
@@ -289,7 +446,7 @@ for name in config.json state.json; do
     damage $name && truncate -s 100 "$file" && unusable "$name is not valid JSON: line"
     damage $name && head -c 300 /dev/zero >"$file" && unusable "$name is not valid JSON: line 1, column 1"
     damage $name && echo '[]' >"$file" && unusable "$name: expected one JSON object"
-    damage $name && rm "$file" && mkdir "$file" && unusable "cannot read bad/latest/$name: Is a directory"
+    damage $name && rm "$file" && mkdir "$file" && unusable "cannot read bad/step_00000004/$name: Is a directory"
 done
 damage config.json && sed -i 's/"hidden_size": 16/"hidden_size": 32/' "$file" && unusable 'has shape .*16.*, expected .*32'
 damage config.json && sed -i 's/"num_experts": 4/"num_experts": 8/' "$file" && unusable 'has shape .*4.*, expected .*8'
@@ -322,7 +479,10 @@ cp data.bin token.bin && le32 8000000 | dd of=token.bin bs=1 seek=11024 conv=not
     refused 1 'foreign.bin is not a token shard' $model $batch --data foreign.bin --steps 2 --out bad_out
     refused 1 'a token shard of version 2' $model $batch --data version.bin --steps 2 --out bad_out
     refused 1 'negative.bin is damaged' $model $batch --data negative.bin --steps 2 --out bad_out
-    refused 1 'token.bin: token 5000 is 4608, but the vocabulary has 128' $model $batch --data token.bin --steps 400 --out bad_out
+    refused 1 'token.bin: token 5000 is 4608, but the vocabulary has 128' $model $batch --data token.bin --steps 400 --out learned
+    [ -f learned/latest/state.json ] && refused 1 'token.bin: token 5000' --resume learned # what came before it is kept
+    check "what was learned before a bad token" $?
+    rm -rf learned
     refused 1 'not a token shard: it is JSON text' $model $batch --data start/latest/config.json --steps 2 --out bad_out
     refused 1 'start is not a regular file' $model $batch --data start --steps 2 --out bad_out
     refused 1 'no file matches none\*.bin' $model $batch --data 'none*.bin' --steps 2 --out bad_out

@@ -426,6 +426,8 @@ static void trainer_bad_command_lines(void) {
     trainer_refuses(2, "need a model", "--eval");
     trainer_refuses(2, "decides it", "--load dev/test/fixtures/relu --hidden 32");
     trainer_refuses(2, "exclude each other", "--load a --resume b");
+    trainer_refuses(2, "--save-dtype belongs to --export", TRAINER_TINY "--save-dtype bf16");
+    trainer_refuses(2, "--save-dtype belongs to --export", "--resume build/test/whole --save-dtype bf16");
     trainer_refuses(2, "even head size", "--hidden 100 --heads 3");
     trainer_refuses(2, "not a multiple of 3 key/value heads", "--heads 4 --kv-heads 3");
     trainer_refuses(2, "--active 5 of --experts 4", "--experts 4 --active 5");

@@ -2,71 +2,38 @@
 Checkpoints: a folder step_00001000/ per checkpoint, in the formats of Hugging Face.
 
     config.json            the model's shape (config_file.h)
-    model.safetensors      the fp32 weights, or bf16 for exports, by the names of model.h
+    model.safetensors      the fp32 weights, by the names of model.h
     optimizer.safetensors  AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
-    state.json             what else the run needs to go on, and its options (state_file.h)
+    state.json             what else the run needs to go on, which run that is, and its options (state_file.h)
     vocab.json, merges.txt, tokenizer_config.json    the tokenizer, if there is one (tokenizer_files.h)
 
-Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last; then the oldest
-are removed (--keep). So a full disk or a kill at any moment leaves the earlier checkpoints as they were. A
-folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any order,
-whoever made it.
+Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last (run_folder.h);
+then the oldest are removed (--keep). So a full disk or a kill at any moment leaves the earlier checkpoints as
+they were. A folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any
+order, whoever made it.
 
-Errors: whatever is missing or does not fit is named with its file, and exit 1.
+Errors: whatever is missing, does not fit or is not used is named with its file, and exit 1.
 */
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
 #include "llmc/files/config_file.h"
+#include "llmc/files/provenance.h"
+#include "llmc/files/run_folder.h"
 #include "llmc/files/safetensors_writer.h"
 #include "llmc/files/state_file.h"
 #include "llmc/files/tokenizer_files.h"
 #include "llmc/model.h"
-#include <dirent.h>
-// defines: opendir, readdir, mkdir, rename, symlink, unlink, rmdir, fsync
 
-enum { PATH_SIZE = 2048, TENSOR_NAME_SIZE = 128 };
+enum { TENSOR_NAME_SIZE = 128 };
+// what stands before a tensor's name in each of the two files
+static const char *const weight_prefix[] = {""};
+static const char *const moment_prefixes[] = {"exp_avg.", "exp_avg_sq."};
 static_assert(sizeof("exp_avg_sq.") + sizeof(((Tensor *)0)->name) <= TENSOR_NAME_SIZE,
               "a moment's name fits");
 static_assert(sizeof(((Tensor *)0)->shape) / sizeof(int64_t) <= SAFETENSORS_MAX_DIMS,
               "the format takes our shapes");
 static_assert(PATH_SIZE + sizeof(".tmp") <= sizeof(((NewFile *)0)->temporary), "a file has a temporary name");
-
-static inline int path_exists(const char *path) {
-    struct stat status;
-    return stat(path, &status) == 0;
-}
-
-// mkdir -p
-static inline void make_folder(const char *path) {
-    char part[PATH_SIZE];
-    check_format(part, sizeof(part), "%s", path);
-    for (char *slash = strchr(part + 1, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
-        *slash = '\0';
-        mkdir(part, 0777);
-        *slash = '/';
-    }
-    if (mkdir(part, 0777) != 0 && errno != EEXIST) {
-        die("cannot make the folder %s: %s\n  ---> choose another folder with --out", path, strerror(errno));
-    }
-}
-
-// removes a folder of plain files, or a link without what it points to; quiet when it is not there
-static inline void remove_folder(const char *path) {
-    DIR *folder = unlink(path) == 0 ? NULL : opendir(path);
-    if (folder == NULL) {
-        return;
-    }
-    for (struct dirent *entry = readdir(folder); entry != NULL; entry = readdir(folder)) {
-        char file[PATH_SIZE];
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) {
-            check_format(file, sizeof(file), "%s/%s", path, entry->d_name);
-            unlink(file);
-        }
-    }
-    closedir(folder);
-    rmdir(path);
-}
 
 // ----------------------------------------------------------------------------
 // saving
@@ -93,39 +60,29 @@ static inline void save_tensors(const char *path, const TensorTable *table, cons
     safetensors_writer_finish(&writer);
 }
 
-// "step_" and digits; what is named otherwise is not ours to remove
-static inline int is_checkpoint_name(const char *name) {
-    return strncmp(name, "step_", 5) == 0 && name[5] != '\0' &&
-           name[5 + strspn(name + 5, "0123456789")] == '\0';
-}
-
 // Keeps the `keep` highest steps up to `current` (0: all). Later ones are of a future that a resumed run has
 // left: they stay until it writes its own. A folder loses its name first: a kill leaves no half of one
-static inline void remove_oldest(const char *out, const char *current, int64_t keep) {
-    struct dirent **names;
-    int n = scandir(out, &names, NULL, versionsort);
+static inline void remove_oldest(const char *out, int64_t current, int64_t keep) {
+    CheckpointName *list;
+    int n = list_checkpoints(out, &list);
     int64_t seen = 0;
-    for (int i = n - 1; i >= 0; i--) {
-        const char *name = names[i]->d_name;
+    for (int i = 0; i < n && keep > 0; i++) {
         char path[PATH_SIZE], temporary[PATH_SIZE];
-        check_format(path, sizeof(path), "%s/%s", out, name);
-        check_format(temporary, sizeof(temporary), "%s/.tmp_%s", out, name);
-        if (strncmp(name, ".tmp_step_", 10) == 0) { // of a run that was killed while saving
-            remove_folder(path);
-        } else if (keep > 0 && is_checkpoint_name(name) && strverscmp(name, current) <= 0 && ++seen > keep) {
+        if (list[i].step <= current && ++seen > keep) {
+            check_format(path, sizeof(path), "%s/%s", out, list[i].name);
+            check_format(temporary, sizeof(temporary), "%s/.tmp_%s", out, list[i].name);
             remove_folder(temporary);
             rename(path, temporary);
             remove_folder(temporary);
         }
-        free(names[i]);
     }
-    if (n > 0) {
-        free(names);
-    }
+    free(list);
+    remove_halves(out);
 }
 
-// gives a whole folder its name. Where the same step was saved before, the two change places at once; on file
-// systems that cannot do that, the earlier one steps aside first
+// Gives a whole folder its name. Where the same step was saved before, the two change places at once. On file
+// systems that cannot do that, the earlier one steps aside first, under a name that counts (run_folder.h): a
+// kill between the two renames loses neither
 static inline void place_folder(const char *temporary, const char *folder) {
     char aside[PATH_SIZE];
     if (rename(temporary, folder) == 0) {
@@ -137,36 +94,22 @@ static inline void place_folder(const char *temporary, const char *folder) {
         return;
     }
 #endif
-    check_format(aside, sizeof(aside), "%s.old", temporary);
+    check_format(aside, sizeof(aside), "%s.old", folder);
     remove_folder(aside);
     if (rename(folder, aside) != 0 || rename(temporary, folder) != 0) {
-        die("cannot rename %s: %s\n  ---> it is whole: rename it to %s", temporary, strerror(errno), folder);
+        int cause = errno;
+        rename(aside, folder);
+        die("cannot rename %s: %s\n  ---> it is whole: rename it to %s", temporary, strerror(cause), folder);
     }
     remove_folder(aside);
 }
 
-// moves the link out/latest to `name` in one step
-static inline void point_latest(const char *out, const char *name) {
-    char link_path[PATH_SIZE], temporary[PATH_SIZE];
-    check_format(link_path, sizeof(link_path), "%s/latest", out);
-    check_format(temporary, sizeof(temporary), "%s/.tmp_latest", out);
-    unlink(temporary);
-    if (symlink(name, temporary) != 0 || rename(temporary, link_path) != 0) {
-        die("cannot move the link %s: %s\n  ---> the checkpoint itself is whole: --resume %s/%s", link_path,
-            strerror(errno), out, name);
-    }
-}
-
-// moments NULL (or bf16): weights and config only; tokenizer NULL: none goes along. Returns nothing; dies with
-// earlier checkpoints intact.
+// tokenizer NULL: none goes along. Dies with earlier checkpoints intact
 static inline void checkpoint_save(const char *out, const Config *config, const TensorTable *table,
                                    const float *params, const float *exp_avg, const float *exp_avg_sq,
-                                   const RunState *state, const Options *options,
-                                   const Tokenizer *tokenizer) {
-    static const char *const no_prefix[] = {""};
-    static const char *const moment_prefixes[] = {"exp_avg.", "exp_avg_sq."};
+                                   const RunState *state, const Provenance *provenance,
+                                   const Options *options, const Tokenizer *tokenizer) {
     const float *moments[] = {exp_avg, exp_avg_sq};
-    int bf16 = strcmp(options->save_dtype, "bf16") == 0;
     char name[64], folder[PATH_SIZE], temporary[PATH_SIZE], path[PATH_SIZE];
     check_format(name, sizeof(name), "step_%08lld", (long long)state->step);
     check_format(folder, sizeof(folder), "%s/%s", out, name);
@@ -179,37 +122,67 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
     config_write(config, file.file);
     newfile_close(&file);
     check_format(path, sizeof(path), "%s/model.safetensors", temporary);
-    save_tensors(path, table, no_prefix, &params, 1, bf16 ? "BF16" : "F32");
-    if (!bf16) {
-        check_format(path, sizeof(path), "%s/optimizer.safetensors", temporary);
-        save_tensors(path, table, moment_prefixes, moments, 2, "F32");
-        check_format(path, sizeof(path), "%s/state.json", temporary);
-        state_write(path, state, options);
-    }
+    save_tensors(path, table, weight_prefix, &params, 1, "F32");
+    check_format(path, sizeof(path), "%s/optimizer.safetensors", temporary);
+    save_tensors(path, table, moment_prefixes, moments, 2, "F32");
+    check_format(path, sizeof(path), "%s/state.json", temporary);
+    state_write(path, state, provenance, options);
     if (tokenizer != NULL) {
         tokenizer_save(tokenizer, temporary, config->max_seq_len);
     }
     place_folder(temporary, folder);
     point_latest(out, name);
     newfile_sync_folder(folder); // the names in `out`
-    remove_oldest(out, name, options->keep);
+    remove_oldest(out, state->step, options->keep);
 }
 
 // ----------------------------------------------------------------------------
 // loading
 
-// a checkpoint folder from what the user named: 'latest' (of `out`), a run's folder, or the checkpoint itself
+// The checkpoint folder that the user named: a checkpoint, a run's folder, its `latest`; or 'latest' alone,
+// of `out`, or where that is "", of the newest run below runs
 static inline void checkpoint_find(char *folder, const char *named, const char *out) {
-    char path[PATH_SIZE];
-    if (strcmp(named, "latest") == 0 && !path_exists("latest/config.json")) {
-        check_format(folder, PATH_SIZE, "%s/latest", out);
-    } else {
-        check_format(path, sizeof(path), "%s/latest/config.json", named);
-        check_format(folder, PATH_SIZE, "%s%s", named, path_exists(path) ? "/latest" : "");
+    char newest[PATH_SIZE] = "runs";
+    int found = find_named(folder, named);
+    if (!found && strcmp(named, "latest") == 0) {
+        if (out[0] == '\0' && !newest_run(newest, "runs")) {
+            die("no folder below runs holds a checkpoint\n  ---> train one first, or name a run's folder");
+        }
+        out = out[0] == '\0' ? newest : out;
+        named = out;
+        found = run_checkpoint(folder, out);
     }
-    check_format(path, sizeof(path), "%s/config.json", folder);
-    if (!path_exists(path)) {
-        die("no checkpoint in %s: there is no %s\n  ---> train one first, or name its folder", folder, path);
+    if (!found || !has_file(folder, "config.json")) {
+        die("no checkpoint in %s: there is no %s/config.json\n  ---> train one first, or name its folder",
+            named, found ? folder : named);
+    }
+}
+
+// names what a file has beyond `expected` tensors of the table: a model that ignored it would be another one
+static inline void refuse_unused_tensors(const Safetensors *st, const TensorTable *table,
+                                         const char *const *prefixes, int count) {
+    char names[512] = "";
+    size_t used = 0, unused = 0;
+    if (st->count == (size_t)count * (size_t)table->count) {
+        return; // all of these were found
+    }
+    for (size_t e = 0; e < st->count; e++) {
+        const char *name = st->entries[e].name, *suffix = strstr(name, ".rotary_emb.inv_freq");
+        int known = suffix != NULL && strcmp(suffix, ".rotary_emb.inv_freq") == 0; // follows from rope_theta
+        for (int b = 0; b < count && !known; b++) {
+            size_t size = strlen(prefixes[b]);
+            for (int i = 0; i < table->count && strncmp(name, prefixes[b], size) == 0 && !known; i++) {
+                known = strcmp(name + size, table->tensors[i].name) == 0;
+            }
+        }
+        if (!known && unused++ < 4 && used < sizeof(names)) {
+            used += (size_t)snprintf(names + used, sizeof(names) - used, "%s%.100s", used ? ", " : "", name);
+        }
+    }
+    if (unused > 0) {
+        die("%s has tensors that the model of config.json does not use (%zu): %s%s\n  ---> %s", st->path,
+            unused, names, unused > 4 ? ", ..." : "",
+            st->hint[0] ? st->hint : "name a folder whose config.json and tensors belong together");
     }
 }
 
@@ -228,7 +201,8 @@ static inline void checkpoint_load_weights(float *params, const char *folder, co
     char path[PATH_SIZE];
     check_format(path, sizeof(path), "%s/model.safetensors", folder);
     Safetensors *st = safetensors_open(path, "name a folder with config.json and model.safetensors");
-    load_tensors(params, st, table, "");
+    load_tensors(params, st, table, weight_prefix[0]);
+    refuse_unused_tensors(st, table, weight_prefix, 1);
     safetensors_close(st);
 }
 
@@ -241,8 +215,9 @@ static inline int checkpoint_load_moments(float *exp_avg, float *exp_avg_sq, con
         return 0;
     }
     Safetensors *st = safetensors_open(path, "remove the file to start with zero moments");
-    load_tensors(exp_avg, st, table, "exp_avg.");
-    load_tensors(exp_avg_sq, st, table, "exp_avg_sq.");
+    load_tensors(exp_avg, st, table, moment_prefixes[0]);
+    load_tensors(exp_avg_sq, st, table, moment_prefixes[1]);
+    refuse_unused_tensors(st, table, moment_prefixes, 2);
     safetensors_close(st);
     return 1;
 }
@@ -256,6 +231,16 @@ static inline int checkpoint_load_state(RunState *state, Options *options, const
     }
     state_read(state, options, path);
     return 1;
+}
+
+// what the folder says of its run; all zero where it says nothing
+static inline void checkpoint_load_provenance(Provenance *provenance, const char *folder) {
+    char path[PATH_SIZE];
+    check_format(path, sizeof(path), "%s/state.json", folder);
+    memset(provenance, 0, sizeof(*provenance));
+    if (path_exists(path)) {
+        state_read_provenance(provenance, path);
+    }
 }
 
 #endif

@@ -15,12 +15,12 @@ have, dies naming file, position and remedy.
 #ifndef DATALOADER_H
 #define DATALOADER_H
 
-#include <glob.h>
-#include <math.h>
-// defines: glob, llround
 #include "llmc/check.h"
+#include "llmc/files/data_names.h"
 #include "llmc/files/shard.h"
 #include "llmc/rng.h"
+#include <math.h>
+// defines: llround
 
 // ----------------------------------------------------------------------------
 // the loader
@@ -46,46 +46,6 @@ typedef struct {
     int *mix_source;   // [MIX_PERIOD] which source a sequence of the period takes
     int64_t *mix_used; // [MIX_PERIOD] how often the period has used that source before
 } DataLoader;
-
-static inline void dataloader_glob(const char *pattern, glob_t *found) {
-    int failed = glob(pattern, 0, NULL, found); // sorted by name
-    if (failed) {
-        die("no file matches %s\n  ---> %s", pattern, SHARD_HINT);
-    }
-}
-
-// the next item of a comma-separated list, or NULL; cuts the list up
-static inline char *dataloader_next_item(char **list) {
-    char *item = *list;
-    if (item == NULL) {
-        return NULL;
-    }
-    item += strspn(item, " ");
-    char *comma = strchr(item, ',');
-    *list = comma == NULL ? NULL : comma + 1;
-    if (comma != NULL) {
-        *comma = '\0';
-    }
-    if (item[0] == '\0') {
-        die_usage("an empty name in a list of data files, expected GLOB or GLOB:WEIGHT, ...");
-    }
-    return item;
-}
-
-// "a*.bin:0.7": cuts the weight off; 0 when there is none
-static inline double dataloader_cut_weight(char *item) {
-    char *colon = strrchr(item, ':');
-    char *end = NULL;
-    double weight = colon == NULL ? 0.0 : strtod(colon + 1, &end);
-    if (colon == NULL || end == colon + 1 || *end != '\0') {
-        return 0.0; // a name with a colon in it
-    }
-    if (!(weight > 0.0 && weight < 1e30)) {
-        die_usage("the weight of %s must be positive, as in \"a*.bin:0.7,b*.bin:0.3\"", item);
-    }
-    *colon = '\0';
-    return weight;
-}
 
 static inline void dataloader_add_files(DataSource *source, const char *pattern, int seq_len) {
     glob_t found;
@@ -166,9 +126,9 @@ static inline void dataloader_mix(DataLoader *loader) {
     free(used);
 }
 
-// spec: "GLOB,GLOB,..." or "GLOB:WEIGHT,GLOB:WEIGHT,..."
-static inline void dataloader_open(DataLoader *loader, const char *spec, int seq_len, uint64_t seed,
-                                   int shuffle) {
+// spec: "GLOB,GLOB,..." or "GLOB:WEIGHT,GLOB:WEIGHT,..."; a name that exists as it stands is that file
+static inline void dataloader_open_shards(DataLoader *loader, const char *spec, int seq_len, uint64_t seed,
+                                          int shuffle) {
     memset(loader, 0, sizeof(*loader));
     loader->seq_len = seq_len;
     loader->seed = seed;
@@ -176,6 +136,12 @@ static inline void dataloader_open(DataLoader *loader, const char *spec, int seq
     dataloader_add_sources(loader, spec);
     dataloader_set_shares(loader);
     dataloader_mix(loader);
+}
+
+// the same, and each source has a window
+static inline void dataloader_open(DataLoader *loader, const char *spec, int seq_len, uint64_t seed,
+                                   int shuffle) {
+    dataloader_open_shards(loader, spec, seq_len, seed, shuffle);
     for (int s = 0; s < loader->num_sources; s++) {
         const DataSource *source = &loader->sources[s];
         if (source->num_windows == 0) {
@@ -280,75 +246,76 @@ static inline const TokenShard *dataloader_locate(const DataLoader *loader, int6
     return &source->shards[low];
 }
 
-// inputs, targets [T] of sequence index >= 0
-static inline void dataloader_sequence(const DataLoader *loader, int64_t index, int vocab_size, int *inputs,
-                                       int *targets) {
-    int64_t window;
-    int T = loader->seq_len, largest = 0;
-    const TokenShard *shard = dataloader_locate(loader, index, &window);
+// ----------------------------------------------------------------------------
+// tokens
+
+// a token of the window's T + 1 that the vocabulary does not have; -1: all are good
+static inline int64_t dataloader_bad_token(const TokenShard *shard, int64_t window, int T, int vocab_size) {
     const uint16_t *tokens = shard->tokens + window * T;
+    int largest = 0;
     for (int t = 0; t <= T; t++) {
         largest = tokens[t] > largest ? tokens[t] : largest;
     }
     for (int t = 0; t <= T && largest >= vocab_size; t++) {
         if (tokens[t] >= vocab_size) {
-            die("%s: token %lld is %d, but the vocabulary has %d\n  ---> tokenize the text with this model's "
-                "vocabulary, or train with a larger --vocab-size",
-                shard->path, (long long)(window * T + t), tokens[t], vocab_size);
+            return window * T + t;
         }
+    }
+    return -1;
+}
+
+__attribute__((noreturn)) static inline void dataloader_refuse_token(const TokenShard *shard, int64_t token,
+                                                                     int vocab_size) {
+    die("%s: token %lld is %d, but the vocabulary has %d\n  ---> tokenize the text with this model's "
+        "vocabulary, or train with a larger --vocab-size",
+        shard->path, (long long)token, shard->tokens[token], vocab_size);
+}
+
+// Before a run: the tokens of every shard's first and last windows (of another vocabulary they show there; to
+// read all of a training set would take minutes)
+static inline void dataloader_check_tokens(const DataLoader *loader, int64_t windows, int vocab_size) {
+    for (int s = 0; s < loader->num_sources; s++) {
+        for (int i = 0; i < loader->sources[s].num_shards; i++) {
+            const TokenShard *shard = &loader->sources[s].shards[i];
+            int64_t n = shard->num_tokens > 0 ? (shard->num_tokens - 1) / loader->seq_len : 0;
+            for (int64_t w = 0; w < n; w = w + 1 < windows || w + 1 == n ? w + 1 : n - 1) {
+                int64_t token = dataloader_bad_token(shard, w, loader->seq_len, vocab_size);
+                if (token >= 0) {
+                    dataloader_refuse_token(shard, token, vocab_size);
+                }
+            }
+        }
+    }
+}
+
+// Inputs, targets [T] of sequence index >= 0. A token that the vocabulary does not have: returns its shard,
+// and which token; else NULL
+static inline const TokenShard *dataloader_try_sequence(const DataLoader *loader, int64_t index,
+                                                        int vocab_size, int *inputs, int *targets,
+                                                        int64_t *token) {
+    int64_t window;
+    int T = loader->seq_len;
+    const TokenShard *shard = dataloader_locate(loader, index, &window);
+    const uint16_t *tokens = shard->tokens + window * T;
+    *token = dataloader_bad_token(shard, window, T, vocab_size);
+    if (*token >= 0) {
+        return shard;
     }
     for (int t = 0; t < T; t++) {
         inputs[t] = tokens[t];
         targets[t] = tokens[t + 1];
     }
+    return NULL;
 }
 
-// ----------------------------------------------------------------------------
-// validation domains
-
-typedef struct {
-    char *path;
-    char *name; // "github" of val.github.bin, else the file's name without .bin
-} DataDomain;
-
-static inline char *dataloader_domain_name(const char *path) {
-    const char *slash = strrchr(path, '/');
-    char *name = check_strdup(slash == NULL ? path : slash + 1);
-    size_t size = strlen(name);
-    if (size > 4 && strcmp(name + size - 4, ".bin") == 0) {
-        name[size - 4] = '\0';
+// the same; a token that the vocabulary does not have ends the program
+static inline void dataloader_sequence(const DataLoader *loader, int64_t index, int vocab_size, int *inputs,
+                                       int *targets) {
+    int64_t token;
+    const TokenShard *bad = dataloader_try_sequence(loader, index, vocab_size, inputs, targets, &token);
+    if (bad != NULL) {
+        dataloader_refuse_token(bad, token, vocab_size);
     }
-    if (strncmp(name, "val.", 4) == 0 && name[4] != '\0') {
-        memmove(name, name + 4, strlen(name + 4) + 1);
-    }
-    return name;
-}
-
-// the files of "GLOB,GLOB,...", one domain each; returns how many
-static inline int dataloader_domains(const char *spec, DataDomain **domains) {
-    char *copy = check_strdup(spec), *list = copy, *item;
-    int n = 0;
-    *domains = NULL;
-    while ((item = dataloader_next_item(&list)) != NULL) {
-        glob_t found;
-        dataloader_glob(item, &found);
-        *domains = GROW(DataDomain, *domains, n + (int)found.gl_pathc);
-        for (size_t i = 0; i < found.gl_pathc; i++, n++) {
-            (*domains)[n].path = check_strdup(found.gl_pathv[i]);
-            (*domains)[n].name = dataloader_domain_name(found.gl_pathv[i]);
-        }
-        globfree(&found);
-    }
-    free(copy);
-    return n;
-}
-
-static inline void dataloader_free_domains(DataDomain *domains, int n) {
-    for (int i = 0; i < n; i++) {
-        free(domains[i].path);
-        free(domains[i].name);
-    }
-    free(domains);
 }
 
 #endif

@@ -47,18 +47,45 @@ static inline double peak_memory_gb(void) {
     return (double)usage.ru_maxrss / 1048576.0;
 }
 
+// the whole log, or NULL when there is none. A FIFO would never end
+static inline char *log_read(const char *path, size_t *size) {
+    struct stat status;
+    if (stat(path, &status) != 0) {
+        return NULL;
+    }
+    if (!S_ISREG(status.st_mode)) {
+        die("%s is not a regular file\n  ---> remove it, or choose another folder with --out", path);
+    }
+    return check_read_file(path, size, "choose another folder with --out");
+}
+
+// has the log a validation after `step` steps, to its last row?
+static inline int log_has_validation(const char *path, int64_t step) {
+    static const char last[] = ", \"domain\": \"all\"}\n";
+    char first[64];
+    size_t size, tail = sizeof(last) - 1;
+    int found = 0;
+    char *text = log_read(path, &size);
+    check_format(first, sizeof(first), "{\"step\": %lld, \"val_loss\": ", (long long)step);
+    for (char *line = text, *end; text != NULL && !found && (end = strchr(line, '\n')) != NULL;
+         line = end + 1) {
+        found = (size_t)(end + 1 - line) > strlen(first) + tail && strncmp(line, first, strlen(first)) == 0 &&
+                memcmp(end + 1 - tail, last, tail) == 0;
+    }
+    free(text);
+    return found;
+}
+
 // drops the rows of steps from `step` on, and a half-written last one. The row of step i says i, a validation
 // after n steps says n: a run resumed there makes it again
 static inline void log_cut(const char *path, int64_t step) {
     size_t size;
-    FILE *exists = fopen(path, "rb");
-    if (exists == NULL) {
-        return;
-    }
-    fclose(exists);
-    char *text = check_read_file(path, &size, "");
+    char *text = log_read(path, &size);
     NewFile kept;
     JsonArena arena;
+    if (text == NULL) {
+        return;
+    }
     newfile_open(&kept, path);
     json_arena_init(&arena);
     int64_t dropped = 0;

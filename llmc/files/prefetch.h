@@ -3,7 +3,8 @@ Batches assembled ahead: while a step computes on one batch, a thread copies the
 (and waits for the disk in its place). Batch n holds the sequences first + n * stride + [0, B): with R ranks,
 rank r takes first + r B and stride R B. What arrives is what dataloader_sequence gives, whatever the timing.
 
-Shapes: inputs, targets [B, T]. Errors: those of dataloader_sequence, met by the thread, end the program.
+Shapes: inputs, targets [B, T]. Errors: a token that the vocabulary does not have ends the program, where its
+batch is taken: those before it were good, and `before_end`, if set, may save what they have taught.
 */
 #ifndef PREFETCH_H
 #define PREFETCH_H
@@ -25,32 +26,44 @@ typedef struct {
     int64_t assembled; // batches that the thread has finished
     int64_t taken;     // batches handed out; the last of them is in use
     int stopping;
+    const TokenShard
+        *bad; // holds bad_token, which the vocabulary does not have; nothing is assembled any more
+    int64_t bad_token;
+    void (*before_end)(void *); // called with `context` in the thread that takes, before the program ends
+    void *context;
     double wait_ms; // what the steps have waited for batches, in all
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     pthread_t thread;
 } Prefetcher;
 
-static inline void prefetch_assemble(Prefetcher *p, int64_t n) {
+// the shard of a bad token, or NULL
+static inline const TokenShard *prefetch_assemble(const Prefetcher *p, int64_t n, int64_t *token) {
     int T = p->loader->seq_len;
-    for (int b = 0; b < p->batch; b++) {
-        dataloader_sequence(p->loader, p->first + n * p->stride + b, p->vocab_size,
-                            p->inputs[n % 2] + (int64_t)b * T, p->targets[n % 2] + (int64_t)b * T);
+    const TokenShard *bad = NULL;
+    for (int b = 0; b < p->batch && bad == NULL; b++) {
+        bad = dataloader_try_sequence(p->loader, p->first + n * p->stride + b, p->vocab_size,
+                                      p->inputs[n % 2] + (int64_t)b * T, p->targets[n % 2] + (int64_t)b * T,
+                                      token);
     }
+    return bad;
 }
 
 static inline void *prefetch_run(void *argument) {
     Prefetcher *p = (Prefetcher *)argument;
     pthread_mutex_lock(&p->mutex);
     while (!p->stopping) {
-        if (p->assembled > p->taken) { // one is in use, one is ready: no free buffer
+        if (p->assembled > p->taken || p->bad != NULL) { // one is in use, one is ready: no free buffer
             pthread_cond_wait(&p->changed, &p->mutex);
             continue;
         }
         pthread_mutex_unlock(&p->mutex);
-        prefetch_assemble(p, p->assembled);
+        int64_t token = -1;
+        const TokenShard *bad = prefetch_assemble(p, p->assembled, &token);
         pthread_mutex_lock(&p->mutex);
-        p->assembled++;
+        p->bad = bad;
+        p->bad_token = token;
+        p->assembled += bad == NULL;
         pthread_cond_broadcast(&p->changed);
     }
     pthread_mutex_unlock(&p->mutex);
@@ -83,8 +96,14 @@ static inline void prefetch_next(Prefetcher *p, int **inputs, int **targets) {
     struct timespec before, after;
     clock_gettime(CLOCK_MONOTONIC, &before);
     pthread_mutex_lock(&p->mutex);
-    while (p->assembled == p->taken) {
+    while (p->assembled == p->taken && p->bad == NULL) {
         pthread_cond_wait(&p->changed, &p->mutex);
+    }
+    if (p->assembled == p->taken) {
+        if (p->before_end != NULL) {
+            p->before_end(p->context);
+        }
+        dataloader_refuse_token(p->bad, p->bad_token, p->vocab_size);
     }
     *inputs = p->inputs[p->taken % 2];
     *targets = p->targets[p->taken % 2];

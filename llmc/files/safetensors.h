@@ -256,7 +256,7 @@ static inline Safetensors *safetensors_open(const char *path, const char *hint) 
     Safetensors *st = NEW(Safetensors, 1);
     st->path = safetensors_copy_text(&st->arena, path);
     st->hint = safetensors_copy_text(&st->arena, hint);
-    int file = open(path, O_RDONLY);
+    int file = open(path, O_RDONLY | O_NONBLOCK); // so that a FIFO is refused, not waited for
     if (file < 0 || fstat(file, &status) != 0) {
         die("cannot open %s: %s%s%s", path, strerror(errno), hint[0] ? "\n  ---> " : "", hint);
     }

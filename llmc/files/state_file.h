@@ -1,11 +1,12 @@
 /*
 state.json: what a run needs to go on besides weights and moments, and the options that it was started with.
 
-    {"step": 1000, ..., "rng": {"seed": 1234, "counter": 1000}, "options": {"preset": "tiny", ...}}
+    {"step": 1000, ..., "rng": {"seed": 1234, "counter": 1000}, "run": "...", "shards": [...],
+     "options": {"preset": "tiny", ...}}
 
 One table names the fields of RunState (step.h; alpha is an option), and OPTION_TABLE the options; the writer
 and the reader walk both. Every random draw is a function of (seed, stream, counter), so seed and step are the
-random state: "rng" is there for others to read.
+random state: "rng" is there for others to read. "run" and "shards" are provenance.h's.
 
 Errors: exit 1 with the file's name, the key, what was expected and the remedy.
 */
@@ -14,6 +15,7 @@ Errors: exit 1 with the file's name, the key, what was expected and the remedy.
 
 #include "llmc/files/keys.h"
 #include "llmc/files/newfile.h"
+#include "llmc/files/provenance.h"
 #include "llmc/run/options.h"
 #include "llmc/step.h"
 
@@ -89,7 +91,8 @@ static inline void options_read_json(Options *options, const Json *object, const
 // ----------------------------------------------------------------------------
 // the file
 
-static inline void state_write(const char *path, const RunState *state, const Options *options) {
+static inline void state_write(const char *path, const RunState *state, const Provenance *provenance,
+                               const Options *options) {
     NewFile file;
     int count;
     const Key *keys = state_keys(&count);
@@ -100,9 +103,10 @@ static inline void state_write(const char *path, const RunState *state, const Op
         key_write(file.file, &keys[i], state);
         fputs(",\n", file.file);
     }
-    fprintf(file.file,
-            "  \"rng\": {\"seed\": %lld, \"counter\": %lld},\n  \"options\": ", (long long)options->seed,
+    fprintf(file.file, "  \"rng\": {\"seed\": %lld, \"counter\": %lld},\n", (long long)options->seed,
             (long long)state->step);
+    provenance_write(file.file, provenance);
+    fputs("  \"options\": ", file.file);
     options_write_json(file.file, options);
     fputs("\n}\n", file.file);
     newfile_close(&file);
@@ -122,16 +126,27 @@ static inline void state_read_key(RunState *state, const Key *key, const Json *j
     }
 }
 
+static inline const Json *state_parse(const char *path, JsonArena *arena) {
+    json_arena_init(arena);
+    const Json *json = json_parse_file(path, arena, STATE_HINT);
+    if (json->type != JSON_OBJECT || json_duplicate_key(json) != NULL) {
+        die("%s: expected one JSON object without repeated keys\n  ---> " STATE_HINT, path);
+    }
+    return json;
+}
+
+static inline void state_read_provenance(Provenance *provenance, const char *path) {
+    JsonArena arena;
+    provenance_read(provenance, state_parse(path, &arena), path, STATE_HINT);
+    json_arena_free(&arena);
+}
+
 // options NULL: only the state is wanted
 static inline void state_read(RunState *state, Options *options, const char *path) {
     JsonArena arena;
     int count;
     const Key *keys = state_keys(&count);
-    json_arena_init(&arena);
-    const Json *json = json_parse_file(path, &arena, STATE_HINT);
-    if (json->type != JSON_OBJECT || json_duplicate_key(json) != NULL) {
-        die("%s: expected one JSON object without repeated keys\n  ---> " STATE_HINT, path);
-    }
+    const Json *json = state_parse(path, &arena);
     for (int i = 0; i < count; i++) {
         state_read_key(state, &keys[i], json, path);
     }

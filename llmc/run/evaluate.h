@@ -14,13 +14,12 @@ warning.
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
 
-// mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the
-// targets. A signal ends it early
-static inline double validate_file(Run *run, const char *path, int64_t *tokens) {
+// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the
+// targets. A signal ends it early. 0 when a token has changed since the run began into one that the
+// vocabulary lacks
+static inline int validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
     const Options *o = &run->options;
-    DataLoader loader;
-    dataloader_open(&loader, path, (int)o->seq_len, 0, 0);
-    int64_t sequences = dataloader_num_sequences(&loader);
+    int64_t sequences = dataloader_num_sequences(loader), bad_token;
     int64_t most = o->val_batches * o->batch;
     double sum = 0.0;
     *tokens = 0;
@@ -29,14 +28,17 @@ static inline double validate_file(Run *run, const char *path, int64_t *tokens) 
         int B = (int)(sequences - first < o->batch ? sequences - first : o->batch);
         int64_t N = (int64_t)B * o->seq_len;
         for (int b = 0; b < B; b++) {
-            dataloader_sequence(&loader, first + b, run->config.vocab_size, run->inputs + b * o->seq_len,
-                                run->targets + b * o->seq_len);
+            if (dataloader_try_sequence(loader, first + b, run->config.vocab_size,
+                                        run->inputs + b * o->seq_len, run->targets + b * o->seq_len,
+                                        &bad_token) != NULL) {
+                return 0;
+            }
         }
         sum += model_loss(run->model, run->inputs, run->targets, B, (int)o->seq_len) * (double)N;
         *tokens += N;
     }
-    dataloader_close(&loader);
-    return *tokens > 0 ? sum / (double)*tokens : NAN;
+    *loss = *tokens > 0 ? sum / (double)*tokens : NAN;
+    return 1;
 }
 
 // a loss that is no number: in training the run's own guard has the last word, alone it is the answer
@@ -62,35 +64,37 @@ static inline void log_loss(Run *run, double loss, const char *domain) {
 // every domain of --val-data, then all together; ec routes within its micro-batch. What a signal interrupts
 // is not logged: a resumed run validates again
 static inline void validate(Run *run) {
-    if (run->options.val_data[0] == '\0') {
-        return;
-    }
-    DataDomain *domains;
-    int count = dataloader_domains(run->options.val_data, &domains);
     double sum = 0.0;
     int64_t total = 0;
+    if (run->num_domains == 0) {
+        return;
+    }
     model_route(run->model, run->config.router.method, run->config.router.active);
     printf("val  %5lld |", (long long)run->state.step);
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < run->num_domains && !stop_requested; i++) {
+        const DataDomain *domain = &run->domains[i];
         int64_t tokens;
-        double loss = validate_file(run, domains[i].path, &tokens);
-        sum += loss * (double)tokens;
-        total += tokens;
+        double loss;
+        if (!validate_domain(run, &domain->loader, &loss, &tokens)) {
+            warn("%s was not validated: it has changed since the run began, and is damaged", domain->path);
+            continue;
+        }
         if (stop_requested) {
             break;
         }
-        printf(" %s %.4f", domains[i].name, loss);
+        sum += loss * (double)tokens;
+        total += tokens;
+        printf(" %s %.4f", domain->name, loss);
         fflush(stdout);
-        refuse_broken_loss(run, loss, domains[i].name);
-        log_loss(run, loss, domains[i].name);
+        refuse_broken_loss(run, loss, domain->name);
+        log_loss(run, loss, domain->name);
     }
-    if (stop_requested) {
+    if (stop_requested || total == 0) {
         printf(" stopped\n");
-    } else {
-        printf(" | all %.4f\n", sum / (double)total);
-        log_loss(run, sum / (double)total, "all");
+        return;
     }
-    dataloader_free_domains(domains, count);
+    printf(" | all %.4f\n", sum / (double)total);
+    log_loss(run, sum / (double)total, "all");
 }
 
 static inline void dump(Run *run) {

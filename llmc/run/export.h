@@ -278,7 +278,9 @@ static inline void export_read_tokenizer(Export *e, int given) {
 static inline void export_read(Export *e, const char *program, int argc, const char *const *argv) {
     const Options *o = &e->options;
     char path[PATH_SIZE];
-    read_options(&e->options, &e->state, program, argc, argv);
+    Provenance unused; // an export is of no run
+    memset(&unused, 0, sizeof(unused));
+    read_options(&e->options, &e->state, &unused, program, argc, argv);
     if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sample[0] != '\0' || o->eval || o->bench) {
         die_usage("--export expects a folder, and no --dump, --eval, --sample or --bench beside it");
     }

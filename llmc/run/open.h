@@ -11,13 +11,10 @@ Errors: exit 1 or 2 with the file or option that is wrong, before anything has b
 #ifndef OPEN_H
 #define OPEN_H
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-// defines: open, flock; omp_set_num_threads, omp_get_max_threads
+// defines: omp_set_num_threads, omp_get_max_threads
 #include "llmc/run/run.h"
 #include "llmc/run/startup.h"
 
@@ -137,8 +134,46 @@ static inline void build_state(Run *run, int lambda_given) {
     run->first_step = state->step;
 }
 
+// what a run learns from: the shards that it began with, if it is resumed
+static inline void open_training_data(Run *run, int data_given) {
+    const Options *o = &run->options;
+    const Config *c = &run->config;
+    int training = wants_training(o);
+    Provenance now = {run->provenance.run, NULL, 0};
+    dataloader_open(&run->train, o->train_data, (int)o->seq_len, (uint64_t)o->seed, training && o->shuffle);
+    if (!training) {
+        return;
+    }
+    dataloader_check_tokens(&run->train, 1, c->vocab_size);
+    record_shards(&now, &run->train);
+    check_same_data(&run->provenance, &now, data_given);
+    provenance_free(&run->provenance);
+    run->provenance = now;
+    // micro-batch after micro-batch in the run's order, or the first one again and again
+    int64_t first = o->overfit_batch ? 0 : run->state.sequences;
+    prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first,
+                   o->overfit_batch ? 0 : o->batch);
+    run->ahead.before_end = writes_run(o) ? save_before_end : NULL;
+    run->ahead.context = run;
+}
+
+// every domain, all the tokens that a validation reads
+static inline void open_validation_data(Run *run) {
+    const Options *o = &run->options;
+    if (o->val_data[0] != '\0') {
+        run->num_domains = domains_open(o->val_data, &run->domains, (int)o->seq_len,
+                                        o->val_batches * o->batch, run->config.vocab_size);
+    }
+    if (o->eval && run->num_domains == 0) {
+        die("--eval has nothing to evaluate: every shard of %s is too short\n  ---> use a smaller --seq-len, "
+            "or "
+            "more data",
+            o->val_data);
+    }
+}
+
 // data, text and buffers; what a run cannot do without is opened before it starts
-static inline void open_data(Run *run, int tokenizer_given) {
+static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     const Options *o = &run->options;
     Config *c = &run->config;
     const char *folder = tokenizer_folder(o, tokenizer_given);
@@ -158,15 +193,11 @@ static inline void open_data(Run *run, int tokenizer_given) {
     run->inputs = NEW(int, o->batch * o->seq_len);
     run->targets = NEW(int, o->batch * o->seq_len);
     run->layer_sparsity = NEW(double, c->layers);
-    if (!o->eval && o->sample[0] == '\0') {
-        int shuffle = o->dump[0] == '\0' && o->shuffle;
-        dataloader_open(&run->train, o->train_data, (int)o->seq_len, (uint64_t)o->seed, shuffle);
+    if (o->eval || writes_run(o)) {
+        open_validation_data(run);
     }
-    if (wants_training(
-            o)) { // micro-batch after micro-batch in the run's order, or the first one again and again
-        int64_t first = o->overfit_batch ? 0 : run->state.sequences;
-        prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first,
-                       o->overfit_batch ? 0 : o->batch);
+    if (!o->eval && o->sample[0] == '\0') {
+        open_training_data(run, data_given);
     }
 }
 
@@ -195,16 +226,14 @@ static inline void print_table(const Run *run) {
 static inline void open_log(Run *run) {
     char name[64], folder[PATH_SIZE];
     make_folder(run->options.out);
-    int lock = open(run->options.out, O_RDONLY | O_DIRECTORY); // held until the process ends, however it ends
-    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-        die("another process trains in %s\n  ---> stop it, or choose another folder with --out",
-            run->options.out);
+    if (run->lock < 0) {
+        run->lock = lock_folder(run->options.out, "trains");
     }
     check_format(name, sizeof(name), "step_%08lld", (long long)run->state.step);
     check_format(folder, sizeof(folder), "%.1900s/%s", run->options.out, name);
     if (run->options.resume[0] != '\0' && path_exists(folder)) {
-        point_latest(run->options.out,
-                     name); // to where the log is cut back: later checkpoints are of another future
+        // to where the log is cut back: later checkpoints are of another future
+        point_latest(run->options.out, name);
     }
     check_format(run->log_path, PATH_SIZE, "%.2000s/log.jsonl", run->options.out);
     log_cut(run->log_path, run->state.step);
@@ -222,6 +251,8 @@ static inline void close_run(Run *run) {
         prefetch_stop(&run->ahead);
     }
     dataloader_close(&run->train);
+    domains_close(run->domains, run->num_domains);
+    provenance_free(&run->provenance);
     free(run->inputs);
     free(run->targets);
     free(run->layer_sparsity);
@@ -231,25 +262,34 @@ static inline void close_run(Run *run) {
     free(run);
 }
 
-// the folder that a new run writes to must not hold another one
+// the folder that a new run writes to must not hold another one, or what is left of it
 static inline void open_out(Run *run) {
     Options *o = &run->options;
-    char latest[PATH_SIZE], out[PATH_SIZE];
+    char out[PATH_SIZE];
     if (o->out[0] == '\0') {
         const char *name = o->load[0] != '\0' ? "loaded" : o->preset;
-        default_out(out, name, router_name(run->config.router.method), 0);
+        default_out(out, name, router_name(run->config.router.method));
         check_format(o->out, OPTION_TEXT_SIZE, "%s", out);
     }
-    check_format(latest, sizeof(latest), "%.1900s/latest", o->out);
-    if (o->resume[0] == '\0' && path_exists(latest)) {
-        die("%s already holds a run\n  ---> continue it with --resume %s, or choose another --out", o->out,
-            o->out);
+    if (o->resume[0] != '\0') {
+        return;
     }
+    if (writes_run(o) && path_exists(o->out)) {
+        run->lock = lock_folder(o->out, "trains");
+    }
+    const char *found = run_in_folder(o->out);
+    if (found != NULL) {
+        die("%s already holds a run: %s\n  ---> choose another --out, or continue it with --resume %s "
+            "(without a "
+            "checkpoint: remove it)",
+            o->out, found, o->out);
+    }
+    run->provenance.run = draw_run();
 }
 
 static inline Run *open_run(const char *program, int argc, const char *const *argv) {
     Run *run = NEW(Run, 1);
-    read_options(&run->options, &run->state, program, argc, argv);
+    run->lock = read_options(&run->options, &run->state, &run->provenance, program, argc, argv);
 #ifdef _OPENMP
     if (run->options.threads > 0) {
         omp_set_num_threads((int)run->options.threads);
@@ -260,7 +300,7 @@ static inline Run *open_run(const char *program, int argc, const char *const *ar
     if (wants_training(&run->options)) {
         open_out(run);
     }
-    open_data(run, options_given(argc, argv, "tokenizer"));
+    open_data(run, options_given(argc, argv, "train_data"), options_given(argc, argv, "tokenizer"));
     run->started = seconds_now();
     return run;
 }

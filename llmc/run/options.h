@@ -3,7 +3,8 @@ The command line: one table. The struct, the parser, --help, the presets, the pr
 saved in a checkpoint (state_file.h) all walk OPTION_TABLE, so an option is written once.
 
     OPTION(kind, scope, field, default, least, most, what it means)
-    kind:  INT (int64), REAL (double), TEXT, FLAG (0 or 1; `--eval` alone means 1)
+    kind:  INT (int64), REAL (double), TEXT (least: the fewest bytes that may be given), FLAG (0 or 1;
+           `--eval` alone means 1)
     scope: SHAPE, sizes of the model, and ROUTING, how it routes: a loaded model has decided them, so they are
            refused beside --load and --resume
            RUN, which a resumed run keeps unless it is given anew; ONCE, of this process alone
@@ -50,7 +51,7 @@ enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the en
     OPTION(INT, RUN, topk_warmup_steps, "0", 0, INT64_MAX,                                                   \
            "topk: near-dense first steps (the paper's Appendix H)")                                          \
     OPTION(INT, RUN, topk_warmup_k, "6", 1, 65536, "topk: k during those steps")                             \
-    OPTION(TEXT, RUN, train_data, "build/sample/train_*.bin", 0, 0,                                          \
+    OPTION(TEXT, RUN, train_data, "build/sample/train_*.bin", 1, 0,                                          \
            "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                          \
     OPTION(TEXT, RUN, val_data, "build/sample/val.*.bin", 0, 0,                                              \
            "validation shards, one per domain: val.DOMAIN.bin")                                              \
@@ -68,23 +69,22 @@ enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the en
     OPTION(INT, RUN, seed, "1234", 0, INT64_MAX, "of the weights, the data order and the samples")           \
     OPTION(FLAG, RUN, shuffle, "1", 0, 1,                                                                    \
            "visit the training windows in a seeded random order (0: shard order)")                           \
-    OPTION(TEXT, RUN, out, "", 0, 0,                                                                         \
+    OPTION(TEXT, RUN, out, "", 1, 0,                                                                         \
            "folder of the run: log.jsonl and checkpoints (default: runs/PRESET-ROUTER, numbered)")           \
     OPTION(INT, RUN, save_every, "0", 0, INT64_MAX, "steps between checkpoints (0: only the last)")          \
     OPTION(INT, RUN, keep, "2", 0, INT64_MAX, "newest checkpoints to keep (0: all)")                         \
-    OPTION(TEXT, RUN, save_dtype, "f32", 0, 0,                                                               \
-           "weights in checkpoints: f32, or bf16 for exports (no optimizer state)")                          \
+    OPTION(TEXT, ONCE, save_dtype, "f32", 0, 0, "weights of an export: f32 or bf16")                         \
     OPTION(INT, RUN, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")     \
     OPTION(INT, RUN, val_batches, "20", 1, 1e12, "micro-batches per validation and domain, at most")         \
     OPTION(INT, RUN, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")      \
     OPTION(INT, RUN, sample_tokens, "256", 0, INT64_MAX, "tokens to generate per sample")                    \
-    OPTION(TEXT, ONCE, resume, "", 0, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")        \
-    OPTION(TEXT, ONCE, load, "", 0, 0,                                                                       \
+    OPTION(TEXT, ONCE, resume, "", 1, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")        \
+    OPTION(TEXT, ONCE, load, "", 1, 0,                                                                       \
            "start from the weights of this checkpoint folder (moments and lambda if it has them)")           \
-    OPTION(TEXT, ONCE, dump, "", 0, 0,                                                                       \
+    OPTION(TEXT, ONCE, dump, "", 1, 0,                                                                       \
            "write one micro-batch's losses, gates and gradients to this file; no training")                  \
-    OPTION(TEXT, ONCE, route_from, "", 0, 0, "with --dump: take the active experts from this earlier dump")  \
-    OPTION(TEXT, ONCE, export_to, "", 0, 0,                                                                  \
+    OPTION(TEXT, ONCE, route_from, "", 1, 0, "with --dump: take the active experts from this earlier dump")  \
+    OPTION(TEXT, ONCE, export_to, "", 1, 0,                                                                  \
            "write --load's model to this new folder, for Hugging Face's libraries (also --export)")          \
     OPTION(FLAG, ONCE, eval, "0", 0, 1, "validation only")                                                   \
     OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load)")                      \
@@ -284,6 +284,17 @@ static inline void option_set(Options *options, const OptionRow *row, const char
     }
 }
 
+// An empty path is what `--resume "$UNSET"` leaves of it: to take it for "not given" would begin another run
+static inline void option_refuse_empty(const OptionRow *row, const char *text) {
+    if (row->kind == OPTION_TEXT && strlen(text) < (size_t)row->least) {
+        char spelled[OPTION_NAME_SIZE];
+        option_spell(spelled, sizeof(spelled), row->field);
+        die_usage(
+            "--%s is empty, expected a path\n  ---> leave it out, or see which shell variable is not set",
+            spelled);
+    }
+}
+
 static inline int option_is_switch(const char *text) {
     return strcmp(text, "0") == 0 || strcmp(text, "1") == 0;
 }
@@ -301,10 +312,10 @@ static inline void options_parse(Options *options, int argc, const char *const *
             option_unknown(name, size);
         }
         int next_is_value = i + 1 < argc && (row->kind != OPTION_FLAG || option_is_switch(argv[i + 1]));
-        if (equals != NULL) {
-            option_set(options, row, equals + 1, "");
-        } else if (next_is_value) {
-            option_set(options, row, argv[++i], "");
+        if (equals != NULL || next_is_value) {
+            const char *value = equals != NULL ? equals + 1 : argv[++i];
+            option_refuse_empty(row, value);
+            option_set(options, row, value, "");
         } else if (row->kind == OPTION_FLAG) {
             option_set(options, row, "1", "");
         } else {

@@ -12,6 +12,8 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 #define RUN_H
 
 #include "llmc/files/checkpoint.h"
+#include "llmc/files/dataloader.h"
+#include "llmc/files/domains.h"
 #include "llmc/files/logger.h"
 #include "llmc/files/prefetch.h"
 #include "llmc/files/tokenizer.h"
@@ -30,8 +32,12 @@ typedef struct {
     Model *model;
     StepSettings step;
     RunState state;
+    Provenance provenance; // which run, on which data
+    int lock;              // of the folder that it writes to; -1: none
     DataLoader train;
-    Prefetcher ahead;     // batches of `train`, assembled while a step computes
+    Prefetcher ahead;    // batches of `train`, assembled while a step computes
+    DataDomain *domains; // to validate on
+    int num_domains;
     Tokenizer *tokenizer; // NULL: no text can be shown
     char log_path[PATH_SIZE];
     FILE *log;
@@ -106,13 +112,18 @@ static inline void save(Run *run) {
     float *params = model_borrow(m, BUFFER_PARAMS);
     float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
     checkpoint_save(run->options.out, &run->config, model_table(m), params, exp_avg, exp_avg_sq, &run->state,
-                    &run->options, run->tokenizer);
+                    &run->provenance, &run->options, run->tokenizer);
     model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, 0);
     model_return(m, BUFFER_EXP_AVG, exp_avg, 0);
     model_return(m, BUFFER_PARAMS, params, 0);
     run->last_saved = run->state.step;
     printf("saved %s/step_%08lld\n", run->options.out, (long long)run->state.step);
     fflush(stdout);
+}
+
+// what was learned before data that cannot be read is kept
+static inline void save_before_end(void *run) {
+    save((Run *)run);
 }
 
 #endif

@@ -12,33 +12,27 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 
 #include "llmc/files/checkpoint.h"
 #include "llmc/files/tokenizer.h"
+#include "llmc/files/logger.h"
 #include "llmc/run/options.h"
-#include <libgen.h>
-// defines: dirname
 
 // --dump, --eval, --sample and --export only look at a model
 static inline int wants_training(const Options *o) {
     return o->dump[0] == '\0' && !o->eval && o->sample[0] == '\0' && o->export_to[0] == '\0';
 }
 
-// the first free runs/NAME[-2, -3, ...], or, to resume, the last one that is taken
-static inline void default_out(char *out, const char *preset, const char *router, int resuming) {
-    char last[PATH_SIZE], latest[PATH_SIZE];
-    for (int i = 1;; i++) {
-        if (i == 1) {
-            check_format(out, PATH_SIZE, "runs/%s-%s", preset, router);
-            check_format(last, sizeof(last), "%s", out);
-        } else {
-            check_format(out, PATH_SIZE, "runs/%s-%s-%d", preset, router, i);
-        }
-        check_format(latest, sizeof(latest), "%.1900s/latest", out);
-        if (!path_exists(latest)) {
-            break;
-        }
-        check_format(last, sizeof(last), "%s", out);
-    }
-    if (resuming) {
-        check_format(out, PATH_SIZE, "%s", last);
+// ... and --bench trains, but keeps nothing of it
+static inline int writes_run(const Options *o) {
+    return wants_training(o) && !o->bench;
+}
+
+// the first runs/NAME[-2, -3, ...] that holds nothing of a run
+static inline void default_out(char *out, const char *preset, const char *router) {
+    char log[PATH_SIZE];
+    check_format(out, PATH_SIZE, "runs/%s-%s", preset, router);
+    check_format(log, sizeof(log), "%s/log.jsonl", out);
+    for (int i = 2; run_in_folder(out) != NULL || name_exists(log); i++) {
+        check_format(out, PATH_SIZE, "runs/%s-%s-%d", preset, router, i);
+        check_format(log, sizeof(log), "%s/log.jsonl", out);
     }
 }
 
@@ -77,21 +71,125 @@ static inline int inherit_options(Options *o, RunState *state, const char *folde
     return found;
 }
 
-// --resume: the run goes on with its own options, in its folder, unless the command line says otherwise
-static inline void resume_options(Options *o, RunState *state, int argc, const char *const *argv) {
-    char folder[PATH_SIZE], out[PATH_SIZE];
-    default_out(out, o->preset, o->router, 1);
-    checkpoint_find(folder, o->resume, o->out[0] != '\0' ? o->out : out);
+// The checkpoint to resume, the folder of its run, and its name there. A link leads to the run that the
+// checkpoint belongs to; where none does, the folder keeps the spelling that the user gave it
+static inline void find_run(char *folder, char *home, char *name, const Options *o) {
+    char real_home[PATH_SIZE];
+    checkpoint_find(folder, o->resume, o->out);
+    char *real = realpath(folder, NULL);
+    split_path(home, name, folder);
+    if (real != NULL) {
+        split_path(real_home, name, real);
+        if (!same_folder(home, real_home)) {
+            check_format(home, PATH_SIZE, "%s", real_home);
+        }
+        int here = strcmp(home, ".") == 0;
+        check_format(folder, PATH_SIZE, "%.1500s%s%.500s", here ? "" : home, here ? "" : "/", name);
+        free(real);
+    }
+}
+
+// whose checkpoints a folder holds, beside those of a run
+typedef struct {
+    int own;                            // of that run
+    char other[CHECKPOINT_NAME_SIZE];   // one of another run, or ""
+    char unknown[CHECKPOINT_NAME_SIZE]; // one that does not say, or "": from before runs had numbers
+} Neighbours;
+
+// of a checkpoint of `run`, which may itself lie in `out`
+static inline Neighbours find_neighbours(const char *out, const char *folder, uint64_t run) {
+    Neighbours found = {0, "", ""};
+    CheckpointName *list;
+    int n = list_checkpoints(out, &list);
+    for (int i = 0; i < n; i++) {
+        char path[PATH_SIZE];
+        check_format(path, sizeof(path), "%s/%s", out, list[i].name);
+        int itself = same_folder(path, folder);
+        check_format(path, sizeof(path), "%s/%s/state.json", out, list[i].name);
+        uint64_t its_run = itself ? run : peek_run(path);
+        if (itself || (its_run == run && run != 0)) {
+            found.own++;
+        } else {
+            memcpy(its_run == 0 || run == 0 ? found.unknown : found.other, list[i].name, sizeof(found.other));
+        }
+    }
+    free(list);
+    return found;
+}
+
+// Dies when `out` holds another run than the one that would go on there. A run that was moved or copied whole
+// goes on where it is; a checkpoint that was copied by itself does not make a run of the folder around it.
+// Returns 1 when it is the run's own folder
+static inline int check_whose_folder(const char *out, const char *folder, const char *name, uint64_t run,
+                                     int out_given) {
+    Neighbours found = find_neighbours(out, folder, run);
+    char path[PATH_SIZE];
+    check_format(path, sizeof(path), "%s/%s", out, name);
+    int inside = same_folder(path, folder) && (checkpoint_step(name) >= 0 || found.own > 0);
+    // what does not say whose it is belongs to the run in whose folder it lies
+    const char *other = found.other[0] != '\0' || inside ? found.other : found.unknown;
+    if (other[0] != '\0') {
+        die("%s holds another run than %s: its %s\n  ---> choose another folder with --out, or continue that "
+            "run with --resume %s",
+            out, folder, other, out);
+    }
+    if (!inside && !out_given) {
+        die("%s is a copy outside of its run's folder\n  ---> name a folder for the run: --resume %s --out "
+            "RUN",
+            folder, folder);
+    }
+    if (!inside && found.own == 0 && run_in_folder(out) != NULL) {
+        die("%s already holds a run: %s\n  ---> remove it, or choose another folder with --out", out,
+            run_in_folder(out));
+    }
+    return inside || found.own > 0;
+}
+
+// --resume: the run goes on with its own options, in its folder, unless the command line says otherwise. The
+// folder is locked before its `latest` is followed: a process that saves there and ends would otherwise leave
+// one step's weights with another's moments. Returns the lock, or -1
+static inline int resume_options(Options *o, RunState *state, Provenance *provenance, int argc,
+                                 const char *const *argv) {
+    char folder[PATH_SIZE], home[PATH_SIZE], name[PATH_SIZE], out[PATH_SIZE];
+    int writing = writes_run(o), lock = -1, out_given = o->out[0] != '\0';
+    find_run(folder, home, name, o);
+    if (writing && (!out_given || path_exists(o->out))) {
+        lock = lock_folder(out_given ? o->out : home, "trains");
+        if (!out_given || same_folder(o->out, home)) {
+            mend_run(home);
+        }
+        find_run(folder, home, name, o);
+    }
     refuse_shape_options(argc, argv, folder);
     if (!inherit_options(o, state, folder, argc, argv)) {
         die("%s has no state.json: it is not a checkpoint of a run\n  ---> start from its weights: --load %s",
             folder, folder);
     }
-    if (!options_given(argc, argv, "out")) { // a run that was moved or copied goes on where it is now
-        check_format(out, sizeof(out), "%s", folder);
-        check_format(o->out, sizeof(o->out), "%s", dirname(out));
-    }
+    checkpoint_load_provenance(provenance, folder);
+    check_format(out, sizeof(out), "%s", out_given ? o->out : home);
+    check_format(o->out, sizeof(o->out), "%s", out);
     check_format(o->resume, sizeof(o->resume), "%s", folder);
+    if (writing &&
+        (!check_whose_folder(out, folder, name, provenance->run, out_given) || provenance->run == 0)) {
+        provenance->run = draw_run(); // a branch of the run, or a run from before they had a number
+    }
+    return lock;
+}
+
+// A run that has all its steps, and has validated them: nothing is left to do, and nothing is touched
+static inline void stop_if_finished(const Options *o, const RunState *state) {
+    char log[PATH_SIZE], home[PATH_SIZE], name[PATH_SIZE];
+    split_path(home, name, o->resume);
+    check_format(log, sizeof(log), "%s/log.jsonl", o->out);
+    int to_validate = same_folder(home, o->out) && o->val_data[0] != '\0';
+    if (state->step < o->steps || (to_validate && !log_has_validation(log, state->step))) {
+        return;
+    }
+    printf("%s has done %lld steps, and --steps is %lld: nothing is left to do, and nothing was changed\n"
+           "  ---> to go on: --resume %s --steps %lld; to look at it: --load %s --eval, or --sample TEXT\n",
+           o->resume, (long long)state->step, (long long)o->steps, o->resume, (long long)(2 * state->step),
+           o->resume);
+    exit(0);
 }
 
 // --load: another run's weights. To look at them (--eval, --sample, --export), its data and vocabulary come
@@ -156,9 +254,11 @@ static inline void check_options(const Options *o) {
     }
 }
 
-// from the table, the preset, a checkpoint and the command line, each over the one before
-static inline void read_options(Options *o, RunState *state, const char *program, int argc,
-                                const char *const *argv) {
+// From the table, the preset, a checkpoint and the command line, each over the one before. Returns the lock
+// of the folder of a run that is resumed, or -1
+static inline int read_options(Options *o, RunState *state, Provenance *provenance, const char *program,
+                               int argc, const char *const *argv) {
+    int lock = -1;
     int loading = options_given(argc, argv, "load");
     options_defaults(o, loading ? NULL : options_peek(argc, argv, "preset", "tiny"));
     for (int i = 0; i < argc; i++) {
@@ -173,15 +273,25 @@ static inline void read_options(Options *o, RunState *state, const char *program
             "--resume and --load exclude each other\n  ---> --resume continues a run, --load starts one");
     }
     if (o->resume[0] != '\0') {
-        resume_options(o, state, argc, argv);
+        lock = resume_options(o, state, provenance, argc, argv);
     } else if (o->load[0] != '\0') {
         load_options(o, argc, argv);
     }
     drop_foreign_data(o, argc, argv);
-    if (o->global_batch == 0 || o->dump[0] != '\0') {
+    if (o->global_batch == 0 || !wants_training(o)) {
         o->global_batch = o->batch;
     }
     check_options(o);
+    if (wants_training(o) && options_given(argc, argv, "save_dtype")) {
+        die_usage(
+            "--save-dtype belongs to --export: a training run always saves f32, which alone it can go on "
+            "from\n  ---> train without it, then: --load RUN --export FOLDER --save-dtype %s",
+            o->save_dtype);
+    }
+    if (o->resume[0] != '\0' && writes_run(o)) {
+        stop_if_finished(o, state);
+    }
+    return lock;
 }
 
 #endif

@@ -174,7 +174,9 @@ static inline void train(Run *run) {
     double seconds = seconds_now() - run->started;
     printf("%lld steps in %.1f s; the loader was waited for %.2f %% of it\n",
            (long long)(run->state.step - run->first_step), seconds, 0.1 * run->ahead.wait_ms / seconds);
-    save(run); // before anything that could fail
+    if (run->state.step != run->last_saved) {
+        save(run); // before anything that could fail
+    }
     if (run->state.step < o->steps) {
         printf("stopped at step %lld of %lld\n  ---> continue with --resume %s\n", (long long)run->state.step,
                (long long)o->steps, run->options.out);
