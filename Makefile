@@ -21,6 +21,10 @@ ifneq ($(findstring -march=native,$(CFLAGS)),)
   endif
 endif
 
+# what --version says
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+override CFLAGS += -DREMOE_VERSION='"$(VERSION)"'
+
 # nvcc, if there is one (NVCC= leaves CUDA out), and the GPUs to compile for: this machine's, or where none is to be seen
 # the oldest and the fastest that are supported. A plain 80 is kept as PTX too, which newer GPUs translate when they load
 # it; 90a is Hopper with all its instructions
@@ -32,10 +36,10 @@ GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 CUDA_ARCHS ?= $(or $(GPU_ARCHS),80 90a)
 gencode = '-gencode=arch=compute_$(1),code=$(if $(filter %a,$(1)),sm_$(1),[sm_$(1),compute_$(1)])'
 NVCCFLAGS ?= -O3 -Xcompiler -march=native
-override NVCCFLAGS += -std=c++17 -I. -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
+override NVCCFLAGS += -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -I. -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
 # the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers. (What may be
 # uninitialised for gcc is guarded by another variable)
-EMULATED := -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas \
+EMULATED := -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas \
 	-Wno-maybe-uninitialized
 ifeq ($(OPENMP),1)
   override NVCCFLAGS += -Xcompiler -fopenmp

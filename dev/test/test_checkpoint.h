@@ -70,6 +70,7 @@ static void checkpoint_save_case(const CheckpointCase *m, int64_t step) {
     state.step = step;
     checkpoint_save(CHECKPOINT_OUT, &m->config, &m->table, m->params, m->exp_avg, m->exp_avg_sq, &state,
                     &m->provenance, &m->options, NULL);
+    remove_oldest(CHECKPOINT_OUT, step, m->options.keep);
 }
 
 static int checkpoint_has(const char *name) {

@@ -143,7 +143,7 @@ static void test_options_refused(void) {
         {"--pair-budget -1", "--pair-budget expects a number from 0"},
         {"--recompute=2", "--recompute expects an integer from 0 to 1"},
         {"--alpha 0.99", "--alpha expects a number from 1 to 1000"},
-        {"--lambda 0", "--lambda-init expects a number from 1e-30"},
+        {"--lambda -1", "--lambda-init expects a number from 0"},
         {"--eval=2", "--eval expects an integer from 0 to 1"},
         {"--a-name-that-is-longer-than-any-name-that-the-table-has-and-than-its-64-letters 1",
          "unknown option --"},
@@ -157,7 +157,7 @@ static void test_options_refused(void) {
     }
     size_t most = OPTION_TEXT_SIZE - 1, beyond = OPTION_TEXT_SIZE;
     CHECK(run_in_child(options_parse_long, &most, NULL, 0) == 0);
-    check_dies(2, "--out: longer than 1023 bytes", options_parse_long, &beyond);
+    check_dies(2, "--out: longer than 16383 bytes", options_parse_long, &beyond);
     check_dies(2, "--resume is empty", options_parse_empty, NULL);
     check_dies(2, "--preset huge: unknown\n  ---> one of: tiny, small, medium, large", options_unknown_preset,
                NULL);
@@ -295,7 +295,20 @@ static void test_options_bad_json(void) {
     }
 }
 
+// each group of --help begins at an option that exists, the first at the first
+static void test_option_groups(void) {
+    int count, options;
+    const OptionGroup *groups = option_groups(&count);
+    const OptionRow *rows = option_rows(&options), *before = NULL;
+    for (int i = 0; i < count; i++) {
+        const OptionRow *row = option_find(groups[i].first, strlen(groups[i].first));
+        CHECK(row != NULL && (i == 0 ? row == rows : row > before));
+        before = row;
+    }
+}
+
 static void test_options(void) {
+    test_option_groups();
     CHECK(system("mkdir -p build/test") == 0);
     test_options_defaults();
     test_options_presets();

@@ -505,7 +505,7 @@ cp data.bin token.bin && le32 8000000 | dd of=token.bin bs=1 seek=11024 conv=not
     refused 2 'expects an integer from 1' $model $batch --batch 9223372036854775808
     refused 2 'expects an integer' $model $batch --val-batches 9223372036854775807
     refused 2 'expects a number' $model $batch --lr nan
-    refused 2 'longer than 1023 bytes' $model $batch --out "$(head -c 5000 /dev/zero | tr '\0' x)"
+    refused 2 'longer than 16383 bytes' $model $batch --out "$(head -c 50000 /dev/zero | tr '\0' x)"
 }
 
 echo "$passed passed, $failed failed$([ $skipped -gt 0 ] && echo ", $skipped skipped")"

@@ -8,7 +8,7 @@ Checkpoints: a folder step_00001000/ per checkpoint, in the formats of Hugging F
     vocab.json, merges.txt, tokenizer_config.json    the tokenizer, if there is one (tokenizer_files.h)
 
 Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last (run_folder.h);
-then the oldest are removed (--keep). So a full disk or a kill at any moment leaves the earlier checkpoints as
+the oldest are removed later (remove_oldest). So a full disk or a kill at any moment leaves the earlier checkpoints as
 they were. A folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any
 order, whoever made it.
 
@@ -133,7 +133,6 @@ static inline void checkpoint_save(const char *out, const Config *config, const 
     place_folder(temporary, folder);
     point_latest(out, name);
     newfile_sync_folder(folder); // the names in `out`
-    remove_oldest(out, state->step, options->keep);
 }
 
 // ----------------------------------------------------------------------------

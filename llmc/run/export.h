@@ -281,7 +281,7 @@ static inline void export_read(Export *e, const char *program, int argc, const c
     Provenance unused; // an export is of no run
     memset(&unused, 0, sizeof(unused));
     read_options(&e->options, &e->state, &unused, program, argc, argv);
-    if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sample[0] != '\0' || o->eval || o->bench) {
+    if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sampling || o->eval || o->bench) {
         die_usage("--export expects a folder, and no --dump, --eval, --sample or --bench beside it");
     }
     export_choose_folder(e, o->export_to);

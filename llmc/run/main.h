@@ -45,7 +45,7 @@ static inline int run_main(const char *program, int argc, char **argv) {
         dump(run);
     } else if (run->options.eval) {
         validate(run);
-    } else if (run->options.sample[0] != '\0') {
+    } else if (run->options.sampling) {
         sample(run);
     } else if (run->options.bench) {
         print_table(run);

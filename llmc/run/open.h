@@ -118,6 +118,7 @@ static inline void build_state(Run *run, int lambda_given) {
     state->sparsity.alpha = (float)o->alpha;
     if (o->load[0] != '\0' && checkpoint_load_state(&loaded, NULL, o->load)) {
         state->optimizer_step = loaded.optimizer_step;
+        state->step = o->eval ? loaded.step : state->step; // which the losses are printed beside
         state->sparsity.lambda = lambda_given ? (float)o->lambda_init : loaded.sparsity.lambda;
     }
     if (wants_training(o)) {
@@ -183,7 +184,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
         run->tokenizer = NULL; // no text is shown
     } else if (folder[0] != '\0' && path_exists(vocab)) {
         run->tokenizer = load_tokenizer(folder, c);
-    } else if (o->sample[0] != '\0') {
+    } else if (o->sampling) {
         die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
             "sample-data`",
             vocab);
@@ -196,7 +197,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (o->eval || writes_run(o)) {
         open_validation_data(run);
     }
-    if (!o->eval && o->sample[0] == '\0') {
+    if (!o->eval && !o->sampling) {
         open_training_data(run, data_given);
     }
 }

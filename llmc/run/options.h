@@ -23,7 +23,7 @@ name.
 #include <stddef.h>
 // defines: strtoll, strtod, isfinite, offsetof
 
-enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the end
+enum { OPTION_TEXT_SIZE = 16384, OPTION_NAME_SIZE = 64 }; // with the 0 at the end
 
 #define OPTION_TABLE(OPTION)                                                                                 \
     OPTION(TEXT, SHAPE, preset, "tiny", 0, 0,                                                                \
@@ -45,7 +45,7 @@ enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the en
     OPTION(FLAG, ROUTING, load_balance, "1", 0, 1,                                                           \
            "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                            \
     OPTION(REAL, RUN, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                          \
-    OPTION(REAL, RUN, lambda_init, "1e-8", 1e-30, 1e30,                                                      \
+    OPTION(REAL, RUN, lambda_init, "1e-8", 0, 1e30,                                                          \
            "lambda_0, the regulariser's first weight (also --lambda)")                                       \
     OPTION(REAL, RUN, alpha, "1.2", 1, 1e3, "lambda's factor per step (Eq. 7)")                              \
     OPTION(INT, RUN, topk_warmup_steps, "0", 0, INT64_MAX,                                                   \
@@ -110,6 +110,7 @@ enum { OPTION_TEXT_SIZE = 1024, OPTION_NAME_SIZE = 64 }; // with the 0 at the en
 
 typedef struct {
     OPTION_TABLE(OPTION_FIELD)
+    int sampling; // --sample was given, if only with an empty prompt
 } Options;
 
 #define OPTION_CHECK(kind, scope, field, ...)                                                                \
@@ -311,6 +312,7 @@ static inline void options_parse(Options *options, int argc, const char *const *
         if (row == NULL) {
             option_unknown(name, size);
         }
+        options->sampling |= row->offset == offsetof(Options, sample);
         int next_is_value = i + 1 < argc && (row->kind != OPTION_FLAG || option_is_switch(argv[i + 1]));
         if (equals != NULL || next_is_value) {
             const char *value = equals != NULL ? equals + 1 : argv[++i];
@@ -425,21 +427,6 @@ static inline const char *options_model_name(const Options *options) {
         }
     }
     return options->preset;
-}
-
-static inline void options_help(const Options *defaults, const char *program) {
-    int count;
-    const OptionRow *rows = option_rows(&count);
-    printf("%s: train a mixture-of-experts language model with a ReLU router (ReMoE)\n\n"
-           "usage: %s [--option value | --option=value] ...\n\n"
-           "defaults of the preset '%s':\n",
-           program, program, defaults->preset);
-    for (int i = 0; i < count; i++) {
-        char spelled[OPTION_NAME_SIZE], value[OPTION_TEXT_SIZE];
-        option_spell(spelled, sizeof(spelled), rows[i].field);
-        option_format(value, sizeof(value), defaults, &rows[i], 6);
-        printf("  --%-18s %s [%s]\n", spelled, rows[i].help, value);
-    }
 }
 
 #endif

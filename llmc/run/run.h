@@ -101,7 +101,13 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
     r->mem_gb = model_memory_gb(run->model);
 }
 
-// a checkpoint; none after a step that was not finite
+// all but the newest --keep checkpoints go
+static inline void prune(const Run *run) {
+    remove_oldest(run->options.out, run->last_saved, run->options.keep);
+}
+
+// A checkpoint; none after a step that was not finite. Earlier ones stay until its weights have been seen to
+// compute
 static inline void save(Run *run) {
     Model *m = run->model;
     if (run->bad_steps > 0) {

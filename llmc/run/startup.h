@@ -13,11 +13,12 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 #include "llmc/files/checkpoint.h"
 #include "llmc/files/tokenizer.h"
 #include "llmc/files/logger.h"
+#include "llmc/run/help.h"
 #include "llmc/run/options.h"
 
 // --dump, --eval, --sample and --export only look at a model
 static inline int wants_training(const Options *o) {
-    return o->dump[0] == '\0' && !o->eval && o->sample[0] == '\0' && o->export_to[0] == '\0';
+    return o->dump[0] == '\0' && !o->eval && !o->sampling && o->export_to[0] == '\0';
 }
 
 // ... and --bench trains, but keeps nothing of it
@@ -198,7 +199,7 @@ static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sample[0] != '\0' || o->export_to[0] != '\0') {
+    if (o->eval || o->sampling || o->export_to[0] != '\0') {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
     }
@@ -243,6 +244,12 @@ static inline void check_options(const Options *o) {
         strcmp(o->kernels, "hopper") != 0) {
         die_usage("--kernels %s: expected auto, portable or hopper", o->kernels);
     }
+    if (wants_training(o) && o->lambda_init < 1e-30) {
+        die_usage(
+            "--lambda-init %g: lambda grows by a factor per step, and never does from 0 (--dump takes it)\n"
+            "  ---> 1e-30 or more, or another --router",
+            o->lambda_init);
+    }
     if (o->lr_min > o->lr) {
         die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
     }
@@ -261,12 +268,7 @@ static inline int read_options(Options *o, RunState *state, Provenance *provenan
     int lock = -1;
     int loading = options_given(argc, argv, "load");
     options_defaults(o, loading ? NULL : options_peek(argc, argv, "preset", "tiny"));
-    for (int i = 0; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            options_help(o, program);
-            exit(0);
-        }
-    }
+    answer_help(o, program, argc, argv);
     options_parse(o, argc, argv);
     if (o->resume[0] != '\0' && o->load[0] != '\0') {
         die_usage(

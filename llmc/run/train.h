@@ -82,13 +82,17 @@ static inline void guard_layers(Run *run, const StepRecord *r) {
          r->layers, OFF_STEPS_LIMIT, layers);
 }
 
-// Counts non-finite steps in a row; the weights are as they were before them. Weights that have blown up may still
-// compute a number: a checkpoint is good once its weights have given a loss that is not far above guessing's ln V
+// Counts non-finite steps in a row; the weights are as they were before them. Weights that have blown up may
+// still compute a number: a checkpoint is good once its weights have given a loss that is not far above
+// guessing's ln V
 static inline void guard_finite(Run *run, int finite) {
     run->bad_steps = finite ? 0 : run->bad_steps + 1;
     if (finite) {
         int sane = run->stats.lm_loss < 2.0 * log((double)run->config.vocab_size);
-        run->good_step = sane ? run->last_saved : run->good_step;
+        if (sane && run->good_step != run->last_saved) {
+            run->good_step = run->last_saved;
+            prune(run);
+        }
         return;
     }
     warn("step %lld: the loss or the gradient norm is not finite: the update is skipped",
@@ -176,6 +180,9 @@ static inline void train(Run *run) {
            (long long)(run->state.step - run->first_step), seconds, 0.1 * run->ahead.wait_ms / seconds);
     if (run->state.step != run->last_saved) {
         save(run); // before anything that could fail
+        if (run->bad_steps == 0) {
+            prune(run);
+        }
     }
     if (run->state.step < o->steps) {
         printf("stopped at step %lld of %lld\n  ---> continue with --resume %s\n", (long long)run->state.step,
