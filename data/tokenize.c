@@ -19,6 +19,7 @@ record that is no document is counted and named in unreadable.txt.
 #include "llmc/files/newfile.h"
 #include "llmc/files/shard.h"
 #include "llmc/files/tokenizer.h"
+#include "llmc/machine.h"
 #include "data/corpus.h"
 #include "data/sha256.h"
 #include <getopt.h>
@@ -727,6 +728,7 @@ static int is_done(const Output *out) {
 }
 
 int main(int argc, char **argv) {
+    machine_start(argv);
     Settings s = {NULL, NULL, 100000000, 0.01, 16384, 10, 0};
     parse_settings(&s, argc, argv);
     char *const *paths = argv + optind;

@@ -16,6 +16,7 @@ Shapes: none. Errors: exit 1, 2 for usage. Records that are no documents are cou
 */
 #include "llmc/files/newfile.h"
 #include "llmc/files/tokenizer.h"
+#include "llmc/machine.h"
 #include "data/corpus.h"
 #include <getopt.h>
 // defines: getopt_long
@@ -538,6 +539,7 @@ static void parse_settings(Settings *s, int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
+    machine_start(argv);
     Settings s = {2048, NULL, 16384, 0};
     parse_settings(&s, argc, argv);
     Corpus corpus;

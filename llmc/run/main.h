@@ -7,12 +7,13 @@ it.
 #ifndef MAIN_H
 #define MAIN_H
 
+#include "llmc/machine.h"
 #include "llmc/run/bench.h"
 #include "llmc/run/evaluate.h"
 #include "llmc/run/generate.h"
 #include "llmc/run/open.h"
 #include "llmc/run/train.h"
-// defines: bench; validate, dump; generate; open_run, close_run; train
+// defines: machine_start; bench; validate, dump; generate; open_run, close_run; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
@@ -23,6 +24,7 @@ static inline void request_stop(int signal_number) {
 
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
+    machine_start(argv);
     Run *run = open_run(program, argc - 1, (const char *const *)(argv + 1));
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);
