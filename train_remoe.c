@@ -197,7 +197,7 @@ static void check_memory(const Config *c, const ModelSettings *s) {
     double usual = activations_gb(c, s, s->starts_dense ? half : c->router.active);
     double most = activations_gb(c, s, s->starts_dense ? c->router.experts : c->router.active);
     char remedy[64];
-    memory_remedy(remedy, sizeof(remedy), s->B, weights + usual > have ? usual : most, have - weights);
+    memory_remedy(remedy, sizeof(remedy), s->B, most, have - weights);
     if (weights + usual > have) {
         die("--batch %d needs %.2f + %.2f = %.2f GB of memory, %s %.2f\n  ---> %s", s->B, weights, usual,
             weights + usual, memory.whose, have, remedy);

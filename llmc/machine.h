@@ -3,8 +3,8 @@ What a program asks of the machine before it does anything else: machine_start i
 
     CPU          the instructions that the build uses are there; asked even before main, see cpu_check
     arithmetic   is IEEE's (arithmetic.h)
-    threads      that wait for others sleep. OpenMP's own default is to spin for milliseconds, which on a machine
-                 with one busy process beside takes the core from the very thread that is waited for
+    threads      that wait for others soon sleep. OpenMP's own default is to spin for milliseconds, which on a
+                 machine with one busy process beside takes the core from the very thread that is waited for
     mapped files that shrink or fail while they are read end the program with a message, where the system
                  would kill it (SIGBUS)
 
@@ -209,16 +209,20 @@ static inline int program_path(char *path, size_t capacity) {
 #endif
 }
 
-// threads that wait sleep, unless the user said how they should wait. clang's runtime reads its environment at
+// Threads that wait for others spin for some 10 us, then sleep, unless the user said how they should wait: long
+// enough for what is left of a loop that all began together (sleeping at once makes a step of a very small model
+// 2.5 times as long), too short to hold a core that somebody needs (the runtimes' own 4 and 200 ms make a step 3 to
+// 10 times as long beside one busy process on two cores; dev/LOG.md). clang's runtime reads its environment at
 // the first parallel loop; gcc's before main, so that the program starts itself anew, once (1 ms). Where that
 // cannot be done the program goes on as it is
-static inline void wait_asleep(char **argv) {
+static inline void wait_briefly(char **argv) {
 #ifdef _OPENMP
     if (getenv("OMP_WAIT_POLICY") != NULL || getenv("GOMP_SPINCOUNT") != NULL ||
         getenv("KMP_BLOCKTIME") != NULL) {
         return;
     }
-    setenv("OMP_WAIT_POLICY", "passive", 1);
+    setenv("GOMP_SPINCOUNT", "1000", 1); // turns of a loop
+    setenv("KMP_BLOCKTIME", "1", 1);     // ms: clang's runtime knows nothing shorter but 0
 #ifndef __clang__
     char path[4096];
     if (program_path(path, sizeof(path))) {
@@ -238,7 +242,7 @@ static inline void machine_start(char **argv) {
             "  ---> make clean && make, without the compiler's fast-math options in CFLAGS",
             fault);
     }
-    wait_asleep(argv);
+    wait_briefly(argv);
     catch_faults();
 }
 
