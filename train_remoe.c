@@ -177,7 +177,7 @@ static void print_memory(const Config *c, const ModelSettings *s) {
     printf("\n");
 }
 
-// what to do where `activations` of B sequences find less room: a part of B that fits also divides the global batch
+// what to do where `activations` of B sequences find less room. A divisor of B: it divides --global-batch too
 static void memory_remedy(char *remedy, size_t capacity, int B, double activations, double room) {
     for (int parts = 2; parts <= B; parts++) {
         if (B % parts == 0 && activations / parts <= room) {

@@ -9,8 +9,8 @@ they do in files.
     -0 + 0 = 0, and 1e-40 is not 0  the regulariser's weight and Adam's second moments are tiny for a while
 
 -ffast-math (-Ofast) and its parts break these without a word: losses differ, and a NaN trains on. What a
-compiler admits to is refused when it compiles, what it keeps to itself when the program starts
-(arithmetic_fault; clang defines no macro for most of it, and a library may set the CPU to flush tiny numbers).
+compiler admits to, by a macro, is refused when it compiles. What it keeps to itself (clang does), or what a
+library does to the CPU, is found when the program starts: arithmetic_fault.
 -ffp-contract=fast is none of them: it rounds once where two roundings stand, and reorders nothing.
 */
 #ifndef ARITHMETIC_H
@@ -29,8 +29,8 @@ compiler admits to is refused when it compiles, what it keeps to itself when the
 #error "-Ofast, -ffast-math and its parts give other losses and no guard against NaN: compile without them"
 #endif
 
-// what of the above does not hold in this program, or NULL. The numbers are volatile: else the compiler, not the
-// CPU, would do the sums
+// what of the above does not hold in this program, or NULL. The numbers are volatile: else the compiler would
+// do the sums, not the CPU
 static inline const char *arithmetic_fault(void) {
     volatile float zero = 0.0f, minus_zero = -0.0f, tiny = 1e-38f, third = 0.3f, shift = 12582912.0f;
     volatile float nan_value = zero / zero;

@@ -119,8 +119,8 @@ __attribute__((constructor, noinline, target(PLAIN_CPU))) static void cpu_check(
 // ----------------------------------------------------------------------------
 // mapped files
 
-// the path of the file that is mapped at `address`; "" where there is none. Reads /proc/self/maps, where there is
-// one: "begin-end rwxp offset device inode   path" a line
+// the path of the file that is mapped at `address`; "" where there is none. Reads /proc/self/maps, where that
+// exists: "begin-end rwxp offset device inode   path" a line
 static inline void mapped_path(uintptr_t address, char *path, size_t capacity) {
     char buffer[4096];
     uintptr_t bound[2] = {0, 0};
@@ -209,12 +209,12 @@ static inline int program_path(char *path, size_t capacity) {
 #endif
 }
 
-// Threads that wait for others spin for some 10 us, then sleep, unless the user said how they should wait: long
-// enough for what is left of a loop that all began together (sleeping at once makes a step of a very small model
-// 2.5 times as long), too short to hold a core that somebody needs (the runtimes' own 4 and 200 ms make a step 3 to
-// 10 times as long beside one busy process on two cores; dev/LOG.md). clang's runtime reads its environment at
-// the first parallel loop; gcc's before main, so that the program starts itself anew, once (1 ms). Where that
-// cannot be done the program goes on as it is
+// Threads that wait for others spin for some 10 us, then sleep, unless the user said how they should wait. That
+// is long enough for the rest of a loop that all began together (sleeping at once makes a step of a very small
+// model 2.5 times as long), and too short to hold a core that somebody needs (the runtimes' own milliseconds
+// make a step 3 to 10 times as long beside one busy process on two cores: dev/LOG.md). clang's runtime reads its
+// environment at the first parallel loop; gcc's before main, so the program starts itself anew, once (1 ms).
+// Where that cannot be done the program goes on as it is
 static inline void wait_briefly(char **argv) {
 #ifdef _OPENMP
     if (getenv("OMP_WAIT_POLICY") != NULL || getenv("GOMP_SPINCOUNT") != NULL ||

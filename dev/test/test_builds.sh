@@ -79,14 +79,16 @@ for compiler in $compilers; do
     done
     # flushing is switched on by what is linked
     # shellcheck disable=SC2086
-    $compiler -std=c11 -D_GNU_SOURCE -I. -O2 -c $here/start.c -o $here/start.o && $compiler -ffast-math $here/start.o -o $here/start
+    $compiler -std=c11 -D_GNU_SOURCE -I. -O2 -c $here/start.c -o $here/start.o &&
+        $compiler -ffast-math $here/start.o -o $here/start
     says 1 'tiny numbers are flushed to zero' $here/start
 done
 
 # --- machines
 for compiler in $compilers; do
     # shellcheck disable=SC2086
-    ! $compiler -U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__ $build 2>$here/output && grep -q 'a big-endian machine' $here/output
+    ! $compiler -U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__ $build 2>$here/output &&
+        grep -q 'a big-endian machine' $here/output
     check "$compiler: a big-endian machine" $?
     if [ "$(uname -m)" = x86_64 ] && ! grep -qw fma4 /proc/cpuinfo; then
         # shellcheck disable=SC2086
@@ -104,7 +106,8 @@ spins() { # how long gcc's runtime spins, as the program is left with it
 if [ -n "$(spins ./train_remoe --help)" ]; then
     [ "$(spins ./train_remoe --help)" = 1000 ] && [ "$(spins build/tokenize --help)" = 1000 ]
     check 'threads that wait soon sleep' $?
-    [ "$(spins env GOMP_SPINCOUNT=77 ./train_remoe --help)" = 77 ] && [ "$(spins env OMP_WAIT_POLICY=passive ./train_remoe --help)" = 0 ]
+    [ "$(spins env GOMP_SPINCOUNT=77 ./train_remoe --help)" = 77 ] &&
+        [ "$(spins env OMP_WAIT_POLICY=passive ./train_remoe --help)" = 0 ]
     check 'GOMP_SPINCOUNT and OMP_WAIT_POLICY are the user'\''s' $?
 else
     skip 'how threads wait: not built with gcc and OpenMP'
@@ -133,7 +136,8 @@ if mkdir $group 2>/dev/null && [ -e $group/$limit ] && echo 300000000 2>/dev/nul
          END { exit !(a == weights && b > 0 && sum > a && sum - a - b < 0.001 && sum - a - b > -0.001) }' $here/output
     check 'the sum of the refusal is of the lines above it' $?
     # shellcheck disable=SC2086
-    limited ./train_remoe $model $data $batch --out $here/run >$here/output 2>&1 && [ -n "$batch" ] && ! grep -q warning $here/output
+    limited ./train_remoe $model $data $batch --out $here/run >$here/output 2>&1 && [ -n "$batch" ] &&
+        ! grep -q warning $here/output
     check "the batch that is said to fit does: $batch" $?
     set +f
 else
@@ -159,7 +163,8 @@ check 'a plain make: a new warning is none of the user'\''s business' $?
     "$(make -n -B test test-emulated NVCC= | grep -c -e -Werror)" ]
 check 'the tests'\'' builds: a warning is an error' $?
 line='ptxas info    : (C7517) warpgroup.wait is injected in around line 7 to allow use of registers defined by GMMA in function'
-dev/nvcc.sh sh -c "echo \"$line '_ZN6hopper14grouped_kernelILi4'\" >&2; echo \"$line 'another'\" >&2; echo out; exit 3" >$here/out 2>$here/output
+dev/nvcc.sh sh -c "echo \"$line '_ZN6hopper14grouped_kernelILi4'\" >&2; echo \"$line 'another'\" >&2; echo out; exit 3" \
+    >$here/out 2>$here/output
 [ $? = 3 ] && [ "$(cat $here/out)" = out ] && [ "$(cat $here/output)" = "$line 'another'" ]
 check 'dev/nvcc.sh leaves out what is expected, and no more' $?
 

@@ -1,9 +1,9 @@
 /*
 How much memory this process may use: the least of the machine's and of the limits that a container sets.
 
-A container (Docker, Kubernetes, Slurm) is a group of processes with a limit, inside groups with limits of their
-own; who takes more is killed, without a word. Linux shows them as files. /proc/self/cgroup names the groups
-that a process is in, a line each:
+A container (Docker, Kubernetes, Slurm) is a group of processes with a limit, inside groups with limits of
+their own; who takes more is killed, without a word. Linux shows the groups as files. /proc/self/cgroup names
+those that a process is in, a line each:
 
     version 2   0::/a/b             limit: /sys/fs/cgroup/a/b/memory.max, a number of bytes or "max"
     version 1   4:memory:/a/b              /sys/fs/cgroup/memory/a/b/memory.limit_in_bytes
