@@ -71,12 +71,18 @@ for compiler in $compilers; do
         ! $compiler $build $flag 2>$here/output && grep -q 'no guard against NaN' $here/output
         check "$compiler $flag: refused as it is compiled" $?
     done
-    for flag in '-ffinite-math-only' '-fassociative-math -fno-signed-zeros -fno-trapping-math' '-freciprocal-math' \
-        '-fno-signed-zeros' '-funsafe-math-optimizations' '-ffast-math'; do
+    while read -r text flags; do
         # shellcheck disable=SC2086
-        $compiler $flag $hidden $build || check "$compiler $flag compiles" 1
-        says 1 'its results would be others' $here/start
-    done
+        $compiler $flags $hidden $build || check "$compiler $flags compiles" 1
+        says 1 "that .*$text.*: its results would be others" $here/start
+    done <<'FLAGS'
+NaN -ffinite-math-only
+reordered -fassociative-math -fno-signed-zeros -fno-trapping-math
+divisions -freciprocal-math
+-0 -fno-signed-zeros
+reordered -funsafe-math-optimizations
+NaN -ffast-math
+FLAGS
     # flushing is switched on by what is linked
     # shellcheck disable=SC2086
     $compiler -std=c11 -D_GNU_SOURCE -I. -O2 -c $here/start.c -o $here/start.o &&

@@ -26,12 +26,12 @@ Errors: none; what cannot be read is no limit.
 
 typedef struct {
     double bytes;
-    char whose[4400]; // "this machine has", or the file that says so
+    char whose[8500]; // "this machine has", or the file that says so
 } HostMemory;
 
 // the number in a file of the group and of each of its parents, where it is less than *memory
 static inline void cgroup_limit(HostMemory *memory, const char *root, const char *group, const char *name) {
-    char path[4096], file[4300];
+    char path[4096], file[8400];
     check_format(path, sizeof(path), "%s", group);
     for (size_t end = strlen(path);; end--) {
         double bytes;
