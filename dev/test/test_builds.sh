@@ -143,7 +143,7 @@ if mkdir $group 2>/dev/null && [ -e $group/$limit ] && echo 300000000 2>/dev/nul
     check 'the sum of the refusal is of the lines above it' $?
     # shellcheck disable=SC2086
     limited ./train_remoe $model $data $batch --out $here/run >$here/output 2>&1 && [ -n "$batch" ] &&
-        ! grep -q warning $here/output
+        ! grep -q "GB of memory" $here/output
     check "the batch that is said to fit does: $batch" $?
     set +f
 else
