@@ -3,9 +3,24 @@
 
 CC ?= cc
 # fp-contract and the two no- flags let loops use fused multiply-adds and vector selects; none of them reorders a sum
-CFLAGS ?= -O3 -march=native
-override CFLAGS += -std=c11 -D_GNU_SOURCE -I. -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+accepts = $(shell echo 'int x;' | $(CC) $(1) -x c -c - -o /dev/null 2>/dev/null && echo $(1))
+NATIVE := $(or $(call accepts,-march=native),$(call accepts,-mcpu=native))
+CFLAGS ?= -O3 $(NATIVE)
+override CFLAGS += -std=c11 -D_GNU_SOURCE -I. -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra \
+	$(if $(filter-out 0,$(WERROR)),-Werror)
 LDLIBS += -lm -lpthread
+# a warning that a newer compiler has thought of ends the tests' build, not a user's
+WERROR ?=
+test test-cuda test-emulated test-races: WERROR := 1
+
+# what takes IEEE arithmetic away (llmc/arithmetic.h): other losses, no guard against NaN. Cancelling them here would not do:
+# gcc also links what flushes tiny numbers to zero
+comma := ,
+FORBIDDEN := -Ofast -ffast-math -funsafe-math-optimizations -ffinite-math-only -fassociative-math -freciprocal-math \
+	-fno-signed-zeros -fapprox-func -fno-honor-nans -fno-honor-infinities -ffp-model=fast -ffp-model=aggressive \
+	-fsingle-precision-constant -mdaz-ftz --use_fast_math -use_fast_math
+asked := $(filter $(FORBIDDEN),$(subst $(comma), ,$(CC) $(CXX) $(CFLAGS) $(CPPFLAGS) $(NVCC) $(NVCCFLAGS) $(LDFLAGS)))
+$(if $(asked),$(error $(asked): gives other losses and no guard against NaN ---> leave it out, say make CFLAGS='-O3 $(NATIVE)'))
 
 # OpenMP is used where the compiler has it (OPENMP=0 leaves it out); the loops' SIMD hints need no library
 OPENMP ?= $(shell printf 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo 1 || echo 0)
@@ -36,11 +51,11 @@ GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 CUDA_ARCHS ?= $(or $(GPU_ARCHS),80 90a)
 gencode = '-gencode=arch=compute_$(1),code=$(if $(filter %a,$(1)),sm_$(1),[sm_$(1),compute_$(1)])'
 NVCCFLAGS ?= -O3 -Xcompiler -march=native
-override NVCCFLAGS += -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -I. -Xcompiler -Wall,-Wextra,-Werror --Werror all-warnings
+override NVCCFLAGS += -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -I. -Xcompiler -Wall,-Wextra$(if $(filter-out 0,$(WERROR)),$(comma)-Werror --Werror all-warnings)
 # the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers. (What may be
 # uninitialised for gcc is guarded by another variable)
-EMULATED := -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -O1 -g -march=native -DEMULATED -Idev/emulator -I. -Wall -Wextra -Werror -Wno-unknown-pragmas \
-	-Wno-maybe-uninitialized
+EMULATED = -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -O1 -g $(NATIVE) -DEMULATED -Idev/emulator -I. -Wall -Wextra \
+	-Wno-unknown-pragmas -Wno-maybe-uninitialized $(if $(filter-out 0,$(WERROR)),-Werror)
 ifeq ($(OPENMP),1)
   override NVCCFLAGS += -Xcompiler -fopenmp
   EMULATED += -fopenmp
@@ -83,9 +98,15 @@ test_remoe: test_remoe.c train_remoe.c $(HEADERS) $(wildcard dev/test/*.h) Makef
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
 
 need_nvcc = $(if $(NVCC),,$(error $@ needs nvcc, of the CUDA Toolkit: make $@ NVCC=/path/to/nvcc))
-nvcc_build = $(need_nvcc)$(NVCC) $(foreach arch,$(CUDA_ARCHS),$(call gencode,$(arch))) $(NVCCFLAGS) $(PRECISION_FLAG) \
+nvcc_build = $(need_nvcc)dev/nvcc.sh $(NVCC) $(foreach arch,$(CUDA_ARCHS),$(call gencode,$(arch))) $(NVCCFLAGS) $(PRECISION_FLAG) \
 	$< -o $@ -lcublas -lcublasLt $(LDLIBS)
 emulated_build = $(CXX) $(EMULATED) $(PRECISION_FLAG) -x c++ $< -o $@ $(LDLIBS)
+
+# said before a long build, not after it
+.PHONY: need-gpu
+need-gpu:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo 'error: no GPU is to be seen here (nvidia-smi -L)' >&2; \
+		echo '  ---> on the CPU: make test-emulated, make compare GPU=./train_remoecu_emulated' >&2; exit 1; }
 
 train_remoecu train_remoecu_fp32: train_remoe.cu $(CUDA_HEADERS) Makefile
 	$(nvcc_build)
@@ -136,7 +157,7 @@ train: train_remoe $(SAMPLE)
 test: test_remoe train_remoe $(SAMPLE)
 	./test_remoe
 
-test-cuda: test_remoecu test_remoecu_fp32
+test-cuda: need-gpu test_remoecu test_remoecu_fp32
 	./test_remoecu_fp32
 	./test_remoecu
 
@@ -156,7 +177,7 @@ build/compare_dumps: dev/compare_dumps.c $(HEADERS) Makefile
 # the CUDA trainer's losses, gates and gradients beside the CPU trainer's; GPU=./train_remoecu_fp32 and
 # GPU=./train_remoecu_emulated are others to compare, LOAD=DIR another model
 GPU ?= ./train_remoecu
-compare: train_remoe $(notdir $(GPU)) build/compare_dumps $(SAMPLE)
+compare: $(if $(findstring emulated,$(GPU)),,need-gpu) train_remoe $(notdir $(GPU)) build/compare_dumps $(SAMPLE)
 	dev/compare_cpu_gpu.sh $(GPU) $(LOAD)
 
 # step through them: dev/README.md
@@ -217,6 +238,7 @@ clean:
 
 help:
 	@echo 'make              ./train_remoe, build/tokenize, build/train_tokenizer, and ./train_remoecu where there is nvcc; says what it found'
+	@echo 'make found        what was found here: compilers, CUDA, GPU, NCCL; part of make'
 	@echo 'make train        train the tiny preset on the built-in sample, through the three stages, and show text'
 	@echo 'make test         the CPU tests'
 	@echo 'make test-cuda    the CUDA tests, in bf16 and fp32'
@@ -233,3 +255,4 @@ help:
 	@echo 'make train_remoecu_fp32   the CUDA trainer in fp32, to check with; train_remoecu_emulated: on the CPU'
 	@echo 'make format       clang-format all sources in place'
 	@echo 'make clean        remove what was built; runs/ stays'
+	@echo 'with: CC=clang, CFLAGS=..., OPENMP=0 (one thread), NVCC= (no CUDA), CUDA_ARCHS="80 90a", WERROR=1 (warnings are errors)'

@@ -29,6 +29,7 @@ the tests that watch it from outside.
 #include "dev/test/test_json.h"
 #include "dev/test/test_lambda.h"
 #include "dev/test/test_logger.h"
+#include "dev/test/test_machine.h"
 #include "dev/test/test_matmul.h"
 #include "dev/test/test_model.h"
 #include "dev/test/test_options.h"
@@ -55,6 +56,7 @@ typedef struct {
 
 // in the order of the data's way through the program: foundations, formats, model, trainer
 static const TestRow test_rows[] = {
+    {"machine", test_machine},
     {"rng", test_rng},
     {"fast_exp", test_fast_exp},
     {"json", test_json},
@@ -114,6 +116,7 @@ static void refuse_unknown_tests(int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
+    machine_start(argv);
     int passed = 0, failed = 0, skipped = 0;
     if (argc == 2 && strcmp(argv[1], "--list") == 0) {
         for (int row = 0; row < TEST_ROWS; row++) {

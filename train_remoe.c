@@ -21,8 +21,6 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
-// defines: sysconf
 // defines: die, NEW
 #include "llmc/check.h"
 // defines: Config, config_params, config_qkv_width
@@ -51,6 +49,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/files/logger.h"
 // defines: Purpose, ModelSettings, ModelBuffer, StepStats, and what a run asks of a model: model_*
 #include "llmc/trainer.h"
+// defines: HostMemory, host_memory
+#include "llmc/run/host_memory.h"
 
 // ----------------------------------------------------------------------------
 // the model's memory
@@ -143,28 +143,69 @@ static void zero_floats(float *x, int64_t n) {
     }
 }
 
-// bytes of weights (with gradients and moments) and of what a micro-batch of N tokens, each with `active`
-// experts, keeps
-static double model_bytes(const Config *c, int64_t N, double active, int training) {
+// bytes of weights with what training keeps beside them, and of what a micro-batch of N tokens, each with
+// `active` experts, keeps
+static double model_bytes(const Config *c, int64_t N, double active, Purpose purpose) {
     double d = c->hidden, E = c->router.experts;
     double layer = 5.0 * d + (double)config_qkv_width(c) + c->heads + E + 2.0 + active * (2.0 * c->ffn + 5.0);
     double shared = 7.0 * d + (double)config_qkv_width(c) + E + active * (d + c->ffn + 2.0);
-    double weights = (double)config_params(c, c->router.experts) * (training ? 4.0 : 1.0);
+    double copies = purpose == FOR_TRAINING ? 4.0 : purpose == FOR_GRADIENTS ? 2.0 : 1.0;
+    double weights = (double)config_params(c, c->router.experts) * copies;
     return 4.0 * (weights + (double)N * (c->layers * layer + shared));
 }
 
-// refuses before anything is allocated what the machine's memory cannot hold
+// GB, rounded up to what is printed, so that printed numbers add up
+static double printed_gb(double bytes) {
+    return 0.01 * ceil(1e-7 * bytes);
+}
+
+static double activations_gb(const Config *c, const ModelSettings *s, double active) {
+    int64_t N = (int64_t)s->B * s->T;
+    return printed_gb(model_bytes(c, N, active, s->purpose) - model_bytes(c, 0, active, s->purpose));
+}
+
+static void print_memory(const Config *c, const ModelSettings *s) {
+    printf("memory    %.2f GB of weights, gradients and moments\n          %.2f GB of activations",
+           printed_gb(model_bytes(c, 0, 0.0, s->purpose)), activations_gb(c, s, c->router.active));
+    if (s->starts_dense) {
+        printf(", %.2f at the start with half of the experts on",
+               activations_gb(c, s, 0.5 * c->router.experts));
+    }
+    if (c->router.experts > 1) {
+        printf(", %.2f with all", activations_gb(c, s, c->router.experts));
+    }
+    printf("\n");
+}
+
+// what to do where `activations` of B sequences find less room. A divisor of B: it divides --global-batch too
+static void memory_remedy(char *remedy, size_t capacity, int B, double activations, double room) {
+    for (int parts = 2; parts <= B; parts++) {
+        if (B % parts == 0 && activations / parts <= room) {
+            check_format(remedy, capacity, "--batch %d fits", B / parts);
+            return;
+        }
+    }
+    check_format(remedy, capacity, "use a smaller model, or a shorter --seq-len");
+}
+
+// refuses before anything is allocated what the memory cannot hold; warns of what it could not hold if all
+// experts were on, as they may be while lambda is small
 static void check_memory(const Config *c, const ModelSettings *s) {
-    int training = s->purpose != FOR_INFERENCE;
-    double active =
-        s->starts_dense ? 0.5 * c->router.experts : c->router.active; // of new weights half are on
-    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    double need = model_bytes(c, (int64_t)s->B * s->T, active, training);
-    double fixed = model_bytes(c, 0, active, training);
-    if (need > have) {
-        double rows = (have - fixed) / (need - fixed) * s->B;
-        die("the run needs %.1f GB of memory, the machine has %.1f\n  ---> use %s", 1e-9 * need, 1e-9 * have,
-            rows < 1.0 ? "a smaller model, or a shorter --seq-len" : "a smaller --batch");
+    HostMemory memory = host_memory();
+    double have = 1e-9 * memory.bytes, weights = printed_gb(model_bytes(c, 0, 0.0, s->purpose));
+    double half = 0.5 * c->router.experts; // of new weights half are on
+    double usual = activations_gb(c, s, s->starts_dense ? half : c->router.active);
+    double most = activations_gb(c, s, s->starts_dense ? c->router.experts : c->router.active);
+    char remedy[64];
+    memory_remedy(remedy, sizeof(remedy), s->B, most, have - weights);
+    if (weights + usual > have) {
+        die("--batch %d needs %.2f + %.2f = %.2f GB of memory, %s %.2f\n  ---> %s", s->B, weights, usual,
+            weights + usual, memory.whose, have, remedy);
+    }
+    if (weights + most > have) {
+        warn("--batch %d needs %.2f + %.2f = %.2f GB of memory if all experts are on, %s %.2f: more, and the "
+             "system ends the run\n  ---> %s",
+             s->B, weights, most, weights + most, memory.whose, have, remedy);
     }
 }
 
@@ -487,15 +528,6 @@ static double gradient_norm(const Model *m) {
 
 // ----------------------------------------------------------------------------
 // what a run asks of a model (llmc/trainer.h)
-
-static void print_memory(const Config *c, const ModelSettings *s) {
-    int64_t N = (int64_t)s->B * s->T;
-    double fixed = model_bytes(c, 0, c->router.active, 1);
-    printf("memory    %.2f GB of weights, gradients and moments; %.2f GB of activations, %.2f if all experts "
-           "are on\n",
-           1e-9 * fixed, 1e-9 * (model_bytes(c, N, c->router.active, 1) - fixed),
-           1e-9 * (model_bytes(c, N, c->router.experts, 1) - fixed));
-}
 
 Model *model_open(const Config *config, const ModelSettings *s) {
     if (s->purpose == FOR_TRAINING) {

@@ -11,6 +11,7 @@ Errors: exit 1, 2 for usage; a record that is no document is counted and named i
 */
 #include "llmc/streams.h"
 #include "llmc/files/tokenizer.h"
+#include "llmc/machine.h"
 #include "data/command.h"
 #include "data/document.h"
 #include "data/manifest.h"
@@ -412,6 +413,7 @@ static void run(Output *out, Corpus *corpus, Tokenizer *tokenizer, const Setting
 
 int main(int argc, char **argv) {
     streams_open();
+    machine_start(argv);
     Settings s = {NULL, NULL, "text", 100000000, 0.01, 16384, 10, 0, 0};
     parse_settings(&s, argc, argv);
     Inputs inputs;

@@ -17,6 +17,7 @@ Shapes: none. Errors: exit 1, 2 for usage. Records that are no documents are cou
 #include "llmc/streams.h"
 #include "llmc/files/newfile.h"
 #include "llmc/files/tokenizer.h"
+#include "llmc/machine.h"
 #include "data/command.h"
 #include "data/document.h"
 #include <getopt.h>
@@ -588,6 +589,7 @@ static void parse_settings(Settings *s, int argc, char **argv) {
 
 int main(int argc, char **argv) {
     streams_open();
+    machine_start(argv);
     Settings s = {2048, NULL, "text", 16384, 0};
     parse_settings(&s, argc, argv);
     Inputs inputs;

@@ -12,6 +12,8 @@
 #     train      small, E 8, the first TRAIN_STEPS (250) steps of the paper's schedule: settling time, S, speed of each stage
 #     fit        the dense stage in too little memory: E 8 without a store, E 32 within 80 GB, E 64 where the card has 120
 set -uf
+# where it is set, no program starts itself anew (llmc/machine.h) under a tool that follows it
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 cd "$(dirname "$0")/.." || exit
 logs=build/gpu
 mkdir -p $logs

@@ -15,6 +15,7 @@ one of them alone has a gradient there alone. Exit 1 when something is beyond it
 #include "llmc/check.h"
 #include "llmc/streams.h"
 #include "llmc/files/safetensors.h"
+#include "llmc/machine.h"
 #include <math.h>
 // defines: sqrt, strtod
 
@@ -179,6 +180,7 @@ static void compare_files(Verdict *v, const Safetensors *a, const Safetensors *b
 
 int main(int argc, char **argv) {
     streams_open();
+    machine_start(argv);
     Verdict v;
     memset(&v, 0, sizeof(v));
     v.free_routes = argc == 5 && strcmp(argv[4], "free") == 0;

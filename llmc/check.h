@@ -21,8 +21,8 @@ instead.
 #include <string.h>
 // defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, exit, calloc, realloc, free, strerror,
 // errno, va_list
+#include "llmc/arithmetic.h"
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files hold numbers as they lie in memory");
 static_assert(sizeof(float) == 4 && sizeof(double) == 8, "fp32 and fp64");
 
 #ifndef DIE_EXIT

@@ -18,13 +18,8 @@ max_of(x, n) is what a softmax subtracts first.
 #ifndef FAST_EXP_H
 #define FAST_EXP_H
 
-#include <stdint.h>
-#include <string.h>
-// defines: uint32_t, memcpy
-
-#ifdef __FAST_MATH__
-#error "-ffast-math (-Ofast) cancels the rounding that fast_exp relies on: errors of 10 %, silently"
-#endif
+#include "llmc/arithmetic.h"
+// refuses -ffast-math, which cancels the rounding that fast_exp relies on: errors of 10 %, silently
 
 static inline float fast_exp(float x) {
     float bounded = x < -80.0f ? -80.0f : x; // a NaN fails the test and passes through

@@ -22,6 +22,7 @@ minutes.
 // defines: opendir, dlopen, log, sched_setaffinity, printf, setenv, strstr, clock_gettime, execv, usleep
 
 #include "llmc/check.h"
+#include "llmc/machine.h"
 #include "llmc/matmul.h"
 
 typedef void (*BlasSgemm)(int order, int trans_a, int trans_b, int M, int N, int K, float alpha,
@@ -71,13 +72,17 @@ static void keep_threads_quiet(char **argv) {
 #ifdef __AVX512F__
         setenv("OPENBLAS_CORETYPE", "SkylakeX", 0); // some machines are taken for lesser ones
 #endif
-        execv("/proc/self/exe", argv);
+        char program[4096];
+        if (program_path(program, sizeof(program))) {
+            execv(program, argv);
+        }
     }
 }
 
 // The kernel may leave two short-lived teams of threads on one core: bind thread 0 and 1 of either library to
 // two.
 static void pin(pid_t thread, int index) {
+#ifdef __linux__
     static cpu_set_t cores;
     static int known = 0;
     if (!known) {
@@ -91,6 +96,10 @@ static void pin(pid_t thread, int index) {
             sched_setaffinity(thread, sizeof(one), &one);
         }
     }
+#else
+    (void)thread;
+    (void)index;
+#endif
 }
 
 // OpenBLAS's second thread exists as soon as the library is loaded, ours with the first parallel region

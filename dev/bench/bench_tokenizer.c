@@ -10,6 +10,7 @@ dev/bench/bench_tokenizer.py runs it in turns with tiktoken.
 #include "data/document.h"
 #include "data/sha256.h"
 #include "llmc/files/tokenizer.h"
+#include "llmc/machine.h"
 #include <time.h>
 // defines: clock_gettime
 
@@ -65,6 +66,7 @@ static void bench_file(Tokenizer *t, char *path, int **ids, size_t *capacity, Re
 }
 
 int main(int argc, char **argv) {
+    machine_start(argv);
     if (argc < 3) {
         die_usage("no file\n  ---> build/bench_tokenizer DIR FILE...");
     }

@@ -28,6 +28,7 @@ whole, and the CPU trainer in a namespace of its own: the reference that everyth
 #include "llmc/rmsnorm.h"
 #include "llmc/rope.h"
 #include "llmc/router.h"
+#include "llmc/run/host_memory.h"
 
 namespace cpu {
 #define main train_remoe_main
@@ -172,6 +173,7 @@ static void run_benches(int argc, char **argv, Kernels best) {
 }
 
 int main(int argc, char **argv) {
+    machine_start(argv);
     int benching = argc >= 2 && strcmp(argv[1], "--bench") == 0;
     if (argc == 2 && strcmp(argv[1], "--list") == 0) {
         for (int row = 0; row < TEST_ROWS; row++) {

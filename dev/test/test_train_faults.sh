@@ -490,6 +490,20 @@ cp data.bin token.bin && le32 8000000 | dd of=token.bin bs=1 seek=11024 conv=not
     refused 2 'the weight of data.bin:0' $model $batch --data 'data.bin:0' --steps 2 --out bad_out
 }
 
+# --- data that is cut short while it is read
+cp data.bin shrinks.bin
+# shellcheck disable=SC2086
+timeout -k 1 60 "$trainer" $model $batch --data shrinks.bin --val-data '' --steps 1000000 --out shrinks >output 2>&1 &
+pid=$!
+for _ in $(seq 100); do
+    grep -q lm_loss shrinks/log.jsonl 2>/dev/null && break
+    sleep 0.1
+done
+truncate -s 1024 shrinks.bin
+wait $pid
+[ $? = 1 ] && grep -q "/shrinks.bin could not be read: it was cut short while it was in use" output && grep -q '^  ---> ' output
+check "a shard that is cut short while it is mapped: $(tail -n 1 output)" $?
+
 # --- absurd options: refused before anything is allocated
 # shellcheck disable=SC2086
 {

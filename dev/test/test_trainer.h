@@ -38,9 +38,10 @@ static void trainer_main(void *command) {
         signal(SIGXFSZ, SIG_IGN); // the write fails with EFBIG instead
         setrlimit(RLIMIT_FSIZE, &limit);
     }
-    // tiny steps: threads that spin would stall each other on a busy machine
-    setenv("OMP_WAIT_POLICY", "passive", 0);
-    execv("/proc/self/exe", c->words);
+    char program[PATH_SIZE];
+    if (program_path(program, sizeof(program))) {
+        execv(program, c->words);
+    }
     die("cannot start the trainer: %s", strerror(errno));
 }
 

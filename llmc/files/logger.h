@@ -44,7 +44,11 @@ static inline double seconds_now(void) {
 static inline double peak_memory_gb(void) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    return (double)usage.ru_maxrss / 1048576.0;
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss / 1073741824.0; // bytes
+#else
+    return (double)usage.ru_maxrss / 1048576.0; // KB
+#endif
 }
 
 // the whole log, or NULL when there is none. A FIFO would never end

@@ -7,13 +7,14 @@ it.
 #ifndef MAIN_H
 #define MAIN_H
 
+#include "llmc/machine.h"
 #include "llmc/run/bench.h"
 #include "llmc/run/evaluate.h"
 #include "llmc/run/export.h"
 #include "llmc/run/generate.h"
 #include "llmc/run/open.h"
 #include "llmc/run/train.h"
-// defines: bench; validate, dump; export_model; generate; open_run, close_run; train
+// defines: machine_start; bench; validate, dump; export_model; generate; open_run, close_run; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
@@ -35,6 +36,7 @@ static inline void catch_signals(void) {
 
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
+    machine_start(argv);
     if (options_given(argc - 1, (const char *const *)(argv + 1), "export_to")) {
         export_model(program, argc - 1, (const char *const *)(argv + 1)); // nothing is computed: no Run
         return 0;
