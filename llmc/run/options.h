@@ -145,7 +145,7 @@ static inline const OptionRow *option_rows(int *count) {
 
 static inline const char *preset_arguments(const char *name) {
     static const char *presets[][2] = {
-        {"tiny", "--lr 2e-3 --lr-min 2e-4 --warmup-steps 40"},
+        {"tiny", "--lr 1.5e-3 --lr-min 1.5e-4 --warmup-steps 160"},
         {"small", "--hidden 768 --layers 12 --heads 12"},
         {"medium", "--hidden 1024 --layers 24 --heads 16"},
         {"large", "--hidden 1536 --layers 24 --heads 16"},
