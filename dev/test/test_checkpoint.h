@@ -117,7 +117,9 @@ static void checkpoint_check_round_trip(const char *line) {
     Options options;
     RunState state;
     memset(&state, 0, sizeof(state));
+    const char *path = "runs/\xe9t\xe9 \\xE9 \xc3\xa9/train_*.bin"; // no UTF-8, what stands for it, and UTF-8
     checkpoint_clean();
+    check_format(m.options.train_data, sizeof(m.options.train_data), "%s", path);
     checkpoint_save_case(&m, 7);
     CHECK(checkpoint_latest_is("step_00000007") && checkpoint_is_tidy());
     CHECK(checkpoint_weights_equal(&m, folder) && checkpoint_moments_equal(&m, folder));
@@ -129,6 +131,7 @@ static void checkpoint_check_round_trip(const char *line) {
     CHECK(state.sparsity.lambda == m.state.sparsity.lambda && state.sparsity.stage == STAGE_SPARSIFYING);
     CHECK(state.sparsity.min_sparsity == 0.1 + 0.2 && state.sparsity.rising_steps == 3);
     CHECK(state.sparsity.stage2_step == 5 && state.sparsity.stage3_step == -1);
+    CHECK(strcmp(options.train_data, path) == 0);
     CHECK(options.hidden == 8 && options.vocab_size == 11 && options.lr == m.options.lr && options.keep == 2);
     Config config = config_read(CHECKPOINT_OUT "/latest/config.json");
     CHECK(config.hidden == 8 && config.layers == 2 && config.router.method == m.config.router.method);

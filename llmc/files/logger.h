@@ -10,6 +10,7 @@ dropped with a warning.
 #define LOGGER_H
 
 #include "llmc/files/json.h"
+#include "llmc/files/json_bytes.h"
 #include "llmc/files/newfile.h"
 #include "llmc/lambda.h"
 #include <sys/resource.h>
@@ -173,7 +174,7 @@ static inline void log_validation(FILE *log, const char *path, int64_t step, dou
     fprintf(log, "{\"step\": %lld", (long long)step);
     log_number(log, "val_loss", loss);
     fprintf(log, ", \"domain\": ");
-    json_write_string(log, domain, strlen(domain));
+    json_write_bytes(log, domain, strlen(domain));
     fprintf(log, "}\n");
     log_flush(log, path);
 }

@@ -15,7 +15,7 @@ Shapes: none. Errors: a member that is not as above dies with its file and the r
 
 #include "llmc/files/dataloader.h"
 #include "llmc/files/folder.h"
-#include "llmc/files/json.h"
+#include "llmc/files/json_bytes.h"
 #include <time.h>
 // defines: DataLoader, shard_hash; Json; time
 
@@ -82,7 +82,7 @@ static inline void provenance_write(FILE *file, const Provenance *p) {
     for (int i = 0; i < p->num_shards; i++) {
         const ShardRecord *shard = &p->shards[i];
         fprintf(file, "%s\n    {\"name\": ", i > 0 ? "," : "");
-        json_write_string(file, shard->name, strlen(shard->name));
+        json_write_bytes(file, shard->name, strlen(shard->name));
         fprintf(file, ", \"bytes\": %lld, \"hash\": \"%016llx\"}", (long long)shard->bytes,
                 (unsigned long long)shard->hash);
     }
@@ -101,11 +101,17 @@ static inline int provenance_read_hex(const Json *value, uint64_t *out) {
 
 static inline int provenance_read_shard(const Json *json, ShardRecord *shard) {
     const Json *name = json_get(json, "name");
-    if (name == NULL || name->type != JSON_STRING || name->text_size >= SHARD_NAME_SIZE) {
+    if (name == NULL || name->type != JSON_STRING) {
         return 0;
     }
-    check_format(shard->name, sizeof(shard->name), "%s", name->text);
-    return json_int64(json_get(json, "bytes"), &shard->bytes) &&
+    size_t size;
+    char *text = json_read_bytes(name->text, name->text_size, &size);
+    int fits = size < SHARD_NAME_SIZE;
+    if (fits) {
+        memcpy(shard->name, text, size + 1);
+    }
+    free(text);
+    return fits && json_int64(json_get(json, "bytes"), &shard->bytes) &&
            provenance_read_hex(json_get(json, "hash"), &shard->hash);
 }
 

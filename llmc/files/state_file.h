@@ -13,6 +13,7 @@ Errors: exit 1 with the file's name, the key, what was expected and the remedy.
 #ifndef STATE_FILE_H
 #define STATE_FILE_H
 
+#include "llmc/files/json_bytes.h"
 #include "llmc/files/keys.h"
 #include "llmc/files/newfile.h"
 #include "llmc/files/provenance.h"
@@ -59,7 +60,7 @@ static inline void options_write_json(FILE *file, const Options *options) {
         option_format(value, sizeof(value), options, &rows[i], 17);
         fprintf(file, "%s\"%s\": ", i == 0 ? "{" : ", ", rows[i].field);
         if (rows[i].kind == OPTION_TEXT) {
-            json_write_string(file, value, strlen(value));
+            json_write_bytes(file, value, strlen(value)); // paths may hold any byte
         } else {
             fputs(value, file);
         }
@@ -84,7 +85,10 @@ static inline void options_read_json(Options *options, const Json *object, const
                 "weights alone",
                 path, member->key);
         }
-        option_set(options, row, member->text, path);
+        size_t size;
+        char *text = json_read_bytes(member->text, member->text_size, &size);
+        option_set(options, row, text, path);
+        free(text);
     }
 }
 

@@ -124,29 +124,25 @@ static inline double seconds_left(Run *run, double seconds) {
     return run->step_seconds * (double)(run->options.steps - run->state.step);
 }
 
-// one step, and all that is said of it
-static inline void step_and_report(Run *run, double *last_print) {
+// all that is said of a step that took so many seconds; before: the state that it began with
+static inline void report_step(Run *run, const RunState *before, double seconds, double *last_print) {
     const Options *o = &run->options;
     StepRecord record;
-    RunState before = run->state;
-    double begin = seconds_now();
-    int finite = train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
-    double now = seconds_now(), left = seconds_left(run, now - begin);
+    double now = seconds_now(), left = seconds_left(run, seconds);
     int last = run->state.step == o->steps;
-    fill_record(run, &record, &before, now - begin);
+    fill_record(run, &record, before, seconds);
     log_step(run->log, run->log_path, &record);
     if (now - *last_print > 1.0 || run->state.step - run->first_step <= 3 || last) {
         print_step(&record, o->steps, left);
         *last_print = now;
     }
-    announce_stages(run, &record, before.sparsity.stage);
+    announce_stages(run, &record, before->sparsity.stage);
     if (last && has_lambda(run)) {
         print_layers(run, &record);
     }
     if (has_lambda(run)) {
         guard_layers(run, &record);
     }
-    guard_finite(run, finite);
 }
 
 static inline void train(Run *run) {
@@ -170,7 +166,11 @@ static inline void train(Run *run) {
         if (stop_requested) {
             break;
         }
-        step_and_report(run, &last_print);
+        RunState before = run->state;
+        double begin = seconds_now();
+        int finite = train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
+        report_step(run, &before, seconds_now() - begin, &last_print);
+        guard_finite(run, finite);
         if (run->state.step < o->steps && every(o->save_every, run->state.step)) {
             save(run);
         }
