@@ -19,6 +19,7 @@ instead.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 // defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, exit, calloc, realloc, free, strerror,
 // errno, va_list
 #include "llmc/arithmetic.h"
@@ -138,8 +139,13 @@ static inline void check_fclose(FILE *file, const char *path) {
     }
 }
 
-// the whole file in memory, with a 0 byte behind it; *size (bytes, without that 0) may be NULL
+// The whole file in memory, with a 0 byte behind it; *size (bytes, without that 0) may be NULL. A FIFO would be
+// waited for, perhaps for ever
 static inline char *check_read_file(const char *path, size_t *size, const char *hint) {
+    struct stat status;
+    if (stat(path, &status) == 0 && !S_ISREG(status.st_mode) && !S_ISDIR(status.st_mode)) {
+        die("%s is not a regular file%s%s", path, hint[0] ? "\n  ---> " : "", hint);
+    }
     FILE *file = check_fopen(path, "rb", hint);
     char *text = NULL;
     size_t used = 0, capacity = 0, got = 1;

@@ -342,7 +342,20 @@ static void test_config_refused(void) {
     check_dies(1, "---> name a checkpoint folder with --load", config_read_case, NULL);
 }
 
+static void config_read_in_child(void *path) {
+    config_read((const char *)path);
+}
+
+static void test_config_fifo(void) {
+    static char path[] = "build/test/config_fifo";
+    unlink(path);
+    CHECK(mkfifo(path, 0600) == 0);
+    check_dies(1, "is not a regular file", config_read_in_child, path);
+    unlink(path);
+}
+
 static void test_config(void) {
+    test_config_fifo();
     CHECK(system("mkdir -p build/test") == 0);
     test_config_counts();
     test_config_from_options();

@@ -451,6 +451,52 @@ static void trainer_bad_command_lines(void) {
     trainer_refuses(1, "token", TRAINER_TINY "--vocab-size 8 --steps 1 --out build/test/refused");
 }
 
+// layer 0 of 2 is off for 19 steps, on once, and off for 20; layer 1 is off all the time
+static void trainer_layers_off(void *unused) {
+    (void)unused;
+    static Run run;
+    double sparsity[2] = {1.0, 1.0};
+    StepRecord record;
+    memset(&record, 0, sizeof(record));
+    record.layers = 2;
+    record.layer_sparsity = sparsity;
+    for (int step = 0; step < 40; step++) {
+        sparsity[0] = step == 19 ? 0.999 : 1.0;
+        guard_layers(&run, &record);
+    }
+}
+
+static void trainer_guards_layers(void) {
+    char said[2048];
+    CHECK(run_in_child(trainer_layers_off, NULL, said, sizeof(said)) == 0);
+    char *one = strstr(said, "a layer (of 2, from 0) had no active expert for 20 steps: 1.");
+    char *all = strstr(said, "all layers (of 2, from 0) had no active expert for 20 steps: 0 1.");
+    CHECK(one != NULL && all != NULL && one < all && strstr(all, "warning") == NULL); // each said once
+}
+
+// what a run says where it could go wrong without a word
+static void trainer_says(void) {
+    trainer_clear("says");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 3 --warmup-steps 50 --out build/test/says/a"),
+                     "warm-up");
+    CHECK(strstr(trainer_output, "learning rate never gets to --lr") != NULL);
+    CHECK(strstr(trainer_output, "| lambda ") != NULL && strstr(trainer_output, "S by layer") != NULL);
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 3 --router topk --out build/test/says/b"), "topk");
+    CHECK(strstr(trainer_output, "lambda") == NULL && strstr(trainer_output, "by layer") == NULL);
+    // a regulariser that hardly anything withstands
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY
+                    "--steps 60 --warmup-steps 0 --lambda 1e12 --alpha 1 --out build/test/says/c"),
+        "nearly off");
+    CHECK(strstr(trainer_output, "2 of 2 layers nearly off") != NULL);
+    // a stage is announced by the number that its step has in the lines above
+    char *stage = strstr(trainer_output, "stage III (sparse) began at step "), shown[32];
+    int step = stage != NULL ? atoi(stage + strlen("stage III (sparse) began at step ")) : 0;
+    check_format(shown, sizeof(shown), "step %5d/60", step);
+    char *line = strstr(trainer_output, shown);
+    CHECK(step >= 1 && (line == NULL || strstr(line, "stage III") != NULL));
+}
+
 // a weight that is not a number: three skipped updates, a saved checkpoint, exit 1
 static void trainer_nan_guard(void) {
     trainer_clear("nan");
@@ -473,9 +519,8 @@ static void trainer_nan_guard(void) {
 static void trainer_divergence(void) {
     trainer_clear("blown");
     trainer_succeeds(trainer_run(TRAINER_TINY "--steps 3 --out build/test/blown"), "begin");
-    trainer_refuses(
-        1, "--resume build/test/blown/step_00000003 with a smaller --lr",
-        "--resume build/test/blown --steps 30 --lr 1000 --warmup-steps 0 --save-every 4 --keep 0");
+    trainer_refuses(1, "--resume build/test/blown/step_00000003 with a smaller --lr",
+                    "--resume build/test/blown --steps 30 --lr 1000 --warmup-steps 0");
     trainer_succeeds(trainer_run("--resume build/test/blown/step_00000003 --steps 6"), "go on");
 }
 
@@ -509,6 +554,8 @@ static void test_trainer(void) {
     trainer_dump_without_lambda();
     trainer_cached_sampling();
     trainer_bad_command_lines();
+    trainer_guards_layers();
+    trainer_says();
     trainer_nan_guard();
     trainer_divergence();
     trainer_full_disk();
