@@ -7,6 +7,7 @@
 # shellcheck disable=SC2086 # $run is a command of many words
 cd "$(dirname "$0")/../.." || exit 1
 here=build/test/data_faults
+documents=$(wc -l <data/sample.jsonl) # of the sample, of which most inputs here are made
 tokenize=build/tokenize
 train=build/train_tokenizer
 passed=0
@@ -452,20 +453,20 @@ fi
 sed 's/"text": /"content": /' data/sample.jsonl >$here/content.jsonl
 same_text "--text-key" data/sample.jsonl "--text-key content $here/content.jsonl"
 refused 1 "no \"text\", but \"content\", \"meta\"" $tokenize --tokenizer $here/vocabulary --out $here/content $here/content.jsonl
-refused 1 "none of the 135 records is a document" $tokenize --tokenizer $here/vocabulary --out $here/content $here/content.jsonl
-[ ! -e $here/content/manifest.json ] && [ "$(wc -l <$here/content/unreadable.txt)" = 135 ]
+refused 1 "none of the $documents records is a document" $tokenize --tokenizer $here/vocabulary --out $here/content $here/content.jsonl
+[ ! -e $here/content/manifest.json ] && [ "$(wc -l <$here/content/unreadable.txt)" = "$documents" ]
 check "no text: no manifest, and unreadable.txt says why" $?
 $tokenize --tokenizer $here/vocabulary --text-key content --out $here/content $here/content.jsonl >$here/output 2>&1
 check "the same folder takes the command that is right" $?
 sed 's/"text": /"content": /' $here/a.jsonl >$here/content.jsonl # so many that states are written
 for i in 1 2; do
-    refused 1 "none of the 8100 records is a document" $two --out $here/content2 $here/content.jsonl
+    refused 1 "none of the $((60 * documents)) records is a document" $two --out $here/content2 $here/content.jsonl
 done
 killed '"unreadable": [1-9]' $two --out $here/k $here/content.jsonl
 $two --text-key content --out $here/k $here/content.jsonl >$here/output 2>&1
 check "a run that was killed before its first document binds no other" $?
 sed 's/"text": /"content": /' data/sample.jsonl >$here/content.jsonl
-refused 1 "none of the 135 records is a document" $train --out $here/x $here/content.jsonl
+refused 1 "none of the $documents records is a document" $train --out $here/x $here/content.jsonl
 [ "$(grep -c 'line .* is no document' $here/output)" = 10 ]
 check "the first ten are named" $?
 $train --vocab-size 1024 --text-key content --out $here/content_vocabulary $here/content.jsonl >$here/output 2>&1 &&
