@@ -6,6 +6,7 @@
 # exceed 400 KB is thinned out evenly. Made files ("do not edit") and what is no source or doc are left out.
 set -eu
 case ${1:-} in
+--check) ;;
 -*)
     sed -n '2,5s/^# \{0,1\}//p' "$0"
     [ "$1" = --help ] || [ "$1" = -h ] || exit 2

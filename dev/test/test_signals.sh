@@ -25,7 +25,8 @@ check() { # what, status of what was tested
 endless() { # endless NAME OPTIONS...: in the background, its first step done; $pid
     local name=$1
     shift
-    "$trainer" $model --steps 1000000000 --out $here/$name "$@" >$here/$name.txt 2>&1 &
+    # whatever the caller ignores: a terminal that closes is ignored by what nohup has started
+    env --default-signal=HUP "$trainer" $model --steps 1000000000 --out $here/$name "$@" >$here/$name.txt 2>&1 &
     pid=$!
     until [ -s $here/$name/log.jsonl ] || ! kill -0 $pid 2>/dev/null; do
         sleep 0.02
