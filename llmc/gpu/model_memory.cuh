@@ -299,9 +299,8 @@ static inline int largest_batch(const Model *like, int64_t available) {
 
 static inline void check_shapes(const Config *c, int64_t B, int64_t T) {
     if (c->head_size % 8 != 0 || c->head_size > 128) {
-        die("head size %d (hidden %d over %d heads): the CUDA trainer computes head sizes 8 to 128 in "
-            "multiples "
-            "of 8\n  ---> change --hidden or --heads, or use ./train_remoe",
+        die("head size %d (hidden %d over %d heads): the CUDA trainer computes multiples of 8, up to 128\n"
+            "  ---> change --hidden or --heads, or use ./train_remoe",
             c->head_size, c->hidden, c->heads);
     }
     if (c->hidden % 8 != 0 || c->ffn % 8 != 0) {

@@ -268,9 +268,8 @@ static inline void export_read_tokenizer(Export *e, int given) {
     } else if (given) {
         die("--tokenizer %s: expected a folder with vocab.json and merges.txt\n  ---> name another", folder);
     } else {
-        warn("no tokenizer goes along: neither vocab.json nor merges.txt is in %s\n  ---> name their folder "
-             "with "
-             "--tokenizer",
+        warn("no tokenizer goes along: neither vocab.json nor merges.txt is in %s\n"
+             "  ---> name their folder with --tokenizer",
              export_source(e));
     }
 }

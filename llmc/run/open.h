@@ -166,9 +166,8 @@ static inline void open_validation_data(Run *run) {
                                         o->val_batches * o->batch, run->config.vocab_size);
     }
     if (o->eval && run->num_domains == 0) {
-        die("--eval has nothing to evaluate: every shard of %s is too short\n  ---> use a smaller --seq-len, "
-            "or "
-            "more data",
+        die("--eval has nothing to evaluate: every shard of %s is too short\n"
+            "  ---> use a smaller --seq-len, or more data",
             o->val_data);
     }
 }
@@ -280,9 +279,8 @@ static inline void open_out(Run *run) {
     }
     const char *found = run_in_folder(o->out);
     if (found != NULL) {
-        die("%s already holds a run: %s\n  ---> choose another --out, or continue it with --resume %s "
-            "(without a "
-            "checkpoint: remove it)",
+        die("%s already holds a run: %s\n"
+            "  ---> choose another --out, or continue it with --resume %s (without a checkpoint: remove it)",
             o->out, found, o->out);
     }
     run->provenance.run = draw_run();

@@ -11,8 +11,8 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 #define STARTUP_H
 
 #include "llmc/files/checkpoint.h"
-#include "llmc/files/tokenizer.h"
 #include "llmc/files/logger.h"
+#include "llmc/files/tokenizer.h"
 #include "llmc/run/help.h"
 #include "llmc/run/options.h"
 

@@ -73,9 +73,8 @@ static inline void guard_layers(Run *run, const StepRecord *r) {
             check_format(layers + used, sizeof(layers) - used, " %d", l);
         }
     }
-    warn("%s (of %d, from 0) had no active expert for %d steps:%s. A router that is off has no gradient and "
-         "stays "
-         "off\n  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr or --alpha",
+    warn("%s (of %d, from 0) had no active expert for %d steps:%s. A router that is off has no gradient\n"
+         "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr or --alpha",
          off == r->layers ? "all layers"
          : off > 1        ? "layers"
                           : "a layer",
