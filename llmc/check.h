@@ -109,6 +109,16 @@ static inline char *check_strdup(const char *text) {
 // ----------------------------------------------------------------------------
 // files
 
+// Dies if a folder on the way to `path` is closed to this user: what is there would look as if it were not.
+// For use where something has not been found
+static inline void check_not_closed(const char *path) {
+    struct stat status;
+    if (stat(path, &status) != 0 && errno == EACCES) {
+        die("cannot look at %s: %s\n  ---> check its permissions, and those of its folders", path,
+            strerror(errno));
+    }
+}
+
 // hint: the command that would make or mend the file ("" when there is none). A file that is there and
 // closed to this user need not be made
 static inline FILE *check_fopen(const char *path, const char *mode, const char *hint) {
@@ -139,8 +149,8 @@ static inline void check_fclose(FILE *file, const char *path) {
     }
 }
 
-// The whole file in memory, with a 0 byte behind it; *size (bytes, without that 0) may be NULL. A FIFO would be
-// waited for, perhaps for ever
+// The whole file in memory, with a 0 byte behind it; *size (bytes, without that 0) may be NULL. A FIFO would
+// be waited for, perhaps for ever
 static inline char *check_read_file(const char *path, size_t *size, const char *hint) {
     struct stat status;
     if (stat(path, &status) == 0 && !S_ISREG(status.st_mode) && !S_ISDIR(status.st_mode)) {

@@ -22,8 +22,9 @@ Shapes: none. Errors: exit 1.
 static inline void streams_check_stdout(void) {
     int failed = ferror(stdout);
     if (fflush(stdout) != 0 || failed) {
-        fprintf(stderr, "error: cannot write standard output: %s\n  ---> %s\n", strerror(errno),
-                "free some disk space; what was written into files is whole");
+        fprintf(stderr,
+                "error: cannot write standard output: %s\n  ---> %swhat was written into files is whole\n",
+                strerror(errno), errno == ENOSPC ? "free some disk space; " : "");
         _exit(1); // exit() must not be called again from its own handler
     }
 }

@@ -298,7 +298,8 @@ static void test_dataloader_damaged(void) {
 }
 
 static void test_dataloader_specs(void) {
-    check_dl_dies(1, "no file matches " DL_FOLDER "none*.bin\n  ---> make sample-data", DL_FOLDER "none*.bin");
+    check_dl_dies(1, "no file matches " DL_FOLDER "none*.bin\n  ---> make sample-data",
+                  DL_FOLDER "none*.bin");
     check_dl_dies(1, "no file matches absent.bin", "absent.bin");
     check_dl_dies(1, "not a regular file", DL_FOLDER);
     check_dl_dies(2, "must be positive", DL_FOLDER "m_a*.bin:0");

@@ -238,7 +238,7 @@ check "a checkpoint from before runs had numbers" $?
 # --- a run whose \`latest\` is lost, leads nowhere, or was copied as a folder
 "$trainer" --load start $look dump4 >output 2>&1
 for damage in 'rm run/latest' 'ln -sfn step_7 run/latest' 'ln -sfn latest run/latest' 'rm run/latest; cp -r run/step_00000004 run/latest' \
-    'rm run/latest; mv run/step_00000004 run/latest' 'mv run/step_00000004 run/step_00000004.old'; do
+    'rm run/latest; mkdir run/latest' 'rm run/latest; mv run/step_00000004 run/latest' 'mv run/step_00000004 run/step_00000004.old'; do
     rm -rf run && cp -r start run && eval "$damage"
     # shellcheck disable=SC2086
     unchanged run refused 1 'run already holds a run' $model $batch --steps 2 --out run

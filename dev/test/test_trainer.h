@@ -469,9 +469,35 @@ static void trainer_layers_off(void *unused) {
 static void trainer_guards_layers(void) {
     char said[2048];
     CHECK(run_in_child(trainer_layers_off, NULL, said, sizeof(said)) == 0);
-    char *one = strstr(said, "a layer (of 2, from 0) had no active expert for 20 steps: 1.");
-    char *all = strstr(said, "all layers (of 2, from 0) had no active expert for 20 steps: 0 1.");
+    char *one = strstr(said, "no expert of layer 1 has been active for 20 steps");
+    char *all = strstr(said, "no expert of any layer: 0 1 has been active for 20 steps");
     CHECK(one != NULL && all != NULL && one < all && strstr(all, "warning") == NULL); // each said once
+}
+
+// saved at a loss of 3 in step 10, and again in step 20 when the loss had risen to 9: only step 10 is good until
+// the loss comes down again
+static void trainer_loss_risen(void *unused) {
+    (void)unused;
+    static Run run;
+    run.options.keep = 0;
+    check_format(run.options.out, sizeof(run.options.out), "out");
+    run.good_step = -1;
+    for (int step = 0; step <= 40; step++) {
+        run.stats.lm_loss = step < 15 || step == 40 ? 3.0 : 9.0;
+        run.last_saved = step < 10 ? -1 : step < 20 ? 10 : 20;
+        guard_loss(&run);
+        if (run.good_step != (step < 10 ? -1 : step < 40 ? 10 : 20)) {
+            die("step %d: the good checkpoint is %lld", step, (long long)run.good_step);
+        }
+    }
+}
+
+static void trainer_guards_loss(void) {
+    char said[2048];
+    CHECK(run_in_child(trainer_loss_risen, NULL, said, sizeof(said)) == 0);
+    char *warning = strstr(said, "the loss has been far above what it was, 3.0000: now 9.0000");
+    CHECK(warning != NULL && strstr(warning, "--resume out/step_00000010") != NULL);
+    CHECK(warning != NULL && strstr(warning, "warning") == NULL); // said once
 }
 
 // what a run says where it could go wrong without a word
@@ -507,7 +533,7 @@ static void trainer_nan_guard(void) {
     fseek(file, -4, SEEK_END);
     fwrite(&nan, 4, 1, file);
     fclose(file);
-    trainer_refuses(1, "no good checkpoint before them",
+    trainer_refuses(1, "there is no good checkpoint",
                     "--load build/test/nan_source --data build/test/train.bin --batch 4 --seq-len 16 --steps "
                     "9 --out build/test/nan");
     CHECK(!path_exists("build/test/nan/latest"));
@@ -555,6 +581,7 @@ static void test_trainer(void) {
     trainer_cached_sampling();
     trainer_bad_command_lines();
     trainer_guards_layers();
+    trainer_guards_loss();
     trainer_says();
     trainer_nan_guard();
     trainer_divergence();

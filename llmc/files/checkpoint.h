@@ -152,6 +152,9 @@ static inline void checkpoint_find(char *folder, const char *named, const char *
         found = run_checkpoint(folder, out);
     }
     if (!found || !has_file(folder, "config.json")) {
+        char config[PATH_SIZE];
+        check_format(config, sizeof(config), "%s/config.json", found ? folder : named);
+        check_not_closed(config);
         die("no checkpoint in %s: there is no %s/config.json\n  ---> train one first, or name its folder",
             named, found ? folder : named);
     }

@@ -48,6 +48,7 @@ static inline void dataloader_glob(const char *pattern, glob_t *found) {
     int failed = glob(quoted, 0, NULL, found); // sorted by name
     free(quoted);
     if (failed) {
+        check_not_closed(pattern);
         die("no file matches %s\n  ---> %s", pattern, SHARD_HINT);
     }
 }

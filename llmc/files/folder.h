@@ -37,13 +37,15 @@ static inline int same_folder(const char *a, const char *b) {
 static inline void make_folder(const char *path) {
     char part[PATH_SIZE];
     check_format(part, sizeof(part), "%s", path);
+    int cause = 0; // of the outermost folder that could not be made
     for (char *slash = strchr(part + 1, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
         *slash = '\0';
-        mkdir(part, 0777);
+        cause = mkdir(part, 0777) != 0 && errno != EEXIST && cause == 0 ? errno : cause;
         *slash = '/';
     }
     if (mkdir(part, 0777) != 0 && errno != EEXIST) {
-        die("cannot make the folder %s: %s\n  ---> choose another folder with --out", path, strerror(errno));
+        die("cannot make the folder %s: %s\n  ---> choose another folder with --out", path,
+            strerror(cause != 0 && errno == ENOENT ? cause : errno));
     }
 }
 

@@ -106,10 +106,10 @@ static inline int follow_latest(char *folder, const char *out) {
     name[size > 0 ? size : 0] = '\0';
     if (checkpoint_step(name) >= 0 || read_latest_text(name, path)) {
         check_format(folder, PATH_SIZE, "%s/%s", out, name);
-    } else {
-        check_format(folder, PATH_SIZE, "%s", path); // a link to somewhere else, or a folder of its own
+        return stat(folder, &status) == 0 && S_ISDIR(status.st_mode);
     }
-    return stat(folder, &status) == 0 && S_ISDIR(status.st_mode);
+    check_format(folder, PATH_SIZE, "%s", path); // a link to somewhere else, or a folder of its own
+    return is_checkpoint(folder);
 }
 
 // the checkpoint of the highest step; 0 when there is none
@@ -160,6 +160,7 @@ static inline void point_latest(const char *out, const char *name) {
     char latest[PATH_SIZE], temporary[PATH_SIZE];
     check_format(latest, sizeof(latest), "%s/latest", out);
     check_format(temporary, sizeof(temporary), "%s/.tmp_latest", out);
+    rmdir(latest); // an archive may have made an empty folder of the link
     if (!write_latest(name, temporary) || rename(temporary, latest) != 0) {
         die("cannot move the link %s: %s\n  ---> the checkpoint itself is whole: --resume %s/%s", latest,
             strerror(errno), out, name);

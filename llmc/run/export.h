@@ -147,6 +147,12 @@ static inline void export_weights(const Export *e) {
     const float *saved = params;
     char path[PATH_SIZE];
     checkpoint_load_weights(params, export_source(e), &e->table);
+    for (int64_t i = 0; i < e->table.num_params; i++) {
+        if (!isfinite(params[i])) {
+            remove_folder(e->temporary);
+            die("%s has weights that are no numbers\n  ---> export another checkpoint", export_source(e));
+        }
+    }
     check_format(path, sizeof(path), "%s/model.safetensors", e->temporary);
     save_tensors(path, &e->table, no_prefix, &saved, 1, export_is_bf16(e) ? "BF16" : "F32");
     free(params);

@@ -184,10 +184,12 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     } else if (folder[0] != '\0' && path_exists(vocab)) {
         run->tokenizer = load_tokenizer(folder, c);
     } else if (o->sampling) {
+        check_not_closed(vocab);
         die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
             "sample-data`",
             vocab);
     } else if (folder[0] != '\0') {
+        check_not_closed(vocab);
         warn("no samples will be shown: there is no %s\n  ---> name a folder with --tokenizer", vocab);
     }
     run->inputs = NEW(int, o->batch * o->seq_len);
@@ -210,8 +212,9 @@ static inline void print_table(const Run *run) {
 #endif
     printf("data      ");
     dataloader_print(&run->train, stdout);
-    printf(" | %.1f epochs\n",
-           (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train));
+    printf(" | %.1f epochs%s\n",
+           (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train),
+           o->val_data[0] == '\0' ? " | no validation (--val-data)" : "");
     printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n",
            (long long)o->steps, (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr,
            o->lr_min, (long long)run->step.schedule.warmup, (long long)o->seed);

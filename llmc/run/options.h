@@ -54,9 +54,9 @@ enum { OPTION_TEXT_SIZE = 16384, OPTION_NAME_SIZE = 64 }; // with the 0 at the e
     OPTION(TEXT, RUN, train_data, "build/sample/train_*.bin", 1, 0,                                          \
            "token shards: globs, optionally weighted: a*:0.7,b*:0.3 (also --data)")                          \
     OPTION(TEXT, RUN, val_data, "build/sample/val.*.bin", 0, 0,                                              \
-           "validation shards, one per domain: val.DOMAIN.bin")                                              \
+           "validation shards, one per domain: val.DOMAIN.bin ('': no validation)")                          \
     OPTION(TEXT, RUN, tokenizer, "build/sample", 0, 0,                                                       \
-           "folder with vocab.json and merges.txt, to show samples")                                         \
+           "folder with vocab.json and merges.txt, to show samples ('': none)")                              \
     OPTION(INT, RUN, batch, "16", 1, 65536, "B, sequences per micro-batch and rank")                         \
     OPTION(INT, RUN, seq_len, "192", 1, 1048576, "T, tokens per sequence")                                   \
     OPTION(INT, RUN, global_batch, "0", 0, 1 << 24, "sequences per step (0: one micro-batch)")               \

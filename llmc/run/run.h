@@ -47,7 +47,10 @@ typedef struct {
     int bad_steps;          // non-finite, in a row
     int *off_steps;         // [L] without an active expert, in a row
     int64_t last_saved;     // step of the newest checkpoint, -1: none
-    int64_t good_step;      // the newest whose weights have computed a finite step since, -1: none
+    int64_t good_step;      // the newest whose weights have given a usual loss since, -1: none
+    double usual_loss;      // recent mean of losses that were usual, 0: none yet
+    int risen_steps;        // in a row, far above it
+    int most_off;           // layers that have been said to be off
     double step_seconds;    // recent mean
     int device;             // which of the machine's GPUs
     int64_t first_step;     // of this process

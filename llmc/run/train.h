@@ -19,9 +19,10 @@ on again.
 #include "llmc/step.h"
 // defines: StepRecord, log_step, print_step; validate; show_sample; Run, save; train_step
 
-enum { BAD_STEPS_LIMIT = 3 };  // non-finite steps in a row that end a run
-enum { OFF_STEPS_LIMIT = 20 }; // steps in a row without an active expert after which a layer is off
-#define NEARLY_OFF 0.25        // of k: a layer that uses fewer experts per token has little of a mixture
+enum { RISEN_STEPS_LIMIT = 5 }; // steps in a row with a loss far above the usual after which that is said
+enum { BAD_STEPS_LIMIT = 3 };   // non-finite steps in a row that end a run
+enum { OFF_STEPS_LIMIT = 20 };  // steps in a row without an active expert after which a layer is off
+#define NEARLY_OFF 0.25         // of k: a layer that uses fewer experts per token has little of a mixture
 
 // "0.70 0.97 0.96", and how many (layer, token) pairs have no expert
 static inline void print_layers(const Run *run, const StepRecord *r) {
@@ -52,59 +53,84 @@ static inline void announce_stages(const Run *run, const StepRecord *r, int befo
     print_layers(run, r);
 }
 
-// counts steps in a row in which a layer had no active expert, and says so once
+// counts steps in a row in which a layer had no active expert; says so once, and again when more layers
+// follow
 static inline void guard_layers(Run *run, const StepRecord *r) {
-    int off = 0, newly_off = 0;
+    char layers[256] = "";
+    int off = 0;
     if (run->off_steps == NULL) {
         run->off_steps = NEW(int, r->layers);
     }
     for (int l = 0; l < r->layers; l++) {
-        run->off_steps[l] = r->layer_sparsity[l] == 1.0 ? run->off_steps[l] + 1 : 0;
-        newly_off += run->off_steps[l] == OFF_STEPS_LIMIT;
-        off += run->off_steps[l] >= OFF_STEPS_LIMIT;
-    }
-    if (newly_off == 0) {
-        return;
-    }
-    char layers[256] = "";
-    for (int l = 0; l < r->layers && strlen(layers) + 16 < sizeof(layers); l++) {
         size_t used = strlen(layers);
-        if (run->off_steps[l] >= OFF_STEPS_LIMIT) {
+        run->off_steps[l] = r->layer_sparsity[l] == 1.0 ? run->off_steps[l] + 1 : 0;
+        if (run->off_steps[l] >= OFF_STEPS_LIMIT && ++off > 0 && used + 16 < sizeof(layers)) {
             check_format(layers + used, sizeof(layers) - used, " %d", l);
         }
     }
-    warn("%s (of %d, from 0) had no active expert for %d steps:%s. A router that is off has no gradient\n"
-         "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr or --alpha",
-         off == r->layers ? "all layers"
-         : off > 1        ? "layers"
-                          : "a layer",
-         r->layers, OFF_STEPS_LIMIT, layers);
+    if (off > run->most_off) {
+        run->most_off = off;
+        warn("no expert of %s%s has been active for %d steps: a router that is off has no gradient\n"
+             "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr or --alpha",
+             off == r->layers ? "any layer:"
+             : off > 1        ? "layers"
+                              : "layer",
+             layers, OFF_STEPS_LIMIT);
+    }
 }
 
-// Counts non-finite steps in a row; the weights are as they were before them. Weights that have blown up may
-// still compute a number: a checkpoint is good once its weights have given a loss that is not far above
-// guessing's ln V
+// Weights that have blown up may still compute a number, or nothing but the same guess for all tokens. A loss
+// more than a nat above the recent ones shows that, until it comes down again
+static inline int loss_is_usual(Run *run) {
+    double loss = run->stats.lm_loss;
+    int usual = run->usual_loss == 0.0 || loss < run->usual_loss + 1.0;
+    double weight = run->usual_loss == 0.0 ? 1.0 : usual ? 0.1 : 0.0;
+    run->usual_loss += weight * (loss - run->usual_loss);
+    return usual;
+}
+
+static inline void print_good_checkpoint(const Run *run) {
+    if (run->good_step < 0) {
+        fprintf(
+            stderr,
+            "  ---> there is no good checkpoint: start again with a smaller --lr, or look at the data%s\n",
+            run->options.load[0] != '\0' ? " and the weights that were loaded" : "");
+    } else {
+        fprintf(stderr,
+                "  ---> the last good checkpoint: --resume %s/step_%08lld with a smaller --lr, or look at "
+                "the data\n",
+                run->options.out, (long long)run->good_step);
+    }
+}
+
+// A checkpoint is good once its weights have given a usual loss; older ones go only then
+static inline void guard_loss(Run *run) {
+    int usual = loss_is_usual(run);
+    run->risen_steps = usual ? 0 : run->risen_steps + 1;
+    if (run->risen_steps == RISEN_STEPS_LIMIT) {
+        warn("for %d steps the loss has been far above what it was, %.4f: now %.4f", RISEN_STEPS_LIMIT,
+             run->usual_loss, run->stats.lm_loss);
+        print_good_checkpoint(run);
+    }
+    if (usual && run->good_step != run->last_saved) {
+        run->good_step = run->last_saved;
+        prune(run);
+    }
+}
+
+// counts non-finite steps in a row; the weights are as they were before them
 static inline void guard_finite(Run *run, int finite) {
     run->bad_steps = finite ? 0 : run->bad_steps + 1;
     if (finite) {
-        int sane = run->stats.lm_loss < 2.0 * log((double)run->config.vocab_size);
-        if (sane && run->good_step != run->last_saved) {
-            run->good_step = run->last_saved;
-            prune(run);
-        }
+        guard_loss(run);
         return;
     }
     warn("step %lld: the loss or the gradient norm is not finite: the update is skipped",
          (long long)run->state.step);
-    if (run->bad_steps == BAD_STEPS_LIMIT && run->good_step < 0) {
-        die("%d non-finite steps in a row, and no good checkpoint before them\n"
-            "  ---> start again with a smaller --lr, or look at the data",
-            BAD_STEPS_LIMIT);
-    }
     if (run->bad_steps == BAD_STEPS_LIMIT) {
-        die("%d non-finite steps in a row; the last good checkpoint is of step %lld\n"
-            "  ---> --resume %s/step_%08lld with a smaller --lr, or look at the data",
-            BAD_STEPS_LIMIT, (long long)run->good_step, run->options.out, (long long)run->good_step);
+        warn("%d non-finite steps in a row: the run ends", BAD_STEPS_LIMIT);
+        print_good_checkpoint(run);
+        exit(1);
     }
 }
 
