@@ -119,16 +119,18 @@ static inline void check_not_closed(const char *path) {
     }
 }
 
-// hint: the command that would make or mend the file ("" when there is none). A file that is there and
-// closed to this user need not be made
+// Dies because of errno. hint: the command that would make or mend the file ("" when there is none). A file
+// that is there and closed to this user need not be made
+static inline void die_unopened(const char *path, const char *hint) {
+    int closed = errno == EACCES || errno == EPERM;
+    die("cannot open %s: %s%s%s", path, strerror(errno), closed || hint[0] ? "\n  ---> " : "",
+        closed ? "check its permissions, and those of its folders" : hint);
+}
+
 static inline FILE *check_fopen(const char *path, const char *mode, const char *hint) {
     FILE *file = fopen(path, mode);
-    if (file == NULL && (errno == EACCES || errno == EPERM)) {
-        die("cannot open %s: %s\n  ---> check its permissions, and those of its folders", path,
-            strerror(errno));
-    }
     if (file == NULL) {
-        die("cannot open %s: %s%s%s", path, strerror(errno), hint[0] ? "\n  ---> " : "", hint);
+        die_unopened(path, hint);
     }
     return file;
 }

@@ -251,6 +251,10 @@ for damage in 'rm run/latest' 'ln -sfn step_7 run/latest' 'ln -sfn latest run/la
     check "resumed after: $damage" $?
 done
 
+rm -rf run && cp -rL start run && echo mine >run/latest/notes.txt && "$trainer" --resume run >output 2>&1
+grep -q 'run/latest was a copy of run/step_00000004' output && [ -L run/latest ] && [ -s run/latest.copy/notes.txt ]
+check "a copied latest is not lost" $?
+
 # --- the default folder, and the newest run
 mkdir -p default/runs/tiny-relu && echo '{"step": 0}' >default/runs/tiny-relu/log.jsonl && cp data.bin default && cd default || exit 1
 # shellcheck disable=SC2086

@@ -234,9 +234,10 @@ static inline int same_file(const char *a, const char *b, const char *name) {
 }
 
 // A `latest` that is a folder of its own, because a copy has followed the link, is the checkpoint of its
-// step: it takes that name. Where the copy has that checkpoint too, equal states say that the two are one
+// step: it takes that name. Where the copy has that checkpoint too, equal states say that the two are one, and
+// the folder steps aside with whatever else is in it
 static inline void name_real_latest(const char *out) {
-    char latest[PATH_SIZE], name[CHECKPOINT_NAME_SIZE], folder[PATH_SIZE], half[PATH_SIZE];
+    char latest[PATH_SIZE], name[CHECKPOINT_NAME_SIZE], folder[PATH_SIZE], aside[PATH_SIZE];
     struct stat status;
     check_format(latest, sizeof(latest), "%s/latest", out);
     int64_t step = lstat(latest, &status) == 0 && S_ISDIR(status.st_mode) ? state_step(latest) : -1;
@@ -245,15 +246,14 @@ static inline void name_real_latest(const char *out) {
     }
     check_format(name, sizeof(name), "step_%08lld", (long long)step);
     check_format(folder, sizeof(folder), "%s/%s", out, name);
-    check_format(half, sizeof(half), "%s/.tmp_latest_copy", out);
+    check_format(aside, sizeof(aside), "%s/latest.copy", out);
     if (rename(latest, folder) != 0) {
-        if (!is_checkpoint(folder) || !same_file(latest, folder, "state.json")) {
+        if (!is_checkpoint(folder) || !same_file(latest, folder, "state.json") || name_exists(aside)) {
             die("%s and %s are two checkpoints of step %lld\n  ---> move one of them away", latest, folder,
                 (long long)step);
         }
-        remove_folder(half);
-        rename(latest, half);
-        remove_folder(half);
+        rename(latest, aside);
+        warn("%s was a copy of %s: it is %s now, and can be removed", latest, folder, aside);
     }
     point_latest(out, name);
 }

@@ -258,7 +258,7 @@ static inline Safetensors *safetensors_open(const char *path, const char *hint) 
     st->hint = safetensors_copy_text(&st->arena, hint);
     int file = open(path, O_RDONLY | O_NONBLOCK); // so that a FIFO is refused, not waited for
     if (file < 0 || fstat(file, &status) != 0) {
-        die("cannot open %s: %s%s%s", path, strerror(errno), hint[0] ? "\n  ---> " : "", hint);
+        die_unopened(path, hint);
     }
     if (!S_ISREG(status.st_mode) || status.st_size == 0) {
         safetensors_refuse(st, "%s", S_ISREG(status.st_mode) ? "it is empty" : "it is not a regular file");

@@ -126,7 +126,7 @@ static inline void shard_open(TokenShard *shard, const char *path) {
     struct stat status;
     int file = open(path, O_RDONLY | O_NONBLOCK); // so that a FIFO is refused, not waited for
     if (file < 0 || fstat(file, &status) != 0) {
-        die("cannot open %s: %s\n  ---> %s", path, strerror(errno), SHARD_HINT);
+        die_unopened(path, SHARD_HINT);
     }
     if (!S_ISREG(status.st_mode) || status.st_size == 0) {
         die("%s is %s\n  ---> %s", path, S_ISREG(status.st_mode) ? "empty" : "not a regular file",

@@ -71,7 +71,7 @@ static inline void guard_layers(Run *run, const StepRecord *r) {
     if (off > run->most_off) {
         run->most_off = off;
         warn("no expert of %s%s has been active for %d steps: a router that is off has no gradient\n"
-             "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr or --alpha",
+             "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr, --alpha or --lambda",
              off == r->layers ? "any layer:"
              : off > 1        ? "layers"
                               : "layer",
@@ -173,7 +173,8 @@ static inline void report_step(Run *run, const RunState *before, double seconds,
 static inline void train(Run *run) {
     const Options *o = &run->options;
     double last_print = 0.0;
-    run->last_saved = run->good_step = o->resume[0] != '\0' ? run->first_step : -1;
+    run->last_saved = o->resume[0] != '\0' ? run->first_step : -1;
+    run->good_step = -1; // a resumed one has yet to show it
     if (run->step.schedule.warmup > o->steps) {
         warn("--warmup-steps %lld of only %lld steps: the learning rate never gets to --lr\n"
              "  ---> --warmup-steps %lld",
@@ -205,7 +206,7 @@ static inline void train(Run *run) {
            (long long)(run->state.step - run->first_step), seconds, 0.1 * run->ahead.wait_ms / seconds);
     if (run->state.step != run->last_saved) {
         save(run); // before anything that could fail
-        if (run->bad_steps == 0) {
+        if (run->bad_steps == 0 && run->risen_steps == 0) {
             prune(run);
         }
     }
