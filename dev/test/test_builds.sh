@@ -4,10 +4,8 @@
 # container's memory counts; make says early what is missing, and help names every target.
 # usage: dev/test/test_builds.sh          (after make train_remoe; about 15 seconds)
 cd "$(dirname "$0")/../.." || exit 1
+. dev/test/check.sh
 here=build/test/builds
-passed=0
-failed=0
-skipped=0
 compilers=
 for compiler in gcc clang; do
     command -v $compiler >/dev/null && compilers="$compilers $compiler"
@@ -15,15 +13,6 @@ done
 unset WERROR OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME
 rm -rf $here
 mkdir -p $here
-
-check() { # what, status of what was tested
-    if [ "$2" = 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $1"
-    fi
-}
 
 skip() {
     skipped=$((skipped + 1))

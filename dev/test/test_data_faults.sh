@@ -6,22 +6,12 @@
 # usage: dev/test/test_data_faults.sh          (after make data-tools)
 # shellcheck disable=SC2086 # $run is a command of many words
 cd "$(dirname "$0")/../.." || exit 1
+. dev/test/check.sh
 here=build/test/data_faults
 documents=$(wc -l <data/sample.jsonl) # of the sample, of which most inputs here are made
 tokenize=build/tokenize
 train=build/train_tokenizer
-passed=0
-failed=0
 trap '' XFSZ # writing beyond the limit is then an error, not a signal
-
-check() { # what, status of what was tested
-    if [ "$2" = 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $1"
-    fi
-}
 
 refused() { # expected status, expected text, command...
     expected=$1

@@ -4,23 +4,13 @@
 # usage: dev/test/test_signals.sh          (after make train_remoe sample-data; a few seconds)
 #        TRAINER=./train_remoe may name another trainer
 cd "$(dirname "$0")/../.." || exit 1
+. dev/test/check.sh
 trainer=$(realpath "${TRAINER:-./train_remoe}")
 here=build/test/signals
-passed=0
-failed=0
 export OMP_NUM_THREADS=1
 rm -rf $here
 mkdir -p $here
 model='--layers 1 --hidden 16 --heads 2 --kv-heads 1 --ffn-mult 2 --experts 4 --batch 2 --seq-len 32 --warmup-steps 1 --sample-tokens 0'
-
-check() { # what, status of what was tested
-    if [ "$2" = 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $1"
-    fi
-}
 
 endless() { # endless NAME OPTIONS...: in the background, its first step done; $pid
     local name=$1

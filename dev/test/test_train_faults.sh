@@ -5,22 +5,11 @@
 # usage: dev/test/test_train_faults.sh          (after make train_remoe; about half a minute)
 #        TRAINER=./train_remoe may name another trainer
 cd "$(dirname "$0")/../.." || exit 1
+. dev/test/check.sh
 trainer=$(realpath "${TRAINER:-./train_remoe}")
 here=build/test/train_faults
-passed=0
-failed=0
-skipped=0
 export OMP_NUM_THREADS=1
 RANDOM=20240520 # seeds bash's generator: the same moments every time, as far as the machine allows
-
-check() { # what, status of what was tested
-    if [ "$2" = 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $1"
-    fi
-}
 
 refused() { # expected status, expected text, options of the trainer...; a bad file's refusal names a remedy
     local expected=$1 text=$2 status
