@@ -28,12 +28,14 @@ the tests that watch it from outside.
 #include "dev/test/test_fuzz_corpus.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_lambda.h"
+#include "dev/test/test_launch.h"
 #include "dev/test/test_logger.h"
 #include "dev/test/test_machine.h"
 #include "dev/test/test_matmul.h"
 #include "dev/test/test_model.h"
 #include "dev/test/test_options.h"
 #include "dev/test/test_pairs.h"
+#include "dev/test/test_ranks.h"
 #include "dev/test/test_rmsnorm.h"
 #include "dev/test/test_rng.h"
 #include "dev/test/test_rope.h"
@@ -85,6 +87,8 @@ static const TestRow test_rows[] = {
     {"lambda", test_lambda},
     {"sampler", test_sampler},
     {"logger", test_logger},
+    {"launch", test_launch},
+    {"ranks", test_ranks},
     {"checkpoint", test_checkpoint},
     {"fuzz_corpus", test_fuzz_corpus},
     {"data", test_data},

@@ -20,7 +20,7 @@ instead.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-// defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, exit, calloc, realloc, free, strerror,
+// defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, vsnprintf, exit, calloc, realloc, free, strerror,
 // errno, va_list
 #include "llmc/arithmetic.h"
 
@@ -36,7 +36,16 @@ static_assert(sizeof(float) == 4 && sizeof(double) == 8, "fp32 and fp64");
 #define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
 #endif
 
+// Takes each message in place of stderr, if set. kind: "error", "usage error" or "warning"
+static void (*message_taker)(const char *kind, const char *text);
+
 static inline void print_message(const char *kind, const char *fmt, va_list args) {
+    if (message_taker != NULL) {
+        char text[8192];
+        vsnprintf(text, sizeof(text), fmt, args); // what is longer is cut
+        message_taker(kind, text);
+        return;
+    }
     fflush(stdout); // what was printed before the error stays before it
     fprintf(stderr, "%s: ", kind);
     vfprintf(stderr, fmt, args);
