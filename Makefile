@@ -54,7 +54,7 @@ NVCCFLAGS ?= -O3 -Xcompiler -march=native
 override NVCCFLAGS += -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -I. -Xcompiler -Wall,-Wextra$(if $(filter-out 0,$(WERROR)),$(comma)-Werror --Werror all-warnings)
 # the same sources for the CPU, by the plain C++ compiler: dev/emulator stands in for CUDA's headers. (What may be
 # uninitialised for gcc is guarded by another variable)
-EMULATED = -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -O1 -g $(NATIVE) -DEMULATED -Idev/emulator -I. -Wall -Wextra \
+EMULATED = -DREMOE_VERSION='"$(VERSION)"' -std=c++17 -O1 -g $(NATIVE) -DEMULATED -DREMOE_NCCL -Idev/emulator -I. -Wall -Wextra \
 	-Wno-unknown-pragmas -Wno-maybe-uninitialized $(if $(filter-out 0,$(WERROR)),-Werror)
 ifeq ($(OPENMP),1)
   override NVCCFLAGS += -Xcompiler -fopenmp
@@ -98,8 +98,13 @@ test_remoe: test_remoe.c train_remoe.c $(HEADERS) $(wildcard dev/test/*.h) Makef
 	$(CC) $(CFLAGS) $< -o $@ $(LDLIBS)
 
 need_nvcc = $(if $(NVCC),,$(error $@ needs nvcc, of the CUDA Toolkit: make $@ NVCC=/path/to/nvcc))
+# NCCL connects ranks whose GPUs do not reach each other's memory, on one machine or several (NCCL= leaves it out). Which libnccl
+# it is: PyTorch's package has libnccl.so.2 alone
+NCCL ?= $(shell dev/nccl.sh)
+nccl_library = $(firstword $(wildcard $(foreach lib,lib lib64 lib/x86_64-linux-gnu lib/aarch64-linux-gnu,$(NCCL)/$(lib)/libnccl.so $(NCCL)/$(lib)/libnccl.so.2)))
+nccl_flags = $(if $(NCCL),-DREMOE_NCCL -I$(NCCL)/include $(nccl_library) -Xlinker -rpath,$(dir $(nccl_library)))
 nvcc_build = $(need_nvcc)dev/nvcc.sh $(NVCC) $(foreach arch,$(CUDA_ARCHS),$(call gencode,$(arch))) $(NVCCFLAGS) $(PRECISION_FLAG) \
-	$< -o $@ -lcublas -lcublasLt $(LDLIBS)
+	$< -o $@ -lcublas -lcublasLt $(nccl_flags) $(LDLIBS)
 emulated_build = $(CXX) $(EMULATED) $(PRECISION_FLAG) -x c++ $< -o $@ $(LDLIBS)
 
 # said before a long build, not after it
@@ -255,4 +260,4 @@ help:
 	@echo 'make train_remoecu_fp32   the CUDA trainer in fp32, to check with; train_remoecu_emulated: on the CPU'
 	@echo 'make format       clang-format all sources in place'
 	@echo 'make clean        remove what was built; runs/ stays'
-	@echo 'with: CC=clang, CFLAGS=..., OPENMP=0 (one thread), NVCC= (no CUDA), CUDA_ARCHS="80 90a", WERROR=1 (warnings are errors)'
+	@echo 'with: CC=clang, CFLAGS=..., OPENMP=0 (one thread), NVCC= (no CUDA), NCCL= (one machine), CUDA_ARCHS="80 90a", WERROR=1 (warnings are errors)'

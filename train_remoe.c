@@ -112,6 +112,7 @@ struct Model {
     Config config;
     int k; // k_tot in force (the near-dense warm-up of topk raises it)
     Params params;
+    Range everything; // of a flat buffer: one rank keeps all of it
     Activations acts;
     ActivationGradients back;
     float *scratch; // the experts' rows: P (d + F + 1) floats; grows with P
@@ -214,7 +215,7 @@ static void model_allocate_params(Model *m, const Config *config) {
     m->config = *config;
     m->k = config->router.active;
     model_tensors(&m->params.table, &m->params.weights, config, NULL);
-    m->params.values = floats(m->params.table.num_params);
+    m->params.values = floats(m->params.table.flat_size);
     model_tensors(&m->params.table, &m->params.weights, config, m->params.values);
 }
 
@@ -226,11 +227,11 @@ static void lap(Model *m, TimeRow row) {
 }
 
 static void model_allocate_training(Model *m, int with_moments) {
-    m->params.grad = floats(m->params.table.num_params);
+    m->params.grad = floats(m->params.table.flat_size);
     model_tensors(&m->params.table, &m->params.grads, &m->config, m->params.grad);
     if (with_moments) {
-        m->params.exp_avg = floats(m->params.table.num_params);
-        m->params.exp_avg_sq = floats(m->params.table.num_params);
+        m->params.exp_avg = floats(m->params.table.flat_size);
+        m->params.exp_avg_sq = floats(m->params.table.flat_size);
     }
 }
 
@@ -536,6 +537,7 @@ Model *model_open(const Config *config, const ModelSettings *s) {
     check_memory(config, s);
     Model *m = NEW(Model, 1);
     model_allocate_params(m, config);
+    m->everything.size = m->params.table.flat_size;
     if (s->purpose != FOR_INFERENCE) {
         model_allocate_training(m, s->purpose == FOR_TRAINING);
     }
@@ -552,17 +554,28 @@ const TensorTable *model_table(const Model *m) {
     return &m->params.table;
 }
 
-// the buffers are on the host: a borrower has the model's own
-float *model_borrow(Model *m, ModelBuffer which) {
+const Range *model_ranges(const Model *m, Holding holding, int *count) {
+    (void)holding;
+    *count = 1;
+    return &m->everything;
+}
+
+static float *flat_buffer(const Model *m, ModelBuffer which) {
     float *buffers[] = {m->params.values, m->params.grad, m->params.exp_avg, m->params.exp_avg_sq};
     return buffers[which];
 }
 
-void model_return(Model *m, ModelBuffer which, float *buffer, int changed) {
+void model_get(Model *m, ModelBuffer which, int64_t first, int64_t n, float *out) {
+    memcpy(out, flat_buffer(m, which) + first, (size_t)n * sizeof(float));
+}
+
+void model_set(Model *m, ModelBuffer which, int64_t first, int64_t n, const float *x) {
+    memcpy(flat_buffer(m, which) + first, x, (size_t)n * sizeof(float));
+}
+
+// the products read the parameters themselves
+void model_publish(Model *m) {
     (void)m;
-    (void)which;
-    (void)buffer;
-    (void)changed;
 }
 
 void model_route(Model *m, RouterMethod method, int k) {
@@ -573,7 +586,8 @@ void model_route(Model *m, RouterMethod method, int k) {
 void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
                      StepStats *s) {
     m->last_lap = seconds_now();
-    zero_floats(m->params.grad, m->params.table.num_params);
+    stats_reset(s, &m->config);
+    zero_floats(m->params.grad, m->params.table.flat_size);
     lap(m, TIME_UPDATE);
     for (int micro_batch = 0; micro_batch < micro_batches; micro_batch++) {
         int *inputs, *targets;
@@ -614,7 +628,7 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start) {
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
                    const float *const *forced, float *logits, float *const *gates, StepStats *s) {
     int64_t N = (int64_t)B * T;
-    zero_floats(m->params.grad, m->params.table.num_params);
+    zero_floats(m->params.grad, m->params.table.flat_size);
     model_forward(m, inputs, B, T, 0, forced);
     s->lm_loss = classifier(m, targets, N, 1.0f / (float)N, logits);
     s->reg_loss = regulariser(m, N);
@@ -624,6 +638,10 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     for (int l = 0; l < m->config.layers && gates != NULL; l++) {
         pairs_to_dense(gates[l], &m->acts.layers[l].pairs, m->config.router.experts);
     }
+}
+
+int model_takes_ranks(void) {
+    return 0;
 }
 
 double model_memory_gb(const Model *m) {
@@ -637,7 +655,7 @@ double model_peak_flops(const Model *m) {
     return 0.0;
 }
 
-void model_profile(Model *m, int on) {
+double model_profile(Model *m, int on) {
     static const char *const names[TIME_ROWS] = {"waiting for data",
                                                  "embedding",
                                                  "attention",
@@ -657,6 +675,7 @@ void model_profile(Model *m, int on) {
                100.0 * m->seconds[row] / sum);
     }
     memset(m->seconds, 0, sizeof(m->seconds));
+    return 0.0;
 }
 
 // ----------------------------------------------------------------------------

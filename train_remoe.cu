@@ -1,5 +1,6 @@
 /*
-train_remoe.cu: the CUDA trainer of ReMoE (mixture-of-experts language models with a ReLU router), one GPU.
+train_remoe.cu: the CUDA trainer of ReMoE (mixture-of-experts language models with a ReLU router), on one GPU or
+many (a process each: llmc/gpu/comm.cuh).
 
 The same model as train_remoe.c, in the same order and with the same names: forward, backward, the gradients
 of a step, and then what a run asks of them (llmc/trainer.h). The step that a run repeats is llmc/step.h:
@@ -30,7 +31,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: die, NEW; Config, Params, Weights, LayerWeights; ModelSettings, StepStats, and what a run asks of
 // a model
 #include "llmc/trainer.h"
-// defines: Model and its groups: Params, Activations, ActivationGradients, Routing, Step; allocate_all
+// defines: Model and its groups: DeviceParams, Comm, Activations, ActivationGradients, Routing, Step;
+// allocate_all; comm_*; update_bucket, publish_params
 #include "llmc/gpu/model_memory.cuh"
 // defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
 #include "llmc/matmul.cuh"
@@ -46,14 +48,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/experts.cuh"
 #include "llmc/gpu/dispatch_rmsnorm.cuh"
 #include "llmc/router.cuh"
-// defines: crossentropy_forward_backward, sum_losses; adamw_update, sum_of_squares, round_copy
-#include "llmc/adamw.cuh"
+// defines: crossentropy_forward_backward, sum_losses
 #include "llmc/crossentropy.cuh"
-
-// the rounded working copy of a master
-static const floatX *working(const Model *m, const float *master) {
-    return m->working + (master - m->params.values);
-}
 
 // --bench's table of where the time goes: what is queued from here on is part of `part`
 static void mark(Model *m, const char *part) {
@@ -66,12 +62,12 @@ static void mark(Model *m, const char *part) {
 // x, attn_normed [N, d] -> mid [N, d] = x + Attn(RMSNorm(x)); rows start .. T-1 of each sequence
 static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->params.weights.layers[l];
+    const LayerReads *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
     int N = B * (T - start), d = c->hidden, width = (int)config_qkv_width(c);
     floatX *qkv = a->qkv + (int64_t)start * width; // start > 0 has B = 1: its rows follow the cached ones
     mark(m, "attention projections");
-    matmul_forward(qkv, a->attn_normed, working(m, w->qkv), N, d, width, &m->gemm, m->stream);
+    matmul_forward(qkv, a->attn_normed, w->qkv, N, d, width, &m->gemm, m->stream);
     mark(m, "rope");
     rope_forward(qkv, m->acts.rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width,
                  m->stream);
@@ -79,16 +75,15 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size, m->kernels,
                       m->stream);
     mark(m, "attention projections");
-    gemm(&m->gemm, 0, 1, N, d, d, a->att, d, working(m, w->o), d, a->mid, d, a->x,
+    gemm(&m->gemm, 0, 1, N, d, d, a->att, d, w->o, d, a->mid, d, a->x,
          m->stream); // x + att W_o^T
 }
 
 // the experts that a layer's pairs index
 static DeviceBank layer_bank(const Model *m, int l) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->params.weights.layers[l];
-    DeviceBank bank = {c->router.experts,   c->hidden, c->ffn, working(m, w->gate_up),
-                       working(m, w->down), NULL,      NULL};
+    const LayerReads *w = &m->params.weights.layers[l];
+    DeviceBank bank = {c->router.experts, c->hidden, c->ffn, w->gate_up, w->down, NULL, NULL};
     if (m->params.grad != NULL) {
         bank.dgate_up = m->params.grads.layers[l].gate_up;
         bank.ddown = m->params.grads.layers[l].down;
@@ -123,7 +118,7 @@ static LayerOut layer_out(const Model *m, int l) {
 // ids, forced: device
 static void moe_block_forward(Model *m, int l, const int *ids, int N, const float *forced) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->params.weights.layers[l];
+    const LayerReads *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
     mark(m, "norms");
@@ -164,23 +159,26 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, con
     const Config *c = &m->config;
     int N = B * (T - start);
     arena_begin_micro_batch(&m->routing.arena, m->stream);
+    comm_wait(&m->comm, BUCKET_EMBED, m->stream);
     mark(m, "embedding");
     LayerActs *first = &m->acts.layers[0];
-    embedding_forward(first->x, ids, working(m, m->params.weights.embed), N, c->hidden, m->stream);
+    embedding_forward(first->x, ids, m->params.weights.embed, N, c->hidden, m->stream);
     mark(m, "norms");
     rmsnorm_forward(first->attn_normed, first->attn_rstd, first->x, m->params.weights.layers[0].attn_norm, N,
                     c->hidden, (float)c->norm_eps, m->stream); // the later ones: each of the layer before
     for (int l = 0; l < c->layers; l++) {
+        comm_wait(&m->comm, bucket_of_layer(l), m->stream);
         attention_block_forward(m, l, B, T, start);
         moe_block_forward(m, l, ids, N, upload_forced(m, forced, l, N));
     }
+    comm_wait(&m->comm, bucket_of_head(c->layers), m->stream);
 }
 
 // losses of N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the
 // losses; all_logits: NULL, or [N, V] on the device to keep them
 static void classifier(Model *m, const int *targets, int N, float grad_scale, floatX *all_logits) {
     int64_t d = m->config.hidden, V = m->config.vocab_size;
-    const floatX *head = working(m, m->params.weights.head);
+    const floatX *head = m->params.weights.head;
     for (int64_t first = 0; first < N; first += m->acts.logit_rows) {
         int64_t rows = N - first < m->acts.logit_rows ? N - first : m->acts.logit_rows;
         const floatX *normed = m->acts.normed + first * d;
@@ -202,12 +200,18 @@ static void classifier(Model *m, const int *targets, int N, float grad_scale, fl
     }
 }
 
-// adds scale * the column `reg` (router.h) of a micro-batch to the step's
+// tokens per expert of layer l in the micro-batches of all ranks together
+static const int *counts_of(const Model *m, int l) {
+    return m->routing.counts_all + (int64_t)l * m->config.router.experts;
+}
+
+// adds scale * this rank's share of the column `reg` (router.h) of a micro-batch to the step's
 static void regulariser(Model *m, int N, double scale) {
     for (int l = 0; l < m->config.layers; l++) {
         const LayerActs *a = &m->acts.layers[l];
-        router_loss(&m->step.sums->reg_loss, a->pairs, a->router_logits, a->pairs.counts, N,
-                    router_in_force(m), N, m->config.layers, scale, m->scratch, m->stream);
+        router_loss(&m->step.sums->reg_loss, a->pairs, a->router_logits, counts_of(m, l),
+                    (int64_t)N * m->comm.ranks, router_in_force(m), N, m->config.layers, scale, m->scratch,
+                    m->stream);
     }
 }
 
@@ -216,7 +220,7 @@ static void regulariser(Model *m, int N, double scale) {
 
 static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->params.weights.layers[l];
+    const LayerReads *w = &m->params.weights.layers[l];
     LayerWeights *g = &m->params.grads.layers[l];
     LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
@@ -228,23 +232,22 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     CombineChunk sums = experts_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh,
                                          a->pairs, a->dispatch, &m->routing.arena, l, N, m->stream);
     mark(m, "router and dispatch");
-    const floatX *router = w->router != NULL ? working(m, w->router) : NULL;
-    if (router != NULL) {
-        router_backward(m->back.drouter, m->back.dgate, a->pairs, a->router_logits, a->pairs.counts, N,
-                        router_in_force(m), N, c->layers, reg_weight, m->stream);
-        matmul_backward(NULL, g->router, m->back.drouter, a->ffn_normed, router, N, d, E, &m->gemm,
+    if (w->router != NULL) {
+        router_backward(m->back.drouter, m->back.dgate, a->pairs, a->router_logits, counts_of(m, l),
+                        (int64_t)N * m->comm.ranks, router_in_force(m), N, c->layers, reg_weight, m->stream);
+        matmul_backward(NULL, g->router, m->back.drouter, a->ffn_normed, w->router_x, N, d, E, &m->gemm,
                         m->stream);
     }
     mark(m, "combine and norms");
-    dispatch_combine_rmsnorm_backward(m->back.dx, g->ffn_norm, m->back.dnormed, sums,
-                                      router != NULL ? m->back.drouter : NULL, router, a->mid, w->ffn_norm,
-                                      a->ffn_rstd, router_row(c->router.method)->gradient_is_sparse, N, d,
-                                      (float *)m->scratch, &m->gemm, m->stream);
+    dispatch_combine_rmsnorm_backward(
+        m->back.dx, g->ffn_norm, m->back.dnormed, sums, w->router != NULL ? m->back.drouter : NULL,
+        w->router_x, a->mid, w->ffn_norm, a->ffn_rstd, router_row(c->router.method)->gradient_is_sparse, N, d,
+        (float *)m->scratch, &m->gemm, m->stream);
 }
 
 static void attention_block_backward(Model *m, int l, int B, int T) {
     const Config *c = &m->config;
-    const LayerWeights *w = &m->params.weights.layers[l];
+    const LayerReads *w = &m->params.weights.layers[l];
     LayerWeights *g = &m->params.grads.layers[l];
     LayerActs *a = &m->acts.layers[l];
     int N = B * T, d = c->hidden, width = (int)config_qkv_width(c);
@@ -253,23 +256,31 @@ static void attention_block_backward(Model *m, int l, int B, int T) {
         rmsnorm_again(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, m->stream);
     }
     mark(m, "attention projections");
-    matmul_backward(m->back.datt, g->o, m->back.dx, a->att, working(m, w->o), N, d, d, &m->gemm, m->stream);
+    matmul_backward(m->back.datt, g->o, m->back.dx, a->att, w->o, N, d, d, &m->gemm, m->stream);
     mark(m, "attention backward"); // and RoPE's
     attention_rope_backward(m->back.dqkv, m->back.datt, a->att, a->qkv, a->lse, (float *)m->scratch,
                             m->acts.rope, B, T, c->heads, c->kv_heads, c->head_size, m->kernels, m->stream);
     mark(m, "attention projections");
-    matmul_backward(m->back.dnormed, g->qkv, m->back.dqkv, a->attn_normed, working(m, w->qkv), N, d, width,
-                    &m->gemm, m->stream);
+    matmul_backward(m->back.dnormed, g->qkv, m->back.dqkv, a->attn_normed, w->qkv, N, d, width, &m->gemm,
+                    m->stream);
     mark(m, "norms");
     rmsnorm_backward(m->back.dx, g->attn_norm, m->back.dnormed, a->x, w->attn_norm, a->attn_rstd, N, d,
                      (float *)m->scratch, m->stream);
 }
 
+// the gradients of a bucket get nothing more in this step: off to their owners, while the next are computed
+static void gradients_done(Model *m, int bucket, int last) {
+    if (last) {
+        comm_exchange(&m->comm, bucket, m->stream);
+    }
+}
+
 // after model_forward and classifier (which left dnormed): adds to all gradients. reg_weight: of the
-// regulariser
-static void model_backward(Model *m, const Batch *batch, int B, int T, double reg_weight) {
+// regulariser; last: of the step's micro-batches
+static void model_backward(Model *m, const Batch *batch, int B, int T, double reg_weight, int last) {
     const Config *c = &m->config;
     int N = B * T, d = c->hidden;
+    gradients_done(m, bucket_of_head(c->layers), last);
     mark(m, "norms");
     CUDA_CHECK(cudaMemsetAsync(m->back.dx, 0, (size_t)N * (size_t)d * sizeof(floatX), m->stream));
     rmsnorm_backward(m->back.dx, m->params.grads.norm, m->back.dnormed, m->acts.x, m->params.weights.norm,
@@ -277,10 +288,14 @@ static void model_backward(Model *m, const Batch *batch, int B, int T, double re
     for (int l = c->layers - 1; l >= 0; l--) {
         moe_block_backward(m, l, N, reg_weight);
         attention_block_backward(m, l, B, T);
+        gradients_done(m, bucket_of_layer(l), last);
     }
     mark(m, "embedding");
     embedding_backward(m->params.grads.embed, m->back.dx, batch->positions, (float *)m->scratch, N, d,
                        m->stream);
+    gradients_done(m, BUCKET_EMBED, last);
+    gradients_done(m, BUCKET_ROUTERS, last);
+    gradients_done(m, BUCKET_NORMS, last);
     m->fresh = 0;
 }
 
@@ -291,7 +306,8 @@ static void model_backward(Model *m, const Batch *batch, int B, int T, double re
 static void sum_step(Model *m, int N, int micro_batches) {
     int E = m->config.router.experts;
     mark(m, "losses and counts");
-    sum_losses(&m->step.sums->lm_loss, m->acts.losses, N, 1.0 / ((double)N * micro_batches), m->stream);
+    sum_losses(&m->step.sums->lm_loss, m->acts.losses, N, 1.0 / ((double)N * micro_batches * m->comm.ranks),
+               m->stream);
     regulariser(m, N, 1.0 / micro_batches);
     for (int l = 0; l < m->config.layers; l++) {
         routing_stats(&m->step.sums->routing, m->acts.layers[l].pairs, m->step.counts + (int64_t)l * E, N, E,
@@ -299,14 +315,19 @@ static void sum_step(Model *m, int N, int micro_batches) {
     }
 }
 
-// Queues one of `micro_batches`: adds its gradient to m->params.grad, its losses and routing to the step's
-// sums. Nothing here waits for the device: a CUDA graph can capture it
-static void micro_step(Model *m, const Batch *batch, int B, int T, int micro_batches, double reg_weight) {
+// Forward, losses and backward of one of `micro_batches` of each rank: adds its gradient to m->params.grad, its
+// losses and routing to the step's sums. all_logits: NULL, or [N, V]; forced: as in model_forward. Nothing here
+// waits for the device: a CUDA graph can capture it
+static void micro_step(Model *m, const Batch *batch, int B, int T, int micro_batches, double reg_weight,
+                       int last, const float *const *forced, floatX *all_logits) {
     int N = B * T;
-    model_forward(m, batch->inputs, B, T, 0, NULL);
-    classifier(m, batch->targets, N, (float)(1.0 / ((double)N * micro_batches)), NULL);
+    int64_t cells = (int64_t)m->config.layers * m->config.router.experts;
+    model_forward(m, batch->inputs, B, T, 0, forced);
+    comm_counts_send(&m->comm, cells, m->stream); // f_e is the global micro-batch's (Eq. 11)
+    classifier(m, batch->targets, N, (float)(1.0 / ((double)N * micro_batches * m->comm.ranks)), all_logits);
+    comm_counts_receive(&m->comm, m->routing.counts_all, cells, m->stream); // wanted only now
     sum_step(m, N, micro_batches);
-    model_backward(m, batch, B, T, reg_weight / micro_batches);
+    model_backward(m, batch, B, T, reg_weight / micro_batches, last);
 }
 
 // All but the experts', which are nearly all there are: the first micro-batch sets those. A layer's, gate_up
@@ -316,7 +337,7 @@ static void clear_gradients(Model *m) {
     float *from = m->params.grad;
     for (int l = 0; l <= m->config.layers; l++) {
         float *to = l < m->config.layers ? m->params.grads.layers[l].gate_up
-                                         : m->params.grad + m->params.table.num_params;
+                                         : m->params.grad + m->params.table.flat_size;
         CUDA_CHECK(cudaMemsetAsync(from, 0, (size_t)(to - from) * sizeof(float), m->stream));
         from = to + experts;
     }
@@ -334,43 +355,87 @@ static void begin_step(Model *m) {
     arena_begin_step(&m->routing.arena, m->stream);
 }
 
-static void gradient_norm(Model *m) {
-    mark(m, "gradient norm");
-    for (int i = 0; i < m->params.table.count; i++) {
-        const Tensor *tensor = &m->params.table.tensors[i];
-        sum_of_squares(&m->step.sums->grad_squares, m->params.grad + tensor->offset, tensor->size,
-                       (double *)m->scratch, m->stream);
+// the own row: what this rank has summed up; stop: whether it wants the run to end
+static __global__ void vote_kernel(unsigned char *row, const StepSums *sums, const int *overflow, int stop,
+                                   const int64_t *counts, int cells, const int *rows, int layers) {
+    Vote *vote = (Vote *)row;
+    int64_t *vote_counts = (int64_t *)(vote + 1);
+    int *vote_rows = (int *)(vote_counts + cells);
+    if (threadIdx.x == 0) {
+        vote->sums = *sums;
+        vote->overflow = *overflow;
+        vote->stop = stop;
     }
+    for (int i = (int)threadIdx.x; i < cells; i += (int)blockDim.x) {
+        vote_counts[i] = counts[i];
+    }
+    for (int l = (int)threadIdx.x; l < layers; l += (int)blockDim.x) {
+        vote_rows[l] = rows[l];
+    }
+}
+
+static unsigned char *own_vote(const Model *m) {
+    return (unsigned char *)m->comm.regions[REGION_VOTES].own + m->comm.rank * vote_bytes(m);
+}
+
+// everything is queued: the norm, and what the ranks tell each other
+static void end_step(Model *m, int stop) {
+    const Config *c = &m->config;
+    const TensorTable *t = &m->params.table;
+    comm_exchange_end(&m->comm, m->stream);
+    mark(m, "votes and norm");
+    launch(vote_kernel, 1, 256, 0, m->stream, own_vote(m), m->step.sums, m->routing.arena.overflow, stop,
+           m->step.counts, c->layers * c->router.experts, m->routing.arena.most_rows, c->layers);
+    comm_votes(&m->comm, vote_bytes(m), m->stream);
+    mark(m, "votes and norm");
+    sum_squares(m->step.grad_squares, (const double *)m->comm.regions[REGION_SQUARES].own, t->buckets,
+                t->bucket_count, m->comm.ranks, m->stream);
     mark(m, NULL);
 }
 
-// what the device has summed up; waits for it. Returns 0 if a layer had more chunks of pairs than were
-// planned: then s is untouched, the step is worthless, and the plan is larger
+// adds up the ranks' votes, by rank; rows [L]: the most of any. Returns whether a layer had too many
+static int count_votes(const Model *m, const unsigned char *votes, StepStats *s, int *rows) {
+    int L = m->config.layers, cells = L * m->config.router.experts, overflow = 0;
+    for (int p = 0; p < m->comm.ranks; p++) {
+        const Vote *vote = (const Vote *)(votes + p * vote_bytes(m));
+        const int64_t *counts = (const int64_t *)(vote + 1);
+        const int *its_rows = (const int *)(counts + cells);
+        s->active += vote->sums.routing.active;
+        s->zero_expert += vote->sums.routing.zero_expert;
+        s->lm_loss += vote->sums.lm_loss;
+        s->reg_loss += vote->sums.reg_loss;
+        s->stop |= vote->stop;
+        overflow |= vote->overflow;
+        for (int i = 0; i < cells; i++) {
+            s->counts[i] += counts[i];
+        }
+        for (int l = 0; l < L; l++) {
+            rows[l] = its_rows[l] > rows[l] ? its_rows[l] : rows[l];
+        }
+    }
+    return overflow;
+}
+
+// What the devices have summed up; waits for it. Returns 0 if a layer of any rank had more chunks of pairs than
+// were planned: then the step is worthless, and the plan is larger. All ranks read the same, so they do the same
 static int read_step(Model *m, int64_t tokens, StepStats *s) {
-    int L = m->config.layers, E = m->config.router.experts, overflow;
-    StepSums sums;
-    int64_t *counts = NEW(int64_t, L * E);
-    int *rows = NEW(int, L);
-    copy_now(&overflow, m->routing.arena.overflow, sizeof(int), cudaMemcpyDeviceToHost, m->stream);
-    copy_now(rows, m->routing.arena.most_rows, (size_t)L * sizeof(int), cudaMemcpyDeviceToHost, m->stream);
-    copy_now(&sums, m->step.sums, sizeof(sums), cudaMemcpyDeviceToHost, m->stream);
-    copy_now(counts, m->step.counts, (size_t)(L * E) * sizeof(int64_t), cudaMemcpyDeviceToHost, m->stream);
+    int overflow;
+    double squares;
+    size_t bytes = (size_t)(m->comm.ranks * vote_bytes(m));
+    unsigned char *votes = NEW(unsigned char, bytes);
+    int *rows = NEW(int, m->config.layers);
+    copy_now(&squares, m->step.grad_squares, sizeof(squares), cudaMemcpyDeviceToHost, m->stream);
+    copy_now(votes, m->comm.regions[REGION_VOTES].own, bytes, cudaMemcpyDeviceToHost, m->stream);
+    overflow = count_votes(m, votes, s, rows);
     if (overflow) {
         arena_grow(&m->routing.arena, rows);
     } else {
         s->tokens += tokens;
-        s->active += sums.routing.active;
-        s->zero_expert += sums.routing.zero_expert;
-        s->lm_loss += sums.lm_loss;
-        s->reg_loss += sums.reg_loss;
-        s->grad_norm = sqrt(sums.grad_squares);
-        for (int i = 0; i < L * E; i++) {
-            s->counts[i] += counts[i];
-        }
-        arena_remember(m->routing.recent_rows, rows, L);
+        s->grad_norm = sqrt(squares);
+        arena_remember(m->routing.recent_rows, rows, m->config.layers);
         arena_plan(&m->routing.arena, m->routing.recent_rows);
     }
-    free(counts);
+    free(votes);
     free(rows);
     return !overflow;
 }
@@ -404,6 +469,8 @@ static void upload_batch(Model *m, int i, const int *inputs, const int *targets,
 void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
                      StepStats *s) {
     for (int taken = 0, done = 0; !done;) { // again, if a layer had more pairs than were planned for
+        int stop = s->stop;
+        stats_reset(s, &m->config);
         begin_step(m);
         for (int i = 0; i < micro_batches; i++) {
             if (taken == i) {
@@ -412,22 +479,20 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
                 upload_batch(m, i, inputs, targets, B * T);
                 taken++;
             }
-            micro_step(m, &m->step.batches[i], B, T, micro_batches, reg_weight);
+            micro_step(m, &m->step.batches[i], B, T, micro_batches, reg_weight, i + 1 == micro_batches, NULL,
+                       NULL);
         }
-        gradient_norm(m);
-        done = read_step(m, (int64_t)micro_batches * B * T, s);
+        end_step(m, stop);
+        done = read_step(m, (int64_t)micro_batches * m->comm.ranks * B * T, s);
     }
 }
 
+// bucket after bucket in the order in which the next forward wants them: what is updated goes to the other ranks
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t) {
     AdamW adamw = {0.9, 0.999, 1e-8};
     mark(m, "AdamW");
-    for (int i = 0; i < m->params.table.count; i++) {
-        const Tensor *tensor = &m->params.table.tensors[i];
-        int64_t at = tensor->offset;
-        adamw_update(m->params.values + at, m->working + at, m->params.exp_avg + at,
-                     m->params.exp_avg_sq + at, m->params.grad + at, tensor->size, adamw, lr,
-                     tensor->decay ? weight_decay : 0.0, grad_scale, t, m->stream);
+    for (int b = 0; b < m->params.table.bucket_count; b++) {
+        update_bucket(&m->params, &m->comm, b, adamw, lr, weight_decay, grad_scale, t, m->stream);
     }
     mark(m, NULL);
 }
@@ -442,12 +507,15 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
     m->settings = *settings;
     m->settings.recompute = settings->recompute && settings->purpose != FOR_INFERENCE;
     m->k = config->router.active;
-    m->acts.layers = NEW(LayerActs, config->layers);
     m->host_logits = NEW(float, config->vocab_size);
     m->routing.recent_rows = NEW(int, config->layers);
-    device_open(settings->device);
+    m->acts.layers = NEW(LayerActs, config->layers);
+    params_open_lists(&m->params, config);
+    int device = device_open(settings->ranks);
     CUDA_CHECK(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
     m->kernels = device_kernels(settings->kernels);
+    comm_open(&m->comm, settings->ranks, settings->comm, settings->zero && settings->purpose != FOR_INFERENCE,
+              device, &m->params.table, &m->profile);
     int64_t available = device_available_bytes();
     int64_t batches = 4 * batch_ints(m) * settings->micro_batches;
     int64_t need = fixed_bytes(m, settings->B) + batches;
@@ -456,8 +524,10 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
     allocate_all(m, choose_store_rows(m, available - need));
     allocate_batches(m, settings->micro_batches);
     upload_rope(m);
-    clear_weights(m);
+    clear_params(&m->params, m->stream);
+    comm_connect(&m->comm);
     if (settings->purpose == FOR_TRAINING) {
+        comm_print(&m->comm);
         print_memory(m, available - device_available_bytes(), most);
     }
     return m;
@@ -465,6 +535,7 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
 
 void model_close(Model *m) {
     CUDA_CHECK(cudaDeviceSynchronize());
+    comm_close(&m->comm);
     gemm_close(&m->gemm);
     arena_free(&m->routing.arena);
     memory_release(&m->memory);
@@ -472,10 +543,10 @@ void model_close(Model *m) {
     CUDA_CHECK(cudaStreamDestroy(m->stream));
     free(m->step.batches);
     free(m->step.id_places);
-    free(m->acts.layers);
     free(m->host_logits);
     free(m->routing.recent_rows);
-    params_free(&m->params);
+    free(m->acts.layers);
+    params_close_lists(&m->params);
     free(m);
 }
 
@@ -483,34 +554,24 @@ const TensorTable *model_table(const Model *m) {
     return &m->params.table;
 }
 
-static float *device_buffer(const Model *m, ModelBuffer which) {
-    switch (which) {
-    case BUFFER_PARAMS: return m->params.values;
-    case BUFFER_GRADS: return m->params.grad;
-    case BUFFER_EXP_AVG: return m->params.exp_avg;
-    default: return m->params.exp_avg_sq;
-    }
+const Range *model_ranges(const Model *m, Holding holding, int *count) {
+    *count = m->params.table.bucket_count;
+    return holding == RANGES_OWNED ? m->params.owned : m->params.kept;
 }
 
-float *model_borrow(Model *m, ModelBuffer which) {
-    float *host = (float *)check_realloc(NULL, (size_t)m->params.table.num_params, sizeof(float));
-    copy_now(host, device_buffer(m, which), (size_t)m->params.table.num_params * sizeof(float),
-             cudaMemcpyDeviceToHost, m->stream);
-    return host;
+void model_get(Model *m, ModelBuffer which, int64_t first, int64_t n, float *out) {
+    copy_now(out, params_element(&m->params, which, first), (size_t)n * sizeof(float), cudaMemcpyDeviceToHost,
+             m->stream);
 }
 
-void model_return(Model *m, ModelBuffer which, float *buffer, int changed) {
-    if (changed) {
-        copy_now(device_buffer(m, which), buffer, (size_t)m->params.table.num_params * sizeof(float),
-                 cudaMemcpyHostToDevice, m->stream);
-    }
-#ifndef PRECISION_FP32
-    if (changed && which == BUFFER_PARAMS) {
-        round_copy(m->working, m->params.values, m->params.table.num_params, m->stream);
-        CUDA_CHECK(cudaStreamSynchronize(m->stream));
-    }
-#endif
-    free(buffer);
+void model_set(Model *m, ModelBuffer which, int64_t first, int64_t n, const float *x) {
+    copy_now(params_element(&m->params, which, first), x, (size_t)n * sizeof(float), cudaMemcpyHostToDevice,
+             m->stream);
+}
+
+void model_publish(Model *m) {
+    publish_params(&m->params, &m->comm, m->stream);
+    CUDA_CHECK(cudaStreamSynchronize(m->stream));
 }
 
 void model_route(Model *m, RouterMethod method, int k) {
@@ -565,8 +626,8 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     CUDA_CHECK(cudaMemcpyAsync(batch->inputs, ids + start, (size_t)rows * sizeof(int), cudaMemcpyHostToDevice,
                                m->stream));
     model_forward(m, batch->inputs, 1, n, start, NULL);
-    matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(rows - 1) * d,
-                   working(m, m->params.weights.head), 1, d, V, &m->gemm, m->stream);
+    matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(rows - 1) * d, m->params.weights.head, 1, d, V,
+                   &m->gemm, m->stream);
     download(m, m->host_logits, m->acts.logits, V);
     plan_back(m, planned);
     return m->host_logits;
@@ -594,12 +655,9 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     plan_worst(m, N);
     begin_step(m);
     upload_batch(m, 0, inputs, targets, N);
-    model_forward(m, m->step.batches[0].inputs, B, T, 0, forced);
-    classifier(m, m->step.batches[0].targets, N, 1.0f / (float)N, all_logits);
-    sum_step(m, N, 1);
-    model_backward(m, &m->step.batches[0], B, T, reg_weight);
-    gradient_norm(m);
-    read_step(m, N, s);
+    micro_step(m, &m->step.batches[0], B, T, 1, reg_weight, 1, forced, all_logits);
+    end_step(m, 0);
+    read_step(m, (int64_t)N * m->comm.ranks, s);
     if (logits != NULL) {
         download(m, logits, all_logits, N * V);
         CUDA_CHECK(cudaFree(all_logits));
@@ -609,20 +667,24 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     }
 }
 
+int model_takes_ranks(void) {
+    return 1;
+}
+
 double model_memory_gb(const Model *m) {
     return 1e-9 * (double)memory_total(&m->memory);
 }
 
 double model_peak_flops(const Model *m) {
-    return device_peak_flops(m->settings.device);
+    return device_peak_flops(m->comm.device) * m->comm.ranks;
 }
 
-void model_profile(Model *m, int on) {
+double model_profile(Model *m, int on) {
     if (on) {
         profile_begin(&m->profile);
-    } else {
-        profile_end(&m->profile);
+        return 0.0;
     }
+    return profile_end(&m->profile);
 }
 
 // ----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 /*
-AdamW with decoupled weight decay (Loshchilov and Hutter, 2019) on the device, and the gradients' norm.
+AdamW with decoupled weight decay (Loshchilov and Hutter, 2019) on the device.
 
     g <- grad grad_scale                             grad_scale = min(1, clip / (norm + 1e-6)): adamw.h
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2;   m' = m / (1 - b1^t);   v' = v / (1 - b2^t)
@@ -10,68 +10,17 @@ make a last bit differ. 28 bytes are read and written per element, 30 with the b
 pack's worth of each in 16-byte accesses. Where a tensor does not begin on a multiple of 16 bytes, and for the
 last few elements, single elements are moved instead: the same arithmetic, so the same bits.
 
-The norm is a sum over fixed blocks of NORM_BLOCK elements, in double: the threads of a block stride through
-it and are added in a tree, then the blocks in another tree. No order depends on the device.
-
-w, m, v, grad [n] fp32, w_x [n] floatX. Equals adamw_update, sum_of_squares of adamw.h. Errors: none.
+w, m, v, grad [n] fp32, w_x [n] floatX. Equals adamw_update of adamw.h. The
+gradients' norm: gpu/buckets.cuh. Errors: none.
 */
 #ifndef ADAMW_CUH
 #define ADAMW_CUH
 
 #include "llmc/adamw.h"
 #include "llmc/gpu/floats.cuh"
-#include "llmc/gpu/sums.cuh"
-// defines: AdamW, NORM_BLOCK; Floats, load_floats, store_floats, narrow; add_all
+// defines: AdamW; Floats, load_floats, store_floats, narrow
 
-enum { ADAMW_THREADS = 256, NORM_THREADS = 512 };
-static_assert(NORM_BLOCK % Pack<float>::SIZE == 0,
-              "if a tensor is aligned to 16 bytes, so is each block of it");
-
-// ----------------------------------------------------------------------------
-// the norm
-
-// partials[b] = the sum of squares of block b's elements
-static __global__ void __launch_bounds__(NORM_THREADS)
-    sum_of_squares_kernel(double *partials, const float *x, int64_t n, bool aligned) {
-    int64_t first = (int64_t)blockIdx.x * NORM_BLOCK;
-    int count = n - first < NORM_BLOCK ? (int)(n - first) : (int)NORM_BLOCK;
-    const int WIDTH = Pack<float>::SIZE;
-    double sum = 0.0;
-    for (int i = (int)threadIdx.x * WIDTH; i < count; i += NORM_THREADS * WIDTH) {
-        Pack<float> pack = {};
-        if (aligned && i + WIDTH <= count) {
-            pack = load_pack(x + first + i);
-        } else {
-            for (int j = 0; j < WIDTH && i + j < count; j++) {
-                pack.x[j] = x[first + i + j];
-            }
-        }
-        for (int j = 0; j < WIDTH; j++) {
-            sum += (double)pack.x[j] * (double)pack.x[j];
-        }
-    }
-    double total = block_sum_by_halves<NORM_THREADS>(sum);
-    if (threadIdx.x == 0) {
-        partials[blockIdx.x] = total;
-    }
-}
-
-static inline int64_t norm_blocks(int64_t n) {
-    return ceil_div<int64_t>(n, NORM_BLOCK);
-}
-
-// *sum (device) += the sum of squares of x[0..n); partials [norm_blocks(n)] scratch
-static inline void sum_of_squares(double *sum, const float *x, int64_t n, double *partials,
-                                  cudaStream_t stream) {
-    if (n > 0) {
-        launch(sum_of_squares_kernel, dim3((unsigned)norm_blocks(n)), NORM_THREADS, 0, stream, partials, x, n,
-               is_aligned16(x));
-        add_all<NORM_THREADS>(sum, partials, norm_blocks(n), 1.0, stream);
-    }
-}
-
-// ----------------------------------------------------------------------------
-// the update
+enum { ADAMW_THREADS = 256 };
 
 // adamw.h's constants of a step
 typedef struct {

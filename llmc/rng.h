@@ -122,11 +122,12 @@ static inline float rng_normal(uint64_t seed, uint64_t stream, uint64_t counter)
     return (float)(radius * (counter % 2 == 0 ? cosine : sine));
 }
 
-// x[0..n) = N(0, deviation): elements 0 .. n-1 of the stream
-static inline void rng_fill_normal(float *x, int64_t n, float deviation, uint64_t seed, uint64_t stream) {
+// x[0..n) = N(0, deviation): elements first .. first + n - 1 of the stream
+static inline void rng_fill_normal(float *x, int64_t first, int64_t n, float deviation, uint64_t seed,
+                                   uint64_t stream) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        x[i] = deviation * rng_normal(seed, stream, (uint64_t)i);
+        x[i] = deviation * rng_normal(seed, stream, (uint64_t)(first + i));
     }
 }
 

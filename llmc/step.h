@@ -26,7 +26,8 @@ the step, L layers, E = E_tot experts, k = k_tot of them active.
 
 // what stays the same from step to step
 typedef struct {
-    int micro_batches, B, T;
+    int micro_batches, B, T; // of a rank
+    int ranks;
     Schedule schedule;
     double weight_decay, grad_clip;
     double aux_coeff;     // topk's
@@ -54,16 +55,6 @@ static inline int step_most_k(const StepSettings *s, Router router) {
     return first > router.active ? first : router.active;
 }
 
-static inline void stats_reset(StepStats *s, const Config *c) {
-    int64_t cells = (int64_t)c->layers * c->router.experts;
-    if (s->counts == NULL) {
-        s->counts = NEW(int64_t, cells);
-    }
-    memset(s->counts, 0, (size_t)cells * sizeof(int64_t));
-    s->tokens = s->zero_expert = s->active = 0;
-    s->lm_loss = s->reg_loss = s->grad_norm = 0.0;
-}
-
 static inline int stats_are_finite(const StepStats *s) {
     return isfinite(s->lm_loss) && isfinite(s->reg_loss) && isfinite(s->grad_norm);
 }
@@ -74,7 +65,6 @@ static inline int train_step(Model *m, Prefetcher *ahead, const Config *c, const
     Router router = c->router;
     double reg_weight = router_loss_weight(router.method, state->sparsity.lambda, s->aux_coeff);
     model_route(m, router.method, step_k(s, router, state->step));
-    stats_reset(stats, c);
     model_gradients(m, ahead, s->micro_batches, s->B, s->T, reg_weight, stats); // of lm + lambda reg (Eq. 6)
     int finite = stats_are_finite(stats);
     if (finite) {
@@ -87,7 +77,7 @@ static inline int train_step(Model *m, Prefetcher *ahead, const Config *c, const
         stage_update(&state->sparsity, state->step, stats->active, pairs, router.experts, router.active);
         lambda_update(&state->sparsity, stats->active, pairs, router.experts, router.active); // (Eq. 7, 8)
     }
-    state->sequences += (int64_t)s->micro_batches * s->B;
+    state->sequences += (int64_t)s->micro_batches * s->B * s->ranks;
     state->step++;
     return finite;
 }

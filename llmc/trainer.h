@@ -1,10 +1,11 @@
 /*
-What a trainer offers to the run around it: a model behind fourteen functions. train_remoe.c implements them
+What a trainer offers to the run around it: a model behind sixteen functions. train_remoe.c implements them
 on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, validation, samples and bench
 (llmc/run/run.h), know no more of a model than this.
 
     open, close           memory for micro-batches of B x T tokens, and what it is wanted for
-    table, borrow, return the parameters, by name, on the host
+    table, ranges         the parameters, by name, and which of their elements this rank keeps
+    get, set, publish     their values, to and from the host
     route                 the routing method and k in force
     gradients, update     an optimizer step, in two halves
     loss, next_logits     forward alone: validation, sampling
@@ -19,28 +20,34 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 #include "llmc/config.h"
 #include "llmc/files/prefetch.h"
 #include "llmc/model.h"
+#include "llmc/ranges.h"
 #include "llmc/router.h"
-// defines: Config, Prefetcher, TensorTable, RouterMethod
+#include "llmc/run/ranks.h"
+// defines: Config, Prefetcher, TensorTable, Range, RouterMethod, Ranks
 
 typedef struct Model Model; // each trainer's own
 
 typedef enum { FOR_INFERENCE, FOR_GRADIENTS, FOR_TRAINING } Purpose;
 typedef enum { BUFFER_PARAMS, BUFFER_GRADS, BUFFER_EXP_AVG, BUFFER_EXP_AVG_SQ } ModelBuffer;
 
-// what a model is opened for; the last four lines are the CUDA trainer's
+typedef enum { RANGES_KEPT, RANGES_OWNED } Holding;
+
+// what a model is opened for; the last six lines are the CUDA trainer's
 typedef struct {
     Purpose purpose;
     int B, T;          // the largest micro-batch
     int micro_batches; // of a step
     int most_k;        // the largest k that model_route will ask for
     int starts_dense;  // a router that may switch on any number of experts, with weights that are just drawn
-    int device;        // which of the machine's GPUs
+    Ranks *ranks;      // that compute a step together, each on a GPU
+    int zero;          // they divide the optimizer's states among them (ZeRO-1)
+    const char *comm;  // auto, copies or nccl: what carries the data between them
     const char *kernels; // auto, portable or hopper
     int recompute;       // normalised inputs are computed again in backward
     double pair_budget;  // GB of pairs kept for backward; 0: what memory is left over
 } ModelSettings;
 
-// what a step learned, over its micro-batches. A run zeroes it, a model adds to it
+// what a step learned, over the micro-batches of all ranks
 typedef struct {
     int64_t tokens;           // N of the step
     int64_t *counts;          // [L, E] tokens per expert
@@ -48,7 +55,19 @@ typedef struct {
     int64_t active;           // pairs
     double lm_loss, reg_loss; // means over the micro-batches
     double grad_norm;         // of all gradients together
+    int stop;                 // before: whether this rank wants the run to end; after: whether any rank does
 } StepStats;
+
+// all but `stop`
+static inline void stats_reset(StepStats *s, const Config *c) {
+    int64_t cells = (int64_t)c->layers * c->router.experts;
+    if (s->counts == NULL) {
+        s->counts = NEW(int64_t, cells);
+    }
+    memset(s->counts, 0, (size_t)cells * sizeof(int64_t));
+    s->tokens = s->zero_expert = s->active = 0;
+    s->lm_loss = s->reg_loss = s->grad_norm = 0.0;
+}
 
 // Allocates all that the micro-batches need, and refuses what does not fit. For training, the start-up
 // table's lines about memory are printed first. Weights, gradients and moments are zero
@@ -56,16 +75,21 @@ Model *model_open(const Config *config, const ModelSettings *settings);
 void model_close(Model *m);
 const TensorTable *model_table(const Model *m);
 
-// One of the flat buffers [num_params], on the host; what model_return gets back with changed = 1 becomes the
-// model's. Between the two calls nothing else may use it
-float *model_borrow(Model *m, ModelBuffer which);
-void model_return(Model *m, ModelBuffer which, float *buffer, int changed);
+// elements of the flat buffers, ascending: those that this rank keeps of parameters and moments, or those that it
+// owns, of which every element has one owner. Everything where there is one rank
+const Range *model_ranges(const Model *m, Holding holding, int *count);
+// n elements from `first` on, all within one range, to the host and back
+void model_get(Model *m, ModelBuffer which, int64_t first, int64_t n, float *out);
+void model_set(Model *m, ModelBuffer which, int64_t first, int64_t n, const float *x);
+// After the last model_set of BUFFER_PARAMS: makes of the parameters what the products read, a rounded copy on
+// a GPU, with several ranks of everyone's. All ranks call it
+void model_publish(Model *m);
 
 // the method and k_tot in force: topk's warm-up raises k, ec samples as topk
 void model_route(Model *m, RouterMethod method, int k);
 
-// Gradients of a step's mean over micro_batches batches of B x T taken from `ahead`, into the gradient
-// buffer; losses, routing and the gradient's norm into s
+// Gradients of a step's mean over micro_batches batches of B x T, of each rank, taken from `ahead`, into the
+// gradient buffer; losses, routing and the gradient's norm into s
 void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
                      StepStats *s);
 // AdamW's step t (from 1) with the gradients times grad_scale
@@ -79,8 +103,12 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start);
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
                    const float *const *forced, float *logits, float *const *gates, StepStats *s);
 
-double model_memory_gb(const Model *m);  // largest use so far
-double model_peak_flops(const Model *m); // of the device, dense, at its products' precision; <= 0: unknown
-void model_profile(Model *m, int on);    // 1: measure where the time goes from here; 0: print the table
+int model_takes_ranks(void);            // can several processes compute a step together?
+double model_memory_gb(const Model *m); // largest use so far
+double model_peak_flops(
+    const Model *m); // of the devices of all ranks, dense, at its products' precision; <= 0: unknown
+// 1: measure where the time goes from here; 0: print the table, and return the share of it that other ranks cost:
+// waiting for them, and adding up what came
+double model_profile(Model *m, int on);
 
 #endif

@@ -124,13 +124,46 @@ emulator_operand(const void *matrix, const cublasLtMatrixLayoutOpaque_t *layout,
     return out;
 }
 
+// one product, with all that it needs: the caller's descriptions may be gone when it is computed
+struct EmulatorProduct {
+    bool trans_a, trans_b;
+    float scale, keep;
+    const void *A, *B, *C;
+    void *D;
+    cublasLtMatrixLayoutOpaque_t a, b, c, d;
+};
+
+static inline void emulator_product(const EmulatorProduct &p) {
+    int64_t M = p.d.rows, N = p.d.cols, K = p.trans_a ? p.a.rows : p.a.cols;
+    std::vector<float> rows = emulator_operand(p.A, &p.a, !p.trans_a); // [K, M]: sums run along memory
+    std::vector<float> columns = emulator_operand(p.B, &p.b, p.trans_b);
+#pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < N; j++) {
+        for (int64_t i = 0; i < M; i++) {
+            float sum = 0.0f;
+            for (int64_t k = 0; k < K; k++) {
+                sum += rows[(size_t)(i * K + k)] * columns[(size_t)(j * K + k)];
+            }
+            sum *= p.scale;
+            if (p.keep != 0.0f) { // C is not read otherwise
+                sum += p.keep * emulator_element(p.C, p.c.type, j * p.c.ld + i);
+            }
+            if (p.d.type == CUDA_R_32F) {
+                ((float *)p.D)[j * p.d.ld + i] = sum;
+            } else {
+                ((__nv_bfloat16 *)p.D)[j * p.d.ld + i] = __float2bfloat16(sum);
+            }
+        }
+    }
+}
+
 static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *product,
                                             const void *alpha, const void *A, cublasLtMatrixLayoutOpaque_t *a,
                                             const void *B, cublasLtMatrixLayoutOpaque_t *b, const void *beta,
                                             const void *C, cublasLtMatrixLayoutOpaque_t *c, void *D,
                                             cublasLtMatrixLayoutOpaque_t *d,
                                             const cublasLtMatmulAlgo_t *algorithm, void *, size_t,
-                                            cudaStream_t) {
+                                            cudaStream_t stream) {
     const void *pointers[4] = {A, B, C, D};
     for (int i = 0; i < 4; i++) {
         if ((uintptr_t)pointers[i] % algorithm->align[i] != 0) {
@@ -142,27 +175,9 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc
     if ((trans_b ? b->cols : b->rows) != K || d->rows != M || d->cols != N || c->rows != M || c->cols != N) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
-    std::vector<float> rows = emulator_operand(A, a, !trans_a); // [K, M]: sums run along memory
-    std::vector<float> columns = emulator_operand(B, b, trans_b);
     float scale = *(const float *)alpha, keep = *(const float *)beta;
-#pragma omp parallel for schedule(static)
-    for (int64_t j = 0; j < N; j++) {
-        for (int64_t i = 0; i < M; i++) {
-            float sum = 0.0f;
-            for (int64_t k = 0; k < K; k++) {
-                sum += rows[(size_t)(i * K + k)] * columns[(size_t)(j * K + k)];
-            }
-            sum *= scale;
-            if (keep != 0.0f) { // C is not read otherwise
-                sum += keep * emulator_element(C, c->type, j * c->ld + i);
-            }
-            if (d->type == CUDA_R_32F) {
-                ((float *)D)[j * d->ld + i] = sum;
-            } else {
-                ((__nv_bfloat16 *)D)[j * d->ld + i] = __float2bfloat16(sum);
-            }
-        }
-    }
+    EmulatorProduct p = {trans_a, trans_b, scale, keep, A, B, C, D, *a, *b, *c, *d};
+    emulator::queue(stream, [p]() { emulator_product(p); });
     return CUBLAS_STATUS_SUCCESS;
 }
 

@@ -6,20 +6,22 @@ Preloaded into a program, this lets its n-th operation on files go wrong, so tha
     LD_PRELOAD=./fault_at.so FAULT_AT=7 FAULT=full ./train_remoe ...    no space from operation 7 on
     LD_PRELOAD=./fault_at.so PLAIN=1 ./train_remoe ...                  a file system without links, locks and exchanges
 
-Operations are the calls that make, flush, sync, rename, link or remove a file or a folder; a full disk does not hinder the
-removing. The standard streams do not count.
+Operations are the calls that make, lengthen, flush, sync, rename, link or remove a file or a folder; a full disk does not hinder
+the removing. Of the many writes to a place in a file every sixteenth counts, the first among them. The standard streams do not.
 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-// defines: dlsym, kill, getenv, flock, mode_t
+// defines: dlsym, kill, getenv, flock, mode_t, va_list
 
 // 1 when the operation that is about to run shall fail
 static int fault_now(int needs_space) {
@@ -50,6 +52,30 @@ int fflush(FILE *file) {
         return EOF;
     }
     return NEXT(int (*)(FILE *), "fflush")(file);
+}
+
+int open(const char *path, int flags, ...) {
+    mode_t mode = 0;
+    if (flags & O_CREAT) {
+        va_list args;
+        va_start(args, flags);
+        mode = va_arg(args, mode_t);
+        va_end(args);
+    }
+    return flags & O_CREAT && fault_now(1) ? -1
+                                           : NEXT(int (*)(const char *, int, ...), "open")(path, flags, mode);
+}
+
+int ftruncate(int fd, off_t size) {
+    return fault_now(1) ? -1 : NEXT(int (*)(int, off_t), "ftruncate")(fd, size);
+}
+
+ssize_t pwrite(int fd, const void *data, size_t size, off_t at) {
+    static int writes;
+    if (writes++ % 16 == 0 && fault_now(1)) {
+        return -1;
+    }
+    return NEXT(ssize_t(*)(int, const void *, size_t, off_t), "pwrite")(fd, data, size, at);
 }
 
 // the disk is not waited for: what a killed process has written is in the kernel's hands anyway

@@ -9,6 +9,8 @@ removes the right ones; folders made by others load; missing, truncated and fore
 #include <sys/resource.h>
 // defines: signal, setrlimit
 #include "llmc/files/checkpoint.h"
+#include "llmc/files/dump.h"
+#include "buffers.h"
 #include "harness.h"
 
 #define CHECKPOINT_OUT "build/test/checkpoint"
@@ -27,6 +29,14 @@ static void checkpoint_clean(void) {
     CHECK(system("rm -rf " CHECKPOINT_OUT " && mkdir -p " CHECKPOINT_OUT) == 0);
 }
 
+// what lies between the tensors is in no file: zeros, as in a model
+static void checkpoint_fill(float *x, const TensorTable *table, unsigned seed, float scale) {
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        fill_uniform(x + t->offset, (size_t)t->size, seed + 97u * (unsigned)i, scale);
+    }
+}
+
 // a model of a few thousand weights, all of them drawn from the seed
 static CheckpointCase checkpoint_case(const char *line, unsigned seed) {
     CheckpointCase m;
@@ -37,13 +47,14 @@ static CheckpointCase checkpoint_case(const char *line, unsigned seed) {
     options_parse_line(&m.options, line);
     m.config = config_from_options(&m.options);
     model_tensors(&m.table, &m.weights, &m.config, NULL);
-    size_t n = (size_t)m.table.num_params;
+    size_t n = (size_t)m.table.flat_size;
     m.params = NEW(float, n);
     m.exp_avg = NEW(float, n);
     m.exp_avg_sq = NEW(float, n);
-    fill_uniform(m.params, n, seed, 1.0f);
-    fill_uniform(m.exp_avg, n, seed + 1, 1e-3f);
-    fill_uniform(m.exp_avg_sq, n, seed + 2, 1e-40f); // numbers that a careless reader would flush to 0
+    checkpoint_fill(m.params, &m.table, seed, 1.0f);
+    checkpoint_fill(m.exp_avg, &m.table, seed + 1, 1e-3f);
+    checkpoint_fill(m.exp_avg_sq, &m.table, seed + 2,
+                    1e-40f); // numbers that a careless reader would flush to 0
     m.params[3] = -0.0f;
     m.params[4] = INFINITY;
     m.state.step = 7;
@@ -61,15 +72,21 @@ static void checkpoint_case_free(CheckpointCase *m) {
     free(m->params);
     free(m->exp_avg);
     free(m->exp_avg_sq);
-    free(m->table.tensors);
+    table_free(&m->table);
     free(m->weights.layers);
+}
+
+static void checkpoint_save_to(const char *out, const CheckpointCase *m, const RunState *state) {
+    Ranks alone = silent_rank(0, 1);
+    FlatBuffer buffers[] = {host_buffer(&m->table, m->params), host_buffer(&m->table, m->exp_avg),
+                            host_buffer(&m->table, m->exp_avg_sq)};
+    checkpoint_save(&alone, out, &m->config, buffers, state, &m->provenance, &m->options, NULL);
 }
 
 static void checkpoint_save_case(const CheckpointCase *m, int64_t step) {
     RunState state = m->state;
     state.step = step;
-    checkpoint_save(CHECKPOINT_OUT, &m->config, &m->table, m->params, m->exp_avg, m->exp_avg_sq, &state,
-                    &m->provenance, &m->options, NULL);
+    checkpoint_save_to(CHECKPOINT_OUT, m, &state);
     remove_oldest(CHECKPOINT_OUT, step, m->options.keep);
 }
 
@@ -90,9 +107,10 @@ static int checkpoint_is_tidy(void) {
 }
 
 static int checkpoint_weights_equal(const CheckpointCase *m, const char *folder) {
-    float *params = NEW(float, m->table.num_params);
-    checkpoint_load_weights(params, folder, &m->table);
-    int equal = memcmp(params, m->params, (size_t)m->table.num_params * sizeof(float)) == 0;
+    float *params = NEW(float, m->table.flat_size);
+    FlatBuffer buffer = host_buffer(&m->table, params);
+    checkpoint_load_weights(&buffer, folder);
+    int equal = memcmp(params, m->params, (size_t)m->table.flat_size * sizeof(float)) == 0;
     free(params);
     return equal;
 }
@@ -101,9 +119,10 @@ static int checkpoint_weights_equal(const CheckpointCase *m, const char *folder)
 // there and back
 
 static int checkpoint_moments_equal(const CheckpointCase *m, const char *folder) {
-    size_t n = (size_t)m->table.num_params;
+    size_t n = (size_t)m->table.flat_size;
     float *a = NEW(float, n), *b = NEW(float, n);
-    int found = checkpoint_load_moments(a, b, folder, &m->table);
+    FlatBuffer moments[] = {host_buffer(&m->table, a), host_buffer(&m->table, b)};
+    int found = checkpoint_load_moments(moments, folder);
     int equal =
         memcmp(a, m->exp_avg, n * sizeof(float)) == 0 && memcmp(b, m->exp_avg_sq, n * sizeof(float)) == 0;
     free(a);
@@ -148,11 +167,12 @@ static void test_checkpoint_round_trip(void) {
 // weights alone, rounded to bf16: an export, not a state to go on from
 static void test_checkpoint_bf16(void) {
     CheckpointCase m = checkpoint_case("", 1);
-    const float *buffer = m.params;
+    FlatBuffer buffer = host_buffer(&m.table, m.params);
+    Ranks alone = silent_rank(0, 1);
     RunState state;
     checkpoint_clean();
-    save_tensors(CHECKPOINT_OUT "/model.safetensors", &m.table, weight_prefix, &buffer, 1, "BF16");
-    for (int64_t i = 0; i < m.table.num_params; i++) {
+    save_buffers(&alone, CHECKPOINT_OUT, "model.safetensors", &buffer, weight_prefix, 1, "BF16");
+    for (int64_t i = 0; i < m.table.flat_size; i++) {
         m.params[i] = bf16_to_float(float_to_bf16(m.params[i]));
     }
     CHECK(checkpoint_weights_equal(&m, CHECKPOINT_OUT));
@@ -477,8 +497,7 @@ static void test_checkpoint_stale(void) {
 
 static void checkpoint_save_below_file(void *m) {
     const CheckpointCase *c = (const CheckpointCase *)m;
-    checkpoint_save(CHECKPOINT_OUT "/file/run", &c->config, &c->table, c->params, c->exp_avg, c->exp_avg_sq,
-                    &c->state, &c->provenance, &c->options, NULL);
+    checkpoint_save_to(CHECKPOINT_OUT "/file/run", c, &c->state);
 }
 
 static void test_checkpoint_no_folder(void) {
@@ -490,6 +509,419 @@ static void test_checkpoint_no_folder(void) {
 }
 
 // ----------------------------------------------------------------------------
+// several ranks: each its own ranges of the same buffers and files
+
+enum { MOST_RANKS = 4, MOST_CUTS = 400 };
+
+// who keeps what: a flat buffer of `size` cut at random places, each part given to one of the ranks
+typedef struct {
+    int count; // of ranks
+    Range ranges[MOST_RANKS][MOST_CUTS];
+    int num_ranges[MOST_RANKS];
+} Division;
+
+static int64_t draw_below(unsigned *seed, int64_t n) {
+    *seed += 1;
+    return (int64_t)(rng_bits(*seed, 11, 0) % (uint64_t)n);
+}
+
+static void division_draw(Division *d, int64_t size, int ranks, int64_t longest, unsigned seed) {
+    memset(d, 0, sizeof(*d));
+    d->count = ranks;
+    for (int64_t first = 0, n; first < size; first += n) {
+        int rank = (int)draw_below(&seed, ranks), *count = &d->num_ranges[rank];
+        n = draw_below(&seed, 8) == 0 ? 0 : 1 + draw_below(&seed, longest);
+        n = n < size - first ? n : size - first;
+        if (*count == MOST_CUTS - 1) {
+            n = size - first;
+        }
+        Range range = {first, n};
+        d->ranges[rank][(*count)++] = range;
+    }
+}
+
+static FlatBuffer division_buffer(const Division *d, int rank, const TensorTable *table, float *values) {
+    FlatBuffer buffer = host_buffer(table, values);
+    buffer.ranges = d->ranges[rank];
+    buffer.count = d->num_ranges[rank];
+    return buffer;
+}
+
+// The same tensors elsewhere in the buffer: last to first, with gaps. What values [flat_size] the tensors
+// had moves along into a new buffer; the gaps are NaN
+static float *checkpoint_spread(TensorTable *table, const float *values) {
+    int64_t size = 0, n = 2 * table->flat_size + 64 * table->count;
+    float *spread = NEW(float, n);
+    for (int64_t i = 0; i < n; i++) {
+        spread[i] = NAN;
+    }
+    for (int i = table->count - 1; i >= 0; i--) {
+        Tensor *tensor = &table->tensors[i];
+        size += 1 + (13 * i) % 63;
+        memcpy(spread + size, values + tensor->offset, (size_t)tensor->size * sizeof(float));
+        tensor->offset = size;
+        size += tensor->size;
+    }
+    table->flat_size = size + 7;
+    return spread;
+}
+
+// is each element of each tensor in one piece of one rank, and nothing else in any?
+static void checkpoint_check_pieces(const TensorTable *table, const Division *d) {
+    unsigned char *seen = NEW(unsigned char, table->flat_size);
+    int64_t wrong = 0, pieces = 0;
+    for (int rank = 0; rank < d->count; rank++) {
+        FlatBuffer buffer = division_buffer(d, rank, table, NULL);
+        for (int i = 0; i < table->count; i++) {
+            const Tensor *tensor = &table->tensors[i];
+            for (Piece p = before_first_piece; next_piece(&p, tensor, &buffer); pieces++) {
+                const Range *range = &buffer.ranges[p.range];
+                wrong += p.n <= 0 || p.n > MOST_IN_PIECE || p.element < 0 || p.element + p.n > tensor->size;
+                wrong += p.first != tensor->offset + p.element;
+                wrong += p.first < range->first || p.first + p.n > range->first + range->size;
+                for (int64_t j = 0; j < p.n && wrong == 0; j++) {
+                    seen[p.first + j]++;
+                }
+            }
+        }
+    }
+    for (int i = 0; i < table->count; i++) {
+        for (int64_t j = 0; j < table->tensors[i].size; j++) {
+            unsigned char *element = &seen[table->tensors[i].offset + j];
+            wrong += *element != 1;
+            *element = 0;
+        }
+    }
+    for (int64_t j = 0; j < table->flat_size; j++) {
+        wrong += seen[j] != 0; // between the tensors
+    }
+    if (!CHECK(wrong == 0 && pieces > 0)) {
+        printf("    %d ranks: %lld of %lld wrong\n", d->count, (long long)wrong, (long long)table->flat_size);
+    }
+    free(seen);
+}
+
+static void test_checkpoint_pieces(void) {
+    CheckpointCase m = checkpoint_case("", 1);
+    Division *d = NEW(Division, 1);
+    Tensor large[2] = {{"a", 1, {MOST_IN_PIECE + 5}, 3, MOST_IN_PIECE + 5, 0.0f, 0},
+                       {"b", 1, {3 * MOST_IN_PIECE}, MOST_IN_PIECE + 9, 3 * MOST_IN_PIECE, 0.0f, 0}};
+    TensorTable larger;
+    memset(&larger, 0, sizeof(larger));
+    larger.tensors = large;
+    larger.count = 2;
+    larger.flat_size = 4 * MOST_IN_PIECE + 20;
+    float *spread = checkpoint_spread(&m.table, m.params);
+    for (unsigned seed = 0; seed < 200; seed++) {
+        int64_t longest = seed % 3 == 0 ? 3000 : seed % 3 == 1 ? 200 : 40;
+        division_draw(d, m.table.flat_size, 1 + (int)seed % MOST_RANKS, longest, 1000 * seed);
+        checkpoint_check_pieces(&m.table, d);
+    }
+    for (unsigned seed = 0; seed < 6; seed++) {
+        division_draw(d, larger.flat_size, 1 + (int)seed % MOST_RANKS, 2 * MOST_IN_PIECE, seed);
+        checkpoint_check_pieces(&larger, d);
+    }
+    FlatBuffer nothing = host_buffer(&m.table, NULL);
+    Piece piece = before_first_piece;
+    nothing.count = 0;
+    CHECK(!next_piece(&piece, &m.table.tensors[0], &nothing));
+    free(spread);
+    free(d);
+    checkpoint_case_free(&m);
+}
+
+// what save_buffers does, the ranks one after the other; returns the bytes that all have written
+static uint64_t checkpoint_save_divided(const char *path, const Division *d, const TensorTable *table,
+                                        float *const *values, int count) {
+    SafetensorsWriter w[MOST_RANKS];
+    uint64_t written = 0;
+    for (int rank = 0; rank < d->count; rank++) {
+        safetensors_writer_open(&w[rank], path);
+        for (int b = 0; b < count; b++) {
+            declare_buffer(&w[rank], table, count == 1 ? weight_prefix[0] : moment_prefixes[b], "F32");
+        }
+        if (rank == 0) {
+            safetensors_create(&w[rank]);
+        } else {
+            safetensors_join(&w[rank]);
+        }
+    }
+    for (int rank = d->count - 1; rank >= 0; rank--) {
+        for (int b = 0; b < count; b++) {
+            FlatBuffer buffer = division_buffer(d, rank, table, values[b]);
+            write_buffer(&w[rank], (size_t)b * (size_t)table->count, &buffer);
+        }
+        safetensors_close_file(&w[rank]);
+        CHECK(w[rank].report.error == 0);
+        written += w[rank].report.written;
+    }
+    newfile_place(&w[0].name);
+    return written;
+}
+
+// the case's three buffers with the tensors in other places
+typedef struct {
+    TensorTable table;
+    float *buffers[3]; // parameters, exp_avg, exp_avg_sq
+} SpreadCase;
+
+static SpreadCase checkpoint_spread_case(CheckpointCase *m) {
+    const float *from[3] = {m->params, m->exp_avg, m->exp_avg_sq};
+    SpreadCase spread;
+    for (int b = 0; b < 3; b++) {
+        spread.table = m->table;
+        spread.table.tensors = GROW(Tensor, NULL, m->table.count);
+        memcpy(spread.table.tensors, m->table.tensors, (size_t)m->table.count * sizeof(Tensor));
+        spread.buffers[b] = checkpoint_spread(&spread.table, from[b]);
+        if (b < 2) {
+            free(spread.table.tensors);
+        }
+    }
+    return spread;
+}
+
+static void spread_case_free(SpreadCase *spread) {
+    for (int b = 0; b < 3; b++) {
+        free(spread->buffers[b]);
+    }
+    free(spread->table.tensors);
+}
+
+// each rank loads its ranges into the same memory: all of the tensors, and nothing between them
+static void checkpoint_check_load_divided(const char *folder, const Division *d, const SpreadCase *want) {
+    const TensorTable *table = &want->table;
+    size_t bytes = (size_t)table->flat_size * sizeof(float);
+    float *loaded[3];
+    int64_t wrong = 0;
+    for (int b = 0; b < 3; b++) {
+        loaded[b] = (float *)memset(NEW(float, table->flat_size), 0xff, bytes);
+    }
+    for (int rank = 0; rank < d->count; rank++) {
+        FlatBuffer weights = division_buffer(d, rank, table, loaded[0]);
+        FlatBuffer moments[2] = {division_buffer(d, rank, table, loaded[1]),
+                                 division_buffer(d, rank, table, loaded[2])};
+        checkpoint_load_weights(&weights, folder);
+        CHECK(checkpoint_load_moments(moments, folder) == 1);
+    }
+    for (int b = 0; b < 3; b++) {
+        for (int i = 0; i < table->count; i++) {
+            const Tensor *t = &table->tensors[i];
+            float *x = loaded[b] + t->offset;
+            wrong += memcmp(x, want->buffers[b] + t->offset, (size_t)t->size * sizeof(float)) != 0;
+            memset(x, 0xff, (size_t)t->size * sizeof(float));
+        }
+        for (size_t i = 0; i < bytes; i++) {
+            wrong += ((unsigned char *)loaded[b])[i] != 0xff;
+        }
+        free(loaded[b]);
+    }
+    CHECK(wrong == 0);
+}
+
+// files and buffers do not tell how many ranks there are, nor where in memory a tensor lies
+static void test_checkpoint_divided(void) {
+    const char *folder = CHECKPOINT_OUT "/divided";
+    const char *model = CHECKPOINT_OUT "/divided/model.safetensors";
+    const char *optimizer = CHECKPOINT_OUT "/divided/optimizer.safetensors";
+    CheckpointCase m = checkpoint_case("", 1);
+    SpreadCase spread = checkpoint_spread_case(&m);
+    Division *d = NEW(Division, 1);
+    uint64_t bytes = (uint64_t)m.table.num_params * sizeof(float);
+    checkpoint_clean();
+    checkpoint_save_case(&m, 7);
+    make_folder(folder);
+    for (int ranks = 1; ranks <= MOST_RANKS; ranks++) {
+        division_draw(d, spread.table.flat_size, ranks, 300, (unsigned)ranks);
+        CHECK(checkpoint_save_divided(model, d, &spread.table, &spread.buffers[0], 1) == bytes);
+        CHECK(checkpoint_save_divided(optimizer, d, &spread.table, &spread.buffers[1], 2) == 2 * bytes);
+        CHECK(same_file(CHECKPOINT_OUT "/latest", folder, "model.safetensors"));
+        CHECK(same_file(CHECKPOINT_OUT "/latest", folder, "optimizer.safetensors"));
+        checkpoint_check_load_divided(folder, d, &spread);
+    }
+    spread_case_free(&spread);
+    free(d);
+    checkpoint_case_free(&m);
+}
+
+// the first values that all ranks together draw are those of one
+static void test_checkpoint_init_divided(void) {
+    CheckpointCase m = checkpoint_case("", 1);
+    Division *d = NEW(Division, 1);
+    FlatBuffer whole = host_buffer(&m.table, m.params);
+    model_init(&whole, 5);
+    for (int ranks = 1; ranks <= MOST_RANKS; ranks++) {
+        float *values = NEW(float, m.table.flat_size);
+        division_draw(d, m.table.flat_size, ranks, 100, (unsigned)ranks);
+        for (int rank = 0; rank < ranks; rank++) {
+            FlatBuffer part = division_buffer(d, rank, &m.table, values);
+            model_init(&part, 5);
+        }
+        CHECK(memcmp(values, m.params, (size_t)m.table.flat_size * sizeof(float)) == 0);
+        free(values);
+    }
+    free(d);
+    checkpoint_case_free(&m);
+}
+
+// a dump of two ranks: the rows of the second follow those of the first
+static void test_checkpoint_dump_divided(void) {
+    enum { N = 3 };
+    CheckpointCase m = checkpoint_case("", 1);
+    int64_t V = m.config.vocab_size, E = m.config.router.experts, L = m.config.layers;
+    float scalars[DUMP_SCALARS] = {1, 2, 3, 4}, *rows = NEW(float, 2 * N * (V + L * E));
+    const float *gates[2][8];
+    Division *d = NEW(Division, 1);
+    SafetensorsWriter w[2];
+    fill_uniform(rows, (size_t)(2 * N * (V + L * E)), 3, 1.0f);
+    division_draw(d, m.table.flat_size, 2, 100, 1);
+    for (int rank = 0; rank < 2; rank++) {
+        for (int64_t l = 0; l < L; l++) {
+            gates[rank][l] = rows + 2 * N * V + (2 * l + rank) * N * E;
+        }
+        Dump dump = {N, scalars, rows + rank * N * V, gates[rank],
+                     division_buffer(d, rank, &m.table, m.params)};
+        safetensors_writer_open(&w[rank], "build/test/divided.dump");
+        dump_declare(&w[rank], &m.config, &dump, 2);
+        if (rank == 0) {
+            safetensors_create(&w[rank]);
+        } else {
+            safetensors_join(&w[rank]);
+        }
+        dump_put(&w[rank], &m.config, &dump, rank);
+        safetensors_close_file(&w[rank]);
+    }
+    CHECK(w[0].report.written + w[1].report.written == w[0].total);
+    newfile_place(&w[0].name);
+    Ranks alone = silent_rank(0, 1);
+    for (int64_t l = 0; l < L; l++) {
+        gates[0][l] = rows + 2 * N * V + 2 * l * N * E;
+    }
+    Dump together = {2 * N, scalars, rows, gates[0], host_buffer(&m.table, m.params)};
+    dump_write(&alone, "build/test/together.dump", &m.config, &together);
+    CHECK(system("cmp build/test/divided.dump build/test/together.dump") == 0);
+    for (int rank = 0; rank < 2; rank++) {
+        Ranks ranks = silent_rank(rank, 2);
+        float **routes = dump_read_routes(&ranks, "build/test/together.dump", &m.config, N);
+        for (int64_t l = 0; l < L; l++) {
+            const float *want = rows + 2 * N * V + (2 * l + rank) * N * E;
+            CHECK(memcmp(routes[l], want, (size_t)(N * E) * sizeof(float)) == 0);
+        }
+        free_layer_matrices(routes);
+    }
+    unlink("build/test/divided.dump");
+    unlink("build/test/together.dump");
+    free(rows);
+    free(d);
+    checkpoint_case_free(&m);
+}
+
+// ----------------------------------------------------------------------------
+// several ranks: one of them fails
+
+#define FAILED_FOLDER CHECKPOINT_OUT "/.tmp_failed"
+
+typedef struct {
+    Ranks ranks;
+    WriteReport reports[MOST_RANKS];
+    int unseen[MOST_RANKS];
+} FailedSave;
+
+static void checkpoint_judge_reports(void *failed) {
+    FailedSave *f = (FailedSave *)failed;
+    SafetensorsWriter w;
+    safetensors_writer_open(&w, FAILED_FOLDER "/model.safetensors");
+    w.folder = FAILED_FOLDER;
+    w.total = 100;
+    check_reports(&w, &f->ranks, f->reports);
+}
+
+static void checkpoint_judge_unseen(void *failed) {
+    FailedSave *f = (FailedSave *)failed;
+    refuse_unseen(&f->ranks, FAILED_FOLDER, f->unseen);
+}
+
+// what every rank says is the same; the folder goes once, by rank 0
+static void checkpoint_check_failed(FailedSave *f, void (*judge)(void *), const char *text) {
+    for (f->ranks.rank = f->ranks.count - 1; f->ranks.rank >= 0; f->ranks.rank--) {
+        CHECK(system("mkdir -p " FAILED_FOLDER " && touch " FAILED_FOLDER "/model.safetensors.tmp") == 0);
+        check_dies(1, text, judge, f);
+        CHECK(path_exists(FAILED_FOLDER) == (f->ranks.rank != 0));
+    }
+}
+
+static void test_checkpoint_rank_fails(void) {
+    FailedSave f;
+    memset(&f, 0, sizeof(f));
+    f.ranks.count = 3;
+    checkpoint_clean();
+    f.reports[0].written = 50;
+    f.reports[2].written = 50;
+    CHECK(run_in_child(checkpoint_judge_reports, &f, NULL, 0) == 0);
+    CHECK(run_in_child(checkpoint_judge_unseen, &f, NULL, 0) == 0);
+    f.reports[2].error = ENOSPC;
+    checkpoint_check_failed(&f, checkpoint_judge_reports,
+                            "rank 2 cannot write " FAILED_FOLDER
+                            "/model.safetensors: No space left on device\n  ---> free some disk space");
+    f.reports[1].error = ENOENT;
+    f.reports[1].unopened = 1;
+    checkpoint_check_failed(&f, checkpoint_judge_reports,
+                            "rank 1 cannot write " FAILED_FOLDER "/model.safetensors: No such file or "
+                            "directory\n  ---> choose a folder on a file system that all machines share");
+    f.reports[1].error = f.reports[2].error = 0;
+    f.reports[1].written = 1;
+    checkpoint_check_failed(&f, checkpoint_judge_reports, "101 bytes of its tensors were written, 100 were");
+    f.unseen[2] = 1;
+    checkpoint_check_failed(&f, checkpoint_judge_unseen,
+                            "rank 2 does not see " FAILED_FOLDER ", which rank 0 has made\n"
+                            "  ---> --out must be on a file system that all machines share");
+}
+
+// a folder is known by the number in it, not by its name
+static void test_checkpoint_token(void) {
+    checkpoint_clean();
+    CHECK(read_token(CHECKPOINT_OUT) == 0 && read_token(CHECKPOINT_OUT "/absent") == 0);
+    write_token(CHECKPOINT_OUT, 0x123456789abcdef0);
+    CHECK(read_token(CHECKPOINT_OUT) == 0x123456789abcdef0 && checkpoint_is_tidy());
+    CHECK(truncate(CHECKPOINT_OUT "/.ranks", 7) == 0);
+    CHECK(read_token(CHECKPOINT_OUT) == 0);
+}
+
+// a second rank whose disk takes less than its part: the first failure is what it reports
+static void checkpoint_write_little(void *m) {
+    const CheckpointCase *c = (const CheckpointCase *)m;
+    struct rlimit limit = {2000, 2000};
+    FlatBuffer buffer = host_buffer(&c->table, c->params);
+    SafetensorsWriter w;
+    safetensors_writer_open(&w, CHECKPOINT_OUT "/model.safetensors");
+    declare_buffer(&w, &c->table, "", "F32");
+    safetensors_join(&w);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    signal(SIGXFSZ, SIG_IGN);
+    write_buffer(&w, 0, &buffer);
+    safetensors_close_file(&w);
+    _exit(w.report.error == EFBIG && !w.report.unopened ? 0 : 1);
+}
+
+static void test_checkpoint_second_disk_full(void) {
+    CheckpointCase m = checkpoint_case("", 1);
+    SafetensorsWriter w;
+    checkpoint_clean();
+    safetensors_writer_open(&w, CHECKPOINT_OUT "/model.safetensors");
+    declare_buffer(&w, &m.table, "", "F32");
+    safetensors_create(&w);
+    struct stat status;
+    CHECK(stat(CHECKPOINT_OUT "/model.safetensors.tmp", &status) == 0);
+    CHECK((uint64_t)status.st_size == w.data_start + w.total); // whatever is written when
+    CHECK(run_in_child(checkpoint_write_little, &m, NULL, 0) == 0);
+    safetensors_close_file(&w);
+    safetensors_writer_open(&w, CHECKPOINT_OUT "/absent.safetensors"); // nobody has made it
+    safetensors_join(&w);
+    safetensors_close_file(&w);
+    CHECK(w.report.error == ENOENT && w.report.unopened);
+    checkpoint_case_free(&m);
+}
+
+// ----------------------------------------------------------------------------
 // folders by others
 
 // m's tensors last to first, one named `extra` between them, every second in BF16; without one of them
@@ -497,6 +929,8 @@ static void test_checkpoint_no_folder(void) {
 static void checkpoint_write_foreign(const CheckpointCase *m, int without, const char *extra) {
     const int64_t shape[2] = {2, 3};
     const float unknown[6] = {0};
+    Ranks alone = silent_rank(0, 1);
+    size_t tensor = 0;
     SafetensorsWriter w;
     safetensors_writer_open(&w, CHECKPOINT_OUT "/model.safetensors");
     for (int i = m->table.count - 1; i >= 0; i--) {
@@ -508,17 +942,17 @@ static void checkpoint_write_foreign(const CheckpointCase *m, int without, const
             safetensors_declare(&w, extra, "F32", 2, shape);
         }
     }
-    safetensors_write_header(&w);
+    safetensors_begin(&w, &alone);
     for (int i = m->table.count - 1; i >= 0; i--) {
         const Tensor *t = &m->table.tensors[i];
         if (i != without) {
-            safetensors_write_f32(&w, m->params + t->offset, (size_t)t->size);
+            safetensors_write_at(&w, tensor++, 0, m->params + t->offset, (uint64_t)t->size);
         }
         if (i == 2) {
-            safetensors_write_f32(&w, unknown, 6);
+            safetensors_write_at(&w, tensor++, 0, unknown, 6);
         }
     }
-    safetensors_writer_finish(&w);
+    safetensors_finish(&w, &alone);
 }
 
 static void checkpoint_load_foreign(void *m) {
@@ -527,18 +961,20 @@ static void checkpoint_load_foreign(void *m) {
 
 static void checkpoint_load_unused_moments(void *m) {
     const CheckpointCase *c = (const CheckpointCase *)m;
-    checkpoint_load_moments(c->exp_avg, c->exp_avg_sq, CHECKPOINT_OUT "/latest", &c->table);
+    checkpoint_moments_equal(c, CHECKPOINT_OUT "/latest");
 }
 
 // moments of tensors that the model does not have
 static void test_checkpoint_unused_moments(void) {
     static const char *const prefixes[] = {"exp_avg.", "exp_avg_sq.", "max_exp_avg_sq."};
     CheckpointCase m = checkpoint_case("", 1);
-    const float *buffers[] = {m.exp_avg, m.exp_avg_sq, m.exp_avg};
+    FlatBuffer buffers[] = {host_buffer(&m.table, m.exp_avg), host_buffer(&m.table, m.exp_avg_sq),
+                            host_buffer(&m.table, m.exp_avg)};
+    Ranks alone = silent_rank(0, 1);
     char text[256];
     checkpoint_clean();
     checkpoint_save_case(&m, 7);
-    save_tensors(CHECKPOINT_OUT "/latest/optimizer.safetensors", &m.table, prefixes, buffers, 3, "F32");
+    save_buffers(&alone, CHECKPOINT_OUT "/latest", "optimizer.safetensors", buffers, prefixes, 3, "F32");
     check_format(text, sizeof(text),
                  "has tensors that the model of config.json does not use (%d): max_exp_avg_sq.",
                  m.table.count);
@@ -587,7 +1023,7 @@ static void test_checkpoint_foreign(void) {
 
 static void checkpoint_load_latest(void *m) {
     CheckpointCase *c = (CheckpointCase *)m;
-    checkpoint_load_moments(c->exp_avg, c->exp_avg_sq, CHECKPOINT_OUT "/latest", &c->table);
+    checkpoint_moments_equal(c, CHECKPOINT_OUT "/latest");
     checkpoint_load_state(&c->state, &c->options, CHECKPOINT_OUT "/latest");
     checkpoint_load_provenance(&c->provenance, CHECKPOINT_OUT "/latest");
 }
@@ -672,6 +1108,13 @@ static void test_checkpoint(void) {
     test_checkpoint_interrupted(0);
     test_checkpoint_stale();
     test_checkpoint_no_folder();
+    test_checkpoint_pieces();
+    test_checkpoint_divided();
+    test_checkpoint_init_divided();
+    test_checkpoint_dump_divided();
+    test_checkpoint_rank_fails();
+    test_checkpoint_token();
+    test_checkpoint_second_disk_full();
     test_checkpoint_foreign();
     test_checkpoint_unused_moments();
     test_checkpoint_damaged();

@@ -6,6 +6,7 @@ initial weights: mean and deviation per tensor, and some exact bits.
 #define TEST_MODEL_H
 
 #include "llmc/model.h"
+#include "buffers.h"
 #include "harness.h"
 
 typedef struct {
@@ -24,14 +25,14 @@ static ModelCase model_case(const char *preset, const char *line) {
     m.config = config_from_options(&options);
     model_tensors(&m.table, &m.weights, &m.config, NULL);
     CHECK(m.weights.embed == NULL && m.weights.head == NULL && m.weights.layers[0].gate_up == NULL);
-    m.params = NEW(float, m.table.num_params);
+    m.params = NEW(float, m.table.flat_size);
     model_tensors(&m.table, &m.weights, &m.config, m.params); // again, now into memory
     return m;
 }
 
 static void model_case_free(ModelCase *m) {
     free(m->params);
-    free(m->table.tensors);
+    table_free(&m->table);
     free(m->weights.layers);
 }
 
@@ -69,11 +70,40 @@ typedef struct {
         "lm_head.weight", {67, 24}, 0.01                                                                     \
     }
 
+// elements that belong to two tensors, buckets that are not whole blocks one behind the other, tensors that leave
+// their bucket, norms and matrices in one bucket
+static int model_wrong_places(const ModelCase *m) {
+    const TensorTable *table = &m->table;
+    unsigned char *seen = NEW(unsigned char, table->flat_size);
+    int wrong = table->bucket_count != m->config.layers + 4;
+    int64_t next = 0;
+    for (int b = 0; b < table->bucket_count; b++) {
+        const Bucket *bucket = &table->buckets[b];
+        wrong += bucket->first != next || bucket->size % BUCKET_BLOCK != 0;
+        next += bucket->size;
+    }
+    wrong += next != table->flat_size;
+    for (int i = 0; i < table->count; i++) {
+        const Tensor *t = &table->tensors[i];
+        int b = 0;
+        while (t->offset >= table->buckets[b].first + table->buckets[b].size) {
+            b++;
+        }
+        wrong += t->offset + t->size > table->buckets[b].first + table->buckets[b].size;
+        wrong += table->buckets[b].decay != t->decay;
+        for (int64_t j = 0; j < t->size; j++) {
+            wrong += seen[t->offset + j]++;
+        }
+    }
+    free(seen);
+    return wrong;
+}
+
 static void model_check_table(const char *router, const ModelRow *rows, int count, int experts) {
     char line[256];
     check_format(line, sizeof(line), MODEL_LINE "%s", router);
     ModelCase m = model_case(NULL, line);
-    int64_t offset = 0;
+    int64_t params = 0;
     int wrong = 0;
     CHECK(m.table.count == count);
     for (int i = 0; i < count && i < m.table.count; i++) {
@@ -84,12 +114,12 @@ static void model_check_table(const char *router, const ModelRow *rows, int coun
             size *= rows[i].shape[ndim];
             wrong += t->shape[ndim] != rows[i].shape[ndim];
         }
-        wrong +=
-            strcmp(t->name, rows[i].name) != 0 || t->ndim != ndim || t->size != size || t->offset != offset;
+        wrong += strcmp(t->name, rows[i].name) != 0 || t->ndim != ndim || t->size != size;
         wrong += t->deviation != (float)rows[i].deviation || t->decay != (ndim >= 2);
-        offset += size;
+        params += size;
     }
-    if (!CHECK(wrong == 0 && m.table.num_params == offset && config_params(&m.config, experts) == offset)) {
+    wrong += model_wrong_places(&m);
+    if (!CHECK(wrong == 0 && m.table.num_params == params && config_params(&m.config, experts) == params)) {
         printf("    router %s\n", router);
     }
     model_case_free(&m);
@@ -133,7 +163,8 @@ static const float *model_at(const ModelCase *m, const char *name) {
 static void test_model_pointers(void) {
     ModelCase m = model_case(NULL, MODEL_LINE "relu");
     const LayerWeights *w = &m.weights.layers[1];
-    CHECK(m.weights.embed == m.params && m.weights.norm == model_at(&m, "model.norm.weight"));
+    CHECK(m.weights.embed == model_at(&m, "model.embed_tokens.weight"));
+    CHECK(m.weights.norm == model_at(&m, "model.norm.weight"));
     CHECK(m.weights.head == model_at(&m, "lm_head.weight"));
     CHECK(w->attn_norm == model_at(&m, "model.layers.1.input_layernorm.weight"));
     CHECK(w->qkv == model_at(&m, "model.layers.1.self_attn.q_proj.weight"));
@@ -178,10 +209,15 @@ static void model_check_tensor(const float *x, const Tensor *t, double deviation
     }
 }
 
+static void model_draw(const ModelCase *m, float *params, uint64_t seed) {
+    FlatBuffer buffer = host_buffer(&m->table, params);
+    model_init(&buffer, seed);
+}
+
 // the small preset's tensors, in 3 layers of narrow experts
 static void test_model_init(void) {
     ModelCase m = model_case("small", "--layers 3 --vocab-size 1024 --experts 2 --ffn-mult 1");
-    model_init(m.params, &m.table, 1234);
+    model_draw(&m, m.params, 1234);
     for (int i = 0; i < m.table.count; i++) {
         const Tensor *t = &m.table.tensors[i];
         int norm = strstr(t->name, "norm") != NULL;
@@ -194,12 +230,12 @@ static void test_model_init(void) {
 // a tensor's draws depend on its place in the table and the seed: no two alike
 static void test_model_init_distinct(void) {
     ModelCase m = model_case(NULL, MODEL_LINE "relu");
-    float *other = NEW(float, m.table.num_params);
+    float *other = NEW(float, m.table.flat_size);
     int alike = 0;
-    model_init(m.params, &m.table, 1);
-    model_init(other, &m.table, 1);
-    CHECK(memcmp(m.params, other, (size_t)m.table.num_params * sizeof(float)) == 0);
-    model_init(other, &m.table, 2);
+    model_draw(&m, m.params, 1);
+    model_draw(&m, other, 1);
+    CHECK(memcmp(m.params, other, (size_t)m.table.flat_size * sizeof(float)) == 0);
+    model_draw(&m, other, 2);
     for (int i = 0; i < m.table.count; i++) {
         const Tensor *a = &m.table.tensors[i];
         for (int j = 0; j < i && a->deviation > 0; j++) {
@@ -232,7 +268,7 @@ static void test_model_init_golden(void) {
         {"model.layers.1.input_layernorm.weight", 23, 0x3F800000},
     };
     ModelCase m = model_case(NULL, MODEL_LINE "relu");
-    model_init(m.params, &m.table, 1234);
+    model_draw(&m, m.params, 1234);
     for (size_t i = 0; i < sizeof(golden) / sizeof(golden[0]); i++) {
         uint32_t bits;
         memcpy(&bits, model_at(&m, golden[i].name) + golden[i].element, sizeof(bits));

@@ -38,6 +38,7 @@ namespace cpu {
 
 #include "dev/test/cuda/harness.cuh"
 #include "dev/test/cuda/test_adamw.cuh"
+#include "dev/test/cuda/test_buckets.cuh"
 #include "dev/test/cuda/test_attention.cuh"
 #include "dev/test/cuda/test_crossentropy.cuh"
 #include "dev/test/cuda/test_dispatch.cuh"
@@ -55,6 +56,7 @@ namespace cpu {
 #include "dev/test/cuda/test_rmsnorm_router.cuh"
 #include "dev/test/cuda/test_rope.cuh"
 #include "dev/test/cuda/test_router.cuh"
+#include "dev/test/cuda/test_streams.cuh"
 
 typedef struct {
     const char *name;
@@ -65,6 +67,7 @@ typedef struct {
 
 // foundations first
 static const TestRow test_rows[] = {
+    {"streams", test_cuda_streams, NULL, 0},
     {"mma", test_cuda_mma, NULL, 0},
     {"gemm", test_cuda_gemm, bench_cuda_elementwise, 0},
     {"embedding", test_cuda_embedding, NULL, 0},
@@ -80,6 +83,7 @@ static const TestRow test_rows[] = {
     {"experts", test_cuda_experts, NULL, 1},
     {"crossentropy", test_cuda_crossentropy, NULL, 0},
     {"adamw", test_cuda_adamw, NULL, 0},
+    {"buckets", test_cuda_buckets, NULL, 0},
     {"model", test_cuda_model, NULL, 1},
     {"repeat", test_cuda_repeat, NULL, 1},
 };

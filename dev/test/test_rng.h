@@ -117,12 +117,16 @@ static void test_rng_fill(void) {
     int wrong = 0;
     for (int i = 0; i < 2; i++) {
         use_threads(i + 1);
-        rng_fill_normal(x[i], N, 0.25f, 42, 3);
+        rng_fill_normal(x[i], 0, N, 0.25f, 42, 3);
     }
     for (int i = 0; i < N; i++) {
         wrong += x[0][i] != 0.25f * rng_normal(42, 3, (uint64_t)i);
     }
     CHECK(wrong == 0 && memcmp(x[0], x[1], sizeof(x[0])) == 0);
+    for (int first = 0; first < N; first += 77) { // pieces that part the two halves of a pair
+        rng_fill_normal(x[1] + first, first, 77 < N - first ? 77 : N - first, 0.25f, 42, 3);
+    }
+    CHECK(memcmp(x[0], x[1], sizeof(x[0])) == 0);
 }
 
 // these bits change only if every weight ever drawn may change

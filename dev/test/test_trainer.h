@@ -394,10 +394,11 @@ static void trainer_cached_sampling(void) {
     o.seq_len = T;
     o.batch = o.global_batch = 1;
     Config c = config_from_options(&o);
-    ModelSettings settings = model_settings(&o, &c, FOR_INFERENCE, 0);
+    Ranks alone = ranks_alone();
+    ModelSettings settings = model_settings(&o, &c, FOR_INFERENCE, &alone);
     Model *m = model_open(&c, &settings);
     int ids[T];
-    fill_uniform(m->params.values, (size_t)m->params.table.num_params, 7, 0.2f);
+    fill_uniform(m->params.values, (size_t)m->params.table.flat_size, 7, 0.2f);
     for (int t = 0; t < T; t++) {
         ids[t] = (t * 37 + 11) % V;
     }

@@ -8,8 +8,9 @@ Checkpoints: a folder step_00001000/ per checkpoint, in the formats of Hugging F
     vocab.json, merges.txt, tokenizer_config.json    the tokenizer, if there is one (tokenizer_files.h)
 
 Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last (run_folder.h);
-the oldest are removed later (remove_oldest). So a full disk or a kill at any moment leaves the earlier checkpoints as
-they were. A folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any
+the oldest are removed later (remove_oldest). So a full disk or a kill at any moment leaves the earlier
+checkpoints as they were. Each rank writes and reads the ranges that it keeps, piece by piece (ranges.h), of
+the same two safetensors files; rank 0 does all the rest. A folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any
 order, whoever made it.
 
 Errors: whatever is missing, does not fit or is not used is named with its file, and exit 1.
@@ -17,48 +18,24 @@ Errors: whatever is missing, does not fit or is not used is named with its file,
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
+#include "llmc/files/buffer_files.h"
 #include "llmc/files/config_file.h"
 #include "llmc/files/provenance.h"
 #include "llmc/files/run_folder.h"
-#include "llmc/files/safetensors_writer.h"
 #include "llmc/files/state_file.h"
 #include "llmc/files/tokenizer_files.h"
-#include "llmc/model.h"
+#include "llmc/run/ranks.h"
 
-enum { TENSOR_NAME_SIZE = 128 };
+#define TOKEN_NAME ".ranks" // in a temporary folder: a number that tells it from others of its name
 // what stands before a tensor's name in each of the two files
 static const char *const weight_prefix[] = {""};
 static const char *const moment_prefixes[] = {"exp_avg.", "exp_avg_sq."};
 static_assert(sizeof("exp_avg_sq.") + sizeof(((Tensor *)0)->name) <= TENSOR_NAME_SIZE,
               "a moment's name fits");
-static_assert(sizeof(((Tensor *)0)->shape) / sizeof(int64_t) <= SAFETENSORS_MAX_DIMS,
-              "the format takes our shapes");
 static_assert(PATH_SIZE + sizeof(".tmp") <= sizeof(((NewFile *)0)->temporary), "a file has a temporary name");
 
 // ----------------------------------------------------------------------------
 // saving
-
-// one flat buffer as tensors prefix + NAME; buffers: how many, written one after the other
-static inline void save_tensors(const char *path, const TensorTable *table, const char *const *prefixes,
-                                const float *const *buffers, int count, const char *dtype) {
-    SafetensorsWriter writer;
-    safetensors_writer_open(&writer, path);
-    for (int b = 0; b < count; b++) {
-        for (int i = 0; i < table->count; i++) {
-            char name[TENSOR_NAME_SIZE];
-            check_format(name, sizeof(name), "%s%s", prefixes[b], table->tensors[i].name);
-            safetensors_declare(&writer, name, dtype, table->tensors[i].ndim, table->tensors[i].shape);
-        }
-    }
-    safetensors_write_header(&writer);
-    for (int b = 0; b < count; b++) {
-        for (int i = 0; i < table->count; i++) {
-            safetensors_write_f32(&writer, buffers[b] + table->tensors[i].offset,
-                                  (size_t)table->tensors[i].size);
-        }
-    }
-    safetensors_writer_finish(&writer);
-}
 
 // Keeps the `keep` highest steps up to `current` (0: all). Later ones are of a future that a resumed run has
 // left: they stay until it writes its own. A folder loses its name first: a kill leaves no half of one
@@ -104,35 +81,106 @@ static inline void place_folder(const char *temporary, const char *folder) {
     remove_folder(aside);
 }
 
-// tokenizer NULL: none goes along. Dies with earlier checkpoints intact
-static inline void checkpoint_save(const char *out, const Config *config, const TensorTable *table,
-                                   const float *params, const float *exp_avg, const float *exp_avg_sq,
-                                   const RunState *state, const Provenance *provenance,
-                                   const Options *options, const Tokenizer *tokenizer) {
-    const float *moments[] = {exp_avg, exp_avg_sq};
+// the number in a folder's token; 0: there is none to be seen
+static inline uint64_t read_token(const char *folder) {
+    char path[PATH_SIZE];
+    uint64_t number = 0;
+    check_format(path, sizeof(path), "%s/" TOKEN_NAME, folder);
+    FILE *file = fopen(path, "rb");
+    size_t n = file != NULL ? fread(&number, sizeof(number), 1, file) : 0;
+    if (file != NULL) {
+        fclose(file);
+    }
+    return n == 1 ? number : 0;
+}
+
+static inline void write_token(const char *folder, uint64_t number) {
+    char path[PATH_SIZE];
+    NewFile file;
+    check_format(path, sizeof(path), "%s/" TOKEN_NAME, folder);
+    newfile_open(&file, path);
+    newfile_write(&file, &number, sizeof(number), 1);
+    newfile_close(&file);
+}
+
+// unseen [ranks]: dies if the folder that rank 0 has made is unseen on one of them
+static inline void refuse_unseen(Ranks *ranks, const char *folder, const int *unseen) {
+    int rank = 0;
+    while (rank < ranks->count && !unseen[rank]) {
+        rank++;
+    }
+    if (rank == ranks->count) {
+        return;
+    }
+    if (ranks->rank == 0) {
+        remove_folder(folder);
+    } else {
+        ranks_barrier(ranks); // in which rank 0 ends the run: one of them says why
+    }
+    die("rank %d does not see %s, which rank 0 has made\n"
+        "  ---> --out must be on a file system that all machines share",
+        rank, folder);
+}
+
+// Does every rank see the folder that rank 0 has made? Another machine may have one of its own by that name.
+// All wait here until it is made
+static inline void check_shared_folder(Ranks *ranks, const char *folder) {
+    uint64_t number = draw_run();
+    int *unseen = NEW(int, ranks->count);
+    if (ranks->rank == 0 && ranks->count > 1) {
+        write_token(folder, number);
+    }
+    ranks_share(ranks, &number, sizeof(number));
+    int mine = ranks->rank != 0 && read_token(folder) != number;
+    ranks_gather(ranks, &mine, sizeof(mine), unseen);
+    refuse_unseen(ranks, folder, unseen);
+    free(unseen);
+    if (ranks->rank == 0 && ranks->count > 1) {
+        char path[PATH_SIZE];
+        check_format(path, sizeof(path), "%s/" TOKEN_NAME, folder);
+        unlink(path);
+    }
+}
+
+// an empty folder for the checkpoint, with its config.json
+static inline void start_folder(const char *folder, const Config *config) {
+    char path[PATH_SIZE];
+    NewFile file;
+    remove_folder(folder);
+    make_folder(folder);
+    check_format(path, sizeof(path), "%s/config.json", folder);
+    newfile_open(&file, path);
+    config_write(config, file.file);
+    newfile_close(&file);
+}
+
+// Parameters, exp_avg and exp_avg_sq [3]; tokenizer NULL: none goes along. All ranks call it: each writes what
+// it keeps, rank 0 the rest. Dies with earlier checkpoints intact
+static inline void checkpoint_save(Ranks *ranks, const char *out, const Config *config,
+                                   const FlatBuffer *buffers, const RunState *state,
+                                   const Provenance *provenance, const Options *options,
+                                   const Tokenizer *tokenizer) {
     char name[64], folder[PATH_SIZE], temporary[PATH_SIZE], path[PATH_SIZE];
     check_format(name, sizeof(name), "step_%08lld", (long long)state->step);
     check_format(folder, sizeof(folder), "%s/%s", out, name);
     check_format(temporary, sizeof(temporary), "%s/.tmp_%s", out, name);
-    remove_folder(temporary);
-    make_folder(temporary);
-    check_format(path, sizeof(path), "%s/config.json", temporary);
-    NewFile file;
-    newfile_open(&file, path);
-    config_write(config, file.file);
-    newfile_close(&file);
-    check_format(path, sizeof(path), "%s/model.safetensors", temporary);
-    save_tensors(path, table, weight_prefix, &params, 1, "F32");
-    check_format(path, sizeof(path), "%s/optimizer.safetensors", temporary);
-    save_tensors(path, table, moment_prefixes, moments, 2, "F32");
     check_format(path, sizeof(path), "%s/state.json", temporary);
-    state_write(path, state, provenance, options);
-    if (tokenizer != NULL) {
-        tokenizer_save(tokenizer, temporary, config->max_seq_len);
+    if (ranks->rank == 0) {
+        start_folder(temporary, config);
     }
-    place_folder(temporary, folder);
-    point_latest(out, name);
-    newfile_sync_folder(folder); // the names in `out`
+    check_shared_folder(ranks, temporary);
+    save_buffers(ranks, temporary, "model.safetensors", &buffers[0], weight_prefix, 1, "F32");
+    save_buffers(ranks, temporary, "optimizer.safetensors", &buffers[1], moment_prefixes, 2, "F32");
+    if (ranks->rank == 0) {
+        state_write(path, state, provenance, options);
+        if (tokenizer != NULL) {
+            tokenizer_save(tokenizer, temporary, config->max_seq_len);
+        }
+        place_folder(temporary, folder);
+        point_latest(out, name);
+        newfile_sync_folder(folder); // the names in `out`
+    }
+    ranks_barrier(ranks);
 }
 
 // ----------------------------------------------------------------------------
@@ -188,38 +236,30 @@ static inline void refuse_unused_tensors(const Safetensors *st, const TensorTabl
     }
 }
 
-static inline void load_tensors(float *buffer, const Safetensors *st, const TensorTable *table,
-                                const char *prefix) {
-    for (int i = 0; i < table->count; i++) {
-        const Tensor *tensor = &table->tensors[i];
-        char name[TENSOR_NAME_SIZE];
-        check_format(name, sizeof(name), "%s%s", prefix, tensor->name);
-        safetensors_read_f32(st, safetensors_require(st, name, tensor->ndim, tensor->shape),
-                             buffer + tensor->offset);
-    }
-}
-
-static inline void checkpoint_load_weights(float *params, const char *folder, const TensorTable *table) {
+static inline Safetensors *open_weights(const char *folder) {
     char path[PATH_SIZE];
     check_format(path, sizeof(path), "%s/model.safetensors", folder);
-    Safetensors *st = safetensors_open(path, "name a folder with config.json and model.safetensors");
-    load_tensors(params, st, table, weight_prefix[0]);
-    refuse_unused_tensors(st, table, weight_prefix, 1);
+    return safetensors_open(path, "name a folder with config.json and model.safetensors");
+}
+
+static inline void checkpoint_load_weights(const FlatBuffer *params, const char *folder) {
+    Safetensors *st = open_weights(folder);
+    load_buffer(params, st, weight_prefix[0]);
+    refuse_unused_tensors(st, params->table, weight_prefix, 1);
     safetensors_close(st);
 }
 
-// 1 when the folder has moments, 0 when they stay zero
-static inline int checkpoint_load_moments(float *exp_avg, float *exp_avg_sq, const char *folder,
-                                          const TensorTable *table) {
+// exp_avg and exp_avg_sq [2]; 1 when the folder has moments, 0 when they stay zero
+static inline int checkpoint_load_moments(const FlatBuffer *moments, const char *folder) {
     char path[PATH_SIZE];
     check_format(path, sizeof(path), "%s/optimizer.safetensors", folder);
     if (!path_exists(path)) {
         return 0;
     }
     Safetensors *st = safetensors_open(path, "remove the file to start with zero moments");
-    load_tensors(exp_avg, st, table, moment_prefixes[0]);
-    load_tensors(exp_avg_sq, st, table, moment_prefixes[1]);
-    refuse_unused_tensors(st, table, moment_prefixes, 2);
+    load_buffer(&moments[0], st, moment_prefixes[0]);
+    load_buffer(&moments[1], st, moment_prefixes[1]);
+    refuse_unused_tensors(st, moments[0].table, moment_prefixes, 2);
     safetensors_close(st);
     return 1;
 }

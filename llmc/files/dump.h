@@ -6,54 +6,74 @@ The dump: one micro-batch's losses, gates and gradients in a safetensors file, f
     logits [B*T, V] when B*T <= 256;  gates.N [B*T, E] of layer N, 0 where not active (none when dense)
     grad.NAME for every tensor NAME of the checkpoint, in its shape
 
+With several ranks B is that of all together; each writes its own rows, and of the gradients what it keeps.
 A dump's gates can be the next one's routes (--route-from): gates != 0 is the active set. Errors: as in
 safetensors.h.
 */
 #ifndef DUMP_H
 #define DUMP_H
 
-#include "llmc/model.h"
-#include "llmc/files/safetensors_writer.h"
+#include "llmc/files/buffer_files.h"
+#include "llmc/config.h"
 
 enum { DUMP_SCALARS = 4, DUMP_MOST_LOGIT_ROWS = 256 };
 
-// N tokens; logits [N, V] or NULL; gates: L pointers to [N, E], or NULL when dense; grad [num_params]
-static inline void dump_write(const char *path, const Config *c, const TensorTable *table, int64_t N,
-                              const float *scalars, const float *logits, const float *const *gates,
-                              const float *grad) {
+// what one rank has of a dump; N tokens on each
+typedef struct {
+    int64_t N;
+    const float *scalars;      // [DUMP_SCALARS], the same on all ranks
+    const float *logits;       // [N, V], or NULL
+    const float *const *gates; // L matrices [N, E], or NULL when dense
+    FlatBuffer grads;
+} Dump;
+
+static inline void dump_declare(SafetensorsWriter *w, const Config *c, const Dump *dump, int ranks) {
     static const char *const scalar_names[DUMP_SCALARS] = {"lm_loss", "reg_loss", "loss", "sparsity"};
-    int64_t one = 1, E = c->router.experts;
-    int64_t logit_shape[] = {N, c->vocab_size}, gate_shape[] = {N, E};
-    int gate_layers = gates != NULL ? c->layers : 0;
-    char name[128];
+    int64_t one = 1, logit_shape[] = {dump->N * ranks, c->vocab_size};
+    int64_t gate_shape[] = {dump->N * ranks, c->router.experts};
+    for (int i = 0; i < DUMP_SCALARS; i++) {
+        safetensors_declare(w, scalar_names[i], "F32", 1, &one);
+    }
+    if (dump->logits != NULL) {
+        safetensors_declare(w, "logits", "F32", 2, logit_shape);
+    }
+    for (int l = 0; l < c->layers && dump->gates != NULL; l++) {
+        char name[64];
+        check_format(name, sizeof(name), "gates.%d", l);
+        safetensors_declare(w, name, "F32", 2, gate_shape);
+    }
+    declare_buffer(w, dump->grads.table, "grad.", "F32");
+}
+
+// rank r's rows are those from r N on; size: of N rows
+static inline void dump_put_rows(SafetensorsWriter *w, size_t tensor, int rank, const float *rows,
+                                 int64_t size) {
+    safetensors_write_at(w, tensor, (uint64_t)(rank * size), rows, (uint64_t)size);
+}
+
+// one rank's part; rank 0 has the scalars too
+static inline void dump_put(SafetensorsWriter *w, const Config *c, const Dump *dump, int rank) {
+    size_t tensor = 0;
+    for (; tensor < DUMP_SCALARS; tensor++) {
+        safetensors_write_at(w, tensor, 0, &dump->scalars[tensor], rank == 0);
+    }
+    if (dump->logits != NULL) {
+        dump_put_rows(w, tensor++, rank, dump->logits, dump->N * c->vocab_size);
+    }
+    for (int l = 0; l < c->layers && dump->gates != NULL; l++) {
+        dump_put_rows(w, tensor++, rank, dump->gates[l], dump->N * c->router.experts);
+    }
+    write_buffer(w, tensor, &dump->grads);
+}
+
+// all ranks call it
+static inline void dump_write(Ranks *ranks, const char *path, const Config *c, const Dump *dump) {
     SafetensorsWriter writer;
     safetensors_writer_open(&writer, path);
-    for (int i = 0; i < DUMP_SCALARS; i++) {
-        safetensors_declare(&writer, scalar_names[i], "F32", 1, &one);
-    }
-    if (logits != NULL) {
-        safetensors_declare(&writer, "logits", "F32", 2, logit_shape);
-    }
-    for (int l = 0; l < gate_layers; l++) {
-        check_format(name, sizeof(name), "gates.%d", l);
-        safetensors_declare(&writer, name, "F32", 2, gate_shape);
-    }
-    for (int i = 0; i < table->count; i++) {
-        check_format(name, sizeof(name), "grad.%s", table->tensors[i].name);
-        safetensors_declare(&writer, name, "F32", table->tensors[i].ndim, table->tensors[i].shape);
-    }
-    safetensors_write_header(&writer);
-    for (int i = 0; i < DUMP_SCALARS; i++) {
-        safetensors_write_f32(&writer, &scalars[i], 1);
-    }
-    safetensors_write_f32(&writer, logits, logits != NULL ? (size_t)(N * c->vocab_size) : 0);
-    for (int l = 0; l < gate_layers; l++) {
-        safetensors_write_f32(&writer, gates[l], (size_t)(N * E));
-    }
-    for (int i = 0; i < table->count; i++) {
-        safetensors_write_f32(&writer, grad + table->tensors[i].offset, (size_t)table->tensors[i].size);
-    }
-    safetensors_writer_finish(&writer);
+    dump_declare(&writer, c, dump, ranks->count);
+    safetensors_begin(&writer, ranks);
+    dump_put(&writer, c, dump, ranks->rank);
+    safetensors_finish(&writer, ranks);
 }
 
 // L matrices [N, E] in one block
@@ -73,15 +93,16 @@ static inline void free_layer_matrices(float **layers) {
     }
 }
 
-// the gates of an earlier dump of the same micro-batch
-static inline float **dump_read_routes(const char *path, const Config *c, int64_t N) {
+// this rank's rows of the gates of an earlier dump of the same micro-batch; N tokens on each rank
+static inline float **dump_read_routes(const Ranks *ranks, const char *path, const Config *c, int64_t N) {
     Safetensors *st = safetensors_open(path, "make it with --dump");
     float **routes = layer_matrices(c, N);
-    int64_t shape[] = {N, c->router.experts};
+    int64_t shape[] = {N * ranks->count, c->router.experts}, size = N * c->router.experts;
     for (int l = 0; l < c->layers; l++) {
         char name[64];
         check_format(name, sizeof(name), "gates.%d", l);
-        safetensors_read_f32(st, safetensors_require(st, name, 2, shape), routes[l]);
+        safetensors_read_f32_range(st, safetensors_require(st, name, 2, shape),
+                                   (uint64_t)(ranks->rank * size), (uint64_t)size, routes[l]);
     }
     safetensors_close(st);
     return routes;

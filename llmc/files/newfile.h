@@ -19,20 +19,29 @@ typedef struct {
     char temporary[4096]; // what is written: PATH.tmp, or PATH itself when it is no regular file
 } NewFile;
 
+static inline int newfile_is_special(const NewFile *f) {
+    return strcmp(f->path, f->temporary) == 0;
+}
+
 __attribute__((noreturn)) static inline void newfile_fail(NewFile *f) {
     int cause = errno;
-    if (strcmp(f->path, f->temporary) != 0) {
+    if (!newfile_is_special(f)) {
         unlink(f->temporary);
     }
     die("cannot write %s: %s\n  ---> free some disk space, or choose another folder", f->path,
         strerror(cause));
 }
 
-static inline void newfile_open(NewFile *f, const char *path) {
+static inline void newfile_name(NewFile *f, const char *path) {
     struct stat status;
     int special = stat(path, &status) == 0 && !S_ISREG(status.st_mode);
     check_format(f->path, sizeof(f->path), "%s", path);
     check_format(f->temporary, sizeof(f->temporary), "%s%s", path, special ? "" : ".tmp");
+    f->file = NULL;
+}
+
+static inline void newfile_open(NewFile *f, const char *path) {
+    newfile_name(f, path);
     f->file = fopen(f->temporary, "wb");
     if (f->file == NULL) {
         die("cannot write %s: %s\n  ---> make its folder, or choose another", path, strerror(errno));
@@ -58,18 +67,24 @@ static inline void newfile_sync_folder(const char *path) {
     }
 }
 
-static inline void newfile_close(NewFile *f) {
-    int special = strcmp(f->path, f->temporary) == 0;
-    int failed = fflush(f->file) != 0 || ferror(f->file) || (!special && fsync(fileno(f->file)) != 0);
-    if (failed || fclose(f->file) != 0) {
+// what is written, synced and closed gets its name
+static inline void newfile_place(NewFile *f) {
+    if (newfile_is_special(f)) {
+        return;
+    }
+    if (rename(f->temporary, f->path) != 0) {
         newfile_fail(f);
     }
-    if (!special) {
-        if (rename(f->temporary, f->path) != 0) {
-            newfile_fail(f);
-        }
-        newfile_sync_folder(f->path);
+    newfile_sync_folder(f->path);
+}
+
+static inline void newfile_close(NewFile *f) {
+    int unsynced =
+        fflush(f->file) != 0 || ferror(f->file) || (!newfile_is_special(f) && fsync(fileno(f->file)) != 0);
+    if (unsynced || fclose(f->file) != 0) {
+        newfile_fail(f);
     }
+    newfile_place(f);
 }
 
 #endif

@@ -362,6 +362,15 @@ static inline void safetensors_read_f32_range(const Safetensors *st, const Safet
     }
 }
 
+// Lets go of the memory of what was read: a mapped file counts as this process's as far as it was touched
+static inline void safetensors_release(const Safetensors *st, const SafetensorsEntry *entry, uint64_t first,
+                                       uint64_t n) {
+    uint64_t element = safetensors_dtype_size(entry->dtype), page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t begin = (entry->offset + first * element) / page * page;
+    uint64_t end = entry->offset + (first + n) * element;
+    madvise((void *)(st->data + begin), (size_t)(end - begin), MADV_DONTNEED); // unchanged, it is read again
+}
+
 static inline void safetensors_read_f32(const Safetensors *st, const SafetensorsEntry *entry, float *out) {
     safetensors_read_f32_range(st, entry, 0, safetensors_num_elements(entry), out);
 }

@@ -88,9 +88,10 @@ static inline unsigned char *shared_memory() {
 }
 
 template <class... P, class... A>
-static void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+static void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    A... args) {
-    emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); });
+    emulator::queue(
+        stream, [=] { emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); }); });
 }
 #else
 static inline bool emulated() {

@@ -9,21 +9,29 @@ Errors: no GPU, a GPU that is too old, or kernels that it cannot run end the pro
 
 #include "llmc/gpu/cuda_common.cuh"
 #include "llmc/gpu/grouped_gemm.cuh"
+#include "llmc/run/ranks.h"
 // defines: CUDA_CHECK, device_attribute, emulated; Kernels, grouped_best_kernels
 
-// makes `device` the one that this process uses from here on
-static inline void device_open(int device) {
+// The GPU of this rank: that of its number on the machine, or the one that a launcher shows it. This process uses
+// it from here on
+static inline int device_open(const Ranks *ranks) {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0) {
         die("no CUDA device: %s\n  ---> ./train_remoe trains on the CPU",
             error != cudaSuccess ? cudaGetErrorString(error) : "none is visible");
     }
+    if (ranks->local_rank >= count && count > 1) {
+        die("rank %d is number %d on its machine, which has %d GPUs\n  ---> --gpus %d", ranks->rank,
+            ranks->local_rank, count, count);
+    }
+    int device = count > 1 ? ranks->local_rank : 0;
     CUDA_CHECK(cudaSetDevice(device));
     if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 8) {
         die("the CUDA device is older than compute capability 8.0 (Ampere)\n"
             "  ---> ./train_remoe trains on the CPU");
     }
+    return device;
 }
 
 // driver, libraries and fragmentation want some of what is free

@@ -18,10 +18,13 @@ typedef enum {
     SEGMENT_ACTIVATIONS, // what forward leaves for backward, a layer; routing
     SEGMENT_PAIRS,       // H: the pair arena's store and scratch
     SEGMENT_WORKSPACE,   // scratch that all layers share; cuBLASLt's
+    SEGMENT_EXCHANGE,    // what other GPUs write into
     SEGMENT_COUNT
 } MemorySegment;
 
 enum { MEMORY_ALIGN = 256, MEMORY_MOST_BUFFERS = 65536 };
+// of what other processes open: the driver hands out memory in pieces of 2 MB, and opens whole pieces
+enum { MEMORY_SHARED_ALIGN = 2 << 20 };
 
 typedef struct {
     int counting;
@@ -31,8 +34,8 @@ typedef struct {
 } DeviceMemory;
 
 static inline const char *segment_name(int segment) {
-    static const char *const names[SEGMENT_COUNT] = {"weights",     "masters", "moments",  "gradients",
-                                                     "activations", "pairs",   "workspace"};
+    static const char *const names[SEGMENT_COUNT] = {"weights",     "masters", "moments",   "gradients",
+                                                     "activations", "pairs",   "workspace", "exchange"};
     return names[segment];
 }
 
@@ -45,8 +48,9 @@ static inline int64_t memory_total(const DeviceMemory *memory) {
 }
 
 // n elements, not cleared
-template <class T> static T *take(DeviceMemory *memory, MemorySegment segment, int64_t n) {
-    int64_t bytes = ceil_div<int64_t>(n * (int64_t)sizeof(T), MEMORY_ALIGN) * MEMORY_ALIGN;
+template <class T>
+static T *take(DeviceMemory *memory, MemorySegment segment, int64_t n, int64_t align = MEMORY_ALIGN) {
+    int64_t bytes = ceil_div<int64_t>(n * (int64_t)sizeof(T), align) * align;
     void *buffer = NULL;
     memory->bytes[segment] += bytes;
     if (memory->counting || bytes == 0) {

@@ -13,12 +13,13 @@ shapes that the kernels do not compute, and what does not fit, end the program w
 #ifndef MODEL_MEMORY_CUH
 #define MODEL_MEMORY_CUH
 
-#include "llmc/adamw.cuh"
 #include "llmc/attention.cuh"
 #include "llmc/dispatch.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/gpu/arena.cuh"
+#include "llmc/gpu/comm_open.cuh"
 #include "llmc/gpu/device.cuh"
+#include "llmc/gpu/device_params.cuh"
 #include "llmc/gpu/memory.cuh"
 #include "llmc/gpu/profile.cuh"
 #include "llmc/matmul.cuh"
@@ -52,9 +53,18 @@ typedef struct {
 
 // what a step's micro-batches add up on the device
 typedef struct {
-    double lm_loss, reg_loss, grad_squares;
+    double lm_loss, reg_loss;
     RoutingStats routing;
 } StepSums;
+
+// what a rank has to say at the end of a step; behind it counts [L E] (int64), then the arena's rows [L] (int)
+typedef struct {
+    StepSums sums;
+    int overflow; // a layer had more pairs than were planned for
+    int stop;     // this rank wants the run to end
+} Vote;
+
+static_assert(sizeof(Vote) % sizeof(int64_t) == 0, "counts stand behind it");
 
 // a micro-batch on the device
 typedef struct {
@@ -83,17 +93,19 @@ typedef struct {
 
 typedef struct {
     Arena arena;          // what the experts keep, and work in
+    int *counts_all;      // [L, E] tokens per expert of the micro-batch, of all ranks
     int *recent_rows;     // [L] of the arena in the last steps, on the host
     float *forced;        // [N, E] an active set to replace the router's (dump)
     floatX *router_parts; // the router's weights in three parts
 } Routing;
 
 typedef struct {
-    StepSums *sums;  // one
-    int64_t *counts; // [L, E] of the step
-    Batch *batches;  // [micro-batches], kept until the step is done
-    int *staging;    // the same on the host, pinned
-    int *id_places;  // [V] scratch of the host
+    StepSums *sums;       // one
+    int64_t *counts;      // [L, E] of the step
+    double *grad_squares; // one: of all gradients
+    Batch *batches;       // [micro-batches], kept until the step is done
+    int *staging;         // the same on the host, pinned
+    int *id_places;       // [V] scratch of the host
 } Step;
 
 struct Model {
@@ -105,9 +117,9 @@ struct Model {
     DeviceMemory memory;
     GemmPlans gemm;
     Profile profile;
-    Params params;
-    floatX *working; // [num_params] rounded copy of the parameters; in the fp32 build they themselves
-    int fresh;       // the experts' gradients have nothing yet: they are set, not added to
+    Comm comm; // with the other GPUs of the run
+    DeviceParams params;
+    int fresh; // the experts' gradients have nothing yet: they are set, not added to
     Activations acts;
     ActivationGradients back;
     Routing routing;
@@ -149,7 +161,6 @@ static inline void routing_allocate(Model *m, DevicePairs *pairs, DeviceDispatch
     pairs->row_start = take<int>(memory, SEGMENT_ACTIVATIONS, N + 1);
     pairs->expert = take<int>(memory, SEGMENT_ACTIVATIONS, P);
     pairs->gate = take<float>(memory, SEGMENT_ACTIVATIONS, P);
-    pairs->counts = take<int>(memory, SEGMENT_ACTIVATIONS, E);
     dispatch->offsets = take<int>(memory, SEGMENT_ACTIVATIONS, E + 1);
     dispatch->row_of_pair = take<int>(memory, SEGMENT_ACTIVATIONS, P);
     dispatch->token_of_row = take<int>(memory, SEGMENT_ACTIVATIONS, rows);
@@ -175,25 +186,24 @@ static inline void layer_allocate(Model *m, LayerActs *a, floatX *shared_normed)
     routing_allocate(m, &a->pairs, &a->dispatch);
 }
 
-static inline void allocate_params(Model *m) {
-    DeviceMemory *memory = &m->memory;
-    model_tensors(&m->params.table, &m->params.weights, &m->config, NULL); // for the number of parameters
-    int64_t n = m->params.table.num_params;
-    m->params.values = take<float>(memory, SEGMENT_MASTERS, n);
-#ifdef PRECISION_FP32
-    m->working = m->params.values;
-#else
-    m->working = take<floatX>(memory, SEGMENT_WEIGHTS, n);
-#endif
-    model_tensors(&m->params.table, &m->params.weights, &m->config, m->params.values);
-    if (m->settings.purpose != FOR_INFERENCE) {
-        m->params.grad = take<float>(memory, SEGMENT_GRADIENTS, n);
-        model_tensors(&m->params.table, &m->params.grads, &m->config, m->params.grad);
+static inline int64_t vote_bytes(const Model *m) {
+    int64_t L = m->config.layers, E = m->config.router.experts;
+    return ceil_div<int64_t>((int64_t)sizeof(Vote) + 8 * L * E + 4 * L, 256) * 256;
+}
+
+// where gradients land, and the rows that ranks tell each other
+static inline void allocate_exchange(Model *m) {
+    Comm *c = &m->comm;
+    int E = m->config.router.experts;
+    int64_t cells = (int64_t)m->config.layers * E;
+    comm_allocate(c, &m->memory, m->settings.purpose != FOR_INFERENCE, cells, vote_bytes(m));
+    c->grad = m->params.grad;
+    m->routing.counts_all = take<int>(&m->memory, SEGMENT_EXCHANGE, c->ranks > 1 ? cells : 0);
+    int *counts = (int *)c->regions[REGION_COUNTS].own;
+    for (int l = 0; l < m->config.layers; l++) { // the routers write the own row
+        m->acts.layers[l].pairs.counts = counts + c->rank * cells + (int64_t)l * E;
     }
-    if (m->settings.purpose == FOR_TRAINING) {
-        m->params.exp_avg = take<float>(memory, SEGMENT_MOMENTS, n);
-        m->params.exp_avg_sq = take<float>(memory, SEGMENT_MOMENTS, n);
-    }
+    m->routing.counts_all = c->ranks > 1 ? m->routing.counts_all : counts;
 }
 
 static inline int64_t larger(int64_t a, int64_t b) {
@@ -209,8 +219,7 @@ static inline int64_t scratch_bytes(const Model *m) {
     bytes = larger(bytes, router_has_weights(c->router.method) ? 4 * router_sums_floats(N, E) : 0);
     bytes = larger(bytes, 4 * rmsnorm_scratch_floats(c->hidden));
     bytes = larger(bytes, 4 * (int64_t)attention_scratch_floats(m->settings.B, m->settings.T, c->heads));
-    bytes = larger(bytes, 4 * partial_rows_most(N) * c->hidden);
-    return larger(bytes, 8 * norm_blocks(m->params.table.num_params));
+    return larger(bytes, 4 * partial_rows_most(N) * c->hidden);
 }
 
 static inline void allocate_activations(Model *m) {
@@ -235,6 +244,7 @@ static inline void allocate_activations(Model *m) {
     m->routing.router_parts = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? 3 * E * d : 0);
     m->step.sums = take<StepSums>(memory, SEGMENT_WORKSPACE, 1);
     m->step.counts = take<int64_t>(memory, SEGMENT_WORKSPACE, c->layers * E);
+    m->step.grad_squares = take<double>(memory, SEGMENT_WORKSPACE, 1);
     if (m->settings.purpose != FOR_INFERENCE) {
         m->back.dx = take<floatX>(memory, SEGMENT_WORKSPACE, N * d);
         m->back.dnormed = take<floatX>(memory, SEGMENT_WORKSPACE, N * d);
@@ -251,8 +261,9 @@ static inline void allocate_activations(Model *m) {
 // everything but the arena's store, which gets what is left; counts only, when memory.counting
 static inline void allocate_all(Model *m, int64_t store_rows) {
     const Config *c = &m->config;
-    allocate_params(m);
+    allocate_params(&m->params, &m->comm, &m->memory, &m->config, m->settings.purpose);
     allocate_activations(m);
+    allocate_exchange(m);
     void *workspace = take<unsigned char>(&m->memory, SEGMENT_WORKSPACE, GEMM_WORKSPACE_BYTES);
     if (!m->memory.counting) {
         gemm_open(&m->gemm, workspace, GEMM_WORKSPACE_BYTES);
@@ -271,12 +282,14 @@ static inline int64_t fixed_bytes(const Model *like, int B) {
     m.settings.B = B;
     m.kernels = like->kernels;
     m.memory.counting = 1;
+    m.comm = like->comm;
     m.acts.layers = NEW(LayerActs, like->config.layers);
+    params_open_lists(&m.params, &m.config);
     allocate_all(&m, 0);
     int64_t bytes = memory_total(&m.memory);
     arena_free(&m.routing.arena);
+    params_close_lists(&m.params);
     free(m.acts.layers);
-    params_free(&m.params);
     return bytes;
 }
 
@@ -368,17 +381,6 @@ static inline void upload_rope(const Model *m) {
     rope_table(table, m->settings.T, c->head_size, c->rope_theta);
     copy_now(m->acts.rope, table, (size_t)n * sizeof(float), cudaMemcpyHostToDevice, m->stream);
     free(table);
-}
-
-// weights, gradients and moments are zero until a run sets them
-static inline void clear_weights(const Model *m) {
-    size_t bytes = (size_t)m->params.table.num_params * sizeof(float);
-    float *buffers[] = {m->params.values, m->params.grad, m->params.exp_avg, m->params.exp_avg_sq};
-    for (int i = 0; i < 4; i++) {
-        if (buffers[i] != NULL) {
-            CUDA_CHECK(cudaMemsetAsync(buffers[i], 0, bytes, m->stream));
-        }
-    }
 }
 
 static inline void refuse_too_large(const Model *m, int64_t need, int64_t available, int most) {

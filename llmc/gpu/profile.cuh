@@ -12,6 +12,10 @@ table adds up the time between neighbouring marks by name. Errors: none of its o
 
 enum { PROFILE_MOST_NAMES = 32 };
 
+// what several GPUs cost
+#define PROFILE_WAITING "waiting for other GPUs"
+#define PROFILE_ADDING "adding up gradients, norm"
+
 typedef struct {
     int on;
     int count, capacity;
@@ -63,14 +67,18 @@ static inline int profile_rows(const Profile *profile, ProfileRow *rows) {
     return count;
 }
 
-// the table, largest share first; all marks are forgotten
-static inline void profile_end(Profile *profile) {
+// The table, largest share first; all marks are forgotten. Returns the share of the parts between which other
+// ranks stand: PROFILE_WAITING and PROFILE_ADDING
+static inline double profile_end(Profile *profile) {
     ProfileRow rows[PROFILE_MOST_NAMES];
-    double total = 0.0;
+    double total = 0.0, exposed = 0.0;
     CUDA_CHECK(cudaDeviceSynchronize());
     int count = profile_rows(profile, rows);
     for (int i = 0; i < count; i++) {
         total += rows[i].ms;
+        exposed += strcmp(rows[i].name, PROFILE_WAITING) == 0 || strcmp(rows[i].name, PROFILE_ADDING) == 0
+                       ? rows[i].ms
+                       : 0.0;
     }
     printf("%-24s %10s %7s\n", "component", "ms a step", "share");
     for (int printed = 0; printed < count; printed++) {
@@ -88,6 +96,7 @@ static inline void profile_end(Profile *profile) {
     free(profile->events);
     free(profile->names);
     memset(profile, 0, sizeof(*profile));
+    return total > 0.0 ? exposed / total : 0.0;
 }
 
 #endif

@@ -1,8 +1,9 @@
 /*
 --bench: the speed of whole optimizer steps at the sparsity that training spends its time at.
 
+    warm      steps for some seconds: cold devices are faster than they remain
     settle    steps of one micro-batch each until stage III, and S near its target
-    time      TIMED_STEPS steps of the whole global batch: their median
+    time      steps of the whole global batch, ten or more, for some seconds: their median
     profile   one more, taken apart (trainer.h)
 
 Sparser is faster, so S is reported beside the speed, and steps are timed anew until it is close. FLOPs are
@@ -22,7 +23,11 @@ static inline void bench_step(Run *run, StepRecord *r) {
     fill_record(run, r, &before, seconds_now() - begin);
 }
 
-enum { SETTLED_STEPS = 20, TIMED_STEPS = 10, MOST_STEPS = 2000, MOST_ROUNDS = 5 };
+#define WARM_SECONDS 2.0 // a cool GPU is a fifth faster than it remains
+
+#define TIMED_SECONDS 4.0
+
+enum { SETTLED_STEPS = 20, LEAST_TIMED = 10, MOST_TIMED = 100, MOST_STEPS = 2000, MOST_ROUNDS = 5 };
 
 // trains with one micro-batch a step until stage III, and S within 0.005 of its target over the last
 // SETTLED_STEPS
@@ -50,9 +55,43 @@ static inline void bench_settle(Run *run, double target) {
     run->step.micro_batches = micro_batches;
 }
 
+// untimed steps, until the device is as warm as it gets; returns how many are to be timed
+static inline int bench_warm(Run *run) {
+    double begin = seconds_now(), enough;
+    int steps = 0, timed;
+    do {
+        StepRecord r;
+        bench_step(run, &r);
+        steps++;
+    } while (ranks_any(&run->ranks, seconds_now() - begin < WARM_SECONDS));
+    enough = TIMED_SECONDS * steps / (seconds_now() - begin);
+    timed = enough < LEAST_TIMED ? (int)LEAST_TIMED : enough > MOST_TIMED ? (int)MOST_TIMED : (int)enough;
+    ranks_share(&run->ranks, &timed, sizeof(timed));
+    return timed;
+}
+
 static inline int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
+}
+
+// What a rank pays for there being others. Ranks are never equally fast: the fastest waits for the slowest, which
+// waits for data alone. So the least share is that of the communication, and the rest is the ranks' difference
+static inline void bench_exposed(Run *run, double share) {
+    int ranks = run->ranks.count;
+    double *all = NEW(double, ranks), least = share, most = share;
+    ranks_gather(&run->ranks, &share, sizeof(share), all);
+    for (int p = 0; p < ranks; p++) {
+        least = all[p] < least ? all[p] : least;
+        most = all[p] > most ? all[p] : most;
+    }
+    if (ranks > 1) {
+        printf("exposed communication, sums included: %.2f %% of the step on the rank that waits least, %.2f "
+               "%% on "
+               "the one that waits most\n",
+               100.0 * least, 100.0 * most);
+    }
+    free(all);
 }
 
 // one more step, for where its time goes: measuring may slow it
@@ -60,37 +99,38 @@ static inline void bench_profile(Run *run) {
     StepRecord r;
     model_profile(run->model, 1);
     bench_step(run, &r);
-    model_profile(run->model, 0);
+    bench_exposed(run, model_profile(run->model, 0));
 }
 
 typedef struct {
-    double ms[TIMED_STEPS];  // ascending
+    double ms[MOST_TIMED]; // ascending
+    int count;
     double sparsity, active; // means
 } BenchRound;
 
-static inline BenchRound bench_time(Run *run) {
-    BenchRound timed = {{0}, 0.0, 0.0};
-    for (int i = 0; i < TIMED_STEPS; i++) {
+static inline BenchRound bench_time(Run *run, int count) {
+    BenchRound timed = {{0}, count, 0.0, 0.0};
+    for (int i = 0; i < count; i++) {
         StepRecord r;
         bench_step(run, &r);
         timed.ms[i] = r.ms;
-        timed.sparsity += r.sparsity / TIMED_STEPS;
-        timed.active += r.active_experts / TIMED_STEPS;
+        timed.sparsity += r.sparsity / count;
+        timed.active += r.active_experts / count;
     }
-    qsort(timed.ms, TIMED_STEPS, sizeof(double), compare_doubles);
+    qsort(timed.ms, (size_t)count, sizeof(double), compare_doubles);
     return timed;
 }
 
 // Whole steps at the given global batch, once S has settled. Sparser is faster, and of many experts 0.005 of
 // S are a large part of k: until S is within 0.005 and k within 4 % of the target, steps are timed anew. The
 // round that came nearest
-static inline BenchRound bench_rounds(Run *run, double target) {
+static inline BenchRound bench_rounds(Run *run, double target, int count) {
     const Router *router = &run->config.router;
     double enough = fmin(0.005, 0.04 * router->active / router->experts);
-    BenchRound best = {{0}, 0.0, 0.0};
+    BenchRound best = {{0}, 0, 0.0, 0.0};
     for (int i = 0; i < MOST_ROUNDS; i++) {
         bench_settle(run, target);
-        BenchRound timed = bench_time(run);
+        BenchRound timed = bench_time(run, count);
         if (i == 0 || fabs(timed.sparsity - target) < fabs(best.sparsity - target)) {
             best = timed;
         }
@@ -104,14 +144,15 @@ static inline BenchRound bench_rounds(Run *run, double target) {
 static inline void bench(Run *run) {
     const Config *c = &run->config;
     double target = 1.0 - (double)c->router.active / c->router.experts;
-    BenchRound timed = bench_rounds(run, target);
-    double seconds = 0.5e-3 * (timed.ms[(TIMED_STEPS - 1) / 2] + timed.ms[TIMED_STEPS / 2]); // the median
+    int count = bench_warm(run);
+    BenchRound timed = bench_rounds(run, target, count);
+    double seconds = 0.5e-3 * (timed.ms[(count - 1) / 2] + timed.ms[count / 2]); // the median
     double tokens = (double)run->stats.tokens, T = (double)run->options.seq_len;
     double nominal = config_flops(c, run->options.seq_len, c->router.active) * tokens / T / seconds;
     double measured = config_flops(c, run->options.seq_len, timed.active) * tokens / T / seconds;
     double peak = model_peak_flops(run->model), unit = nominal < 1e12 ? 1e9 : 1e12;
-    printf("bench     %.0f tokens a step, median %.1f ms (%.1f to %.1f) | S %.4f, target %.4f\n", tokens,
-           1e3 * seconds, timed.ms[0], timed.ms[TIMED_STEPS - 1], timed.sparsity, target);
+    printf("bench     %.0f tokens a step, median of %d: %.1f ms (%.1f to %.1f) | S %.4f, target %.4f\n",
+           tokens, count, 1e3 * seconds, timed.ms[0], timed.ms[count - 1], timed.sparsity, target);
     printf("          %.0f tok/s | %.1f %cFLOP/s at nominal k, %.1f at the measured active experts",
            tokens / seconds, nominal / unit, unit < 1e12 ? 'G' : 'T', measured / unit);
     if (peak > 0.0) {
@@ -119,6 +160,7 @@ static inline void bench(Run *run) {
     }
     printf(" | %.2f GB\n", model_memory_gb(run->model));
     bench_profile(run);
+    fflush(stdout);
 }
 
 #endif

@@ -14,36 +14,72 @@ warning.
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
 
-// Mean loss of up to val_batches micro-batches of one shard, its windows in order; *tokens counts the
-// targets. A signal ends it early. 0 when a token has changed since the run began into one that the
-// vocabulary lacks
-static inline int validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
-    const Options *o = &run->options;
-    int64_t sequences = dataloader_num_sequences(loader), bad_token;
-    int64_t most = o->val_batches * o->batch;
-    double sum = 0.0;
-    *tokens = 0;
-    sequences = sequences < most ? sequences : most;
-    for (int64_t first = 0; first < sequences && !stop_requested; first += o->batch) {
-        int B = (int)(sequences - first < o->batch ? sequences - first : o->batch);
-        int64_t N = (int64_t)B * o->seq_len;
-        for (int b = 0; b < B; b++) {
-            if (dataloader_try_sequence(loader, first + b, run->config.vocab_size,
-                                        run->inputs + b * o->seq_len, run->targets + b * o->seq_len,
-                                        &bad_token) != NULL) {
-                return 0;
-            }
+typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
+
+// The loss of sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since the run began
+// into one that the vocabulary lacks
+static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
+                                        double *loss) {
+    int64_t T = run->options.seq_len, bad_token;
+    for (int b = 0; b < B; b++) {
+        if (dataloader_try_sequence(loader, first + b, run->config.vocab_size, run->inputs + b * T,
+                                    run->targets + b * T, &bad_token) != NULL) {
+            return VALIDATION_DAMAGED;
         }
-        sum += model_loss(run->model, run->inputs, run->targets, B, (int)o->seq_len) * (double)N;
-        *tokens += N;
+    }
+    *loss = model_loss(run->model, run->inputs, run->targets, B, (int)T);
+    return VALIDATED;
+}
+
+// losses [count]: those of this rank's micro-batches become everyone's; the worst of the ranks' outcomes
+static inline Validation gather_losses(Run *run, double *losses, int64_t count, Validation outcome) {
+    int ranks = run->ranks.count;
+    double *all = NEW(double, ranks *(count + 1)), *own = NEW(double, count + 1);
+    memcpy(own, losses, (size_t)count * sizeof(double));
+    own[count] = outcome;
+    ranks_gather(&run->ranks, own, (size_t)(count + 1) * sizeof(double), all);
+    for (int64_t i = 0; i < count; i++) {
+        losses[i] = all[i % ranks * (count + 1) + i];
+    }
+    for (int p = 0; p < ranks; p++) {
+        double its = all[p * (count + 1) + count];
+        outcome = its > outcome ? (Validation)its : outcome;
+    }
+    free(all);
+    free(own);
+    return outcome;
+}
+
+// Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in turns;
+// *tokens counts the targets. A signal ends it early
+static inline Validation validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
+    const Options *o = &run->options;
+    int64_t sequences = dataloader_num_sequences(loader), most = o->val_batches * o->batch;
+    sequences = sequences < most ? sequences : most;
+    int64_t count = (sequences + o->batch - 1) / o->batch;
+    double *losses = NEW(double, count), sum = 0.0;
+    Validation outcome = VALIDATED;
+    for (int64_t i = run->ranks.rank; i < count && outcome == VALIDATED; i += run->ranks.count) {
+        int64_t left = sequences - i * o->batch;
+        int B = (int)(left < o->batch ? left : o->batch);
+        ranks_beat(&run->ranks, run->state.step, "validation");
+        outcome =
+            stop_requested ? VALIDATION_STOPPED : validate_batch(run, loader, i * o->batch, B, &losses[i]);
+    }
+    outcome = gather_losses(run, losses, count, outcome);
+    *tokens = sequences * o->seq_len;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t left = sequences - i * o->batch;
+        sum += losses[i] * (double)((left < o->batch ? left : o->batch) * o->seq_len);
     }
     *loss = *tokens > 0 ? sum / (double)*tokens : NAN;
-    return 1;
+    free(losses);
+    return outcome;
 }
 
 // a loss that is no number: in training the run's own guard has the last word, alone it is the answer
 static inline void refuse_broken_loss(const Run *run, double loss, const char *domain) {
-    if (isfinite(loss) || stop_requested) {
+    if (isfinite(loss)) {
         return;
     }
     if (!run->options.eval) {
@@ -66,21 +102,22 @@ static inline void log_loss(Run *run, double loss, const char *domain) {
 static inline void validate(Run *run) {
     double sum = 0.0;
     int64_t total = 0;
+    Validation outcome = VALIDATED;
     if (run->num_domains == 0) {
         return;
     }
     model_route(run->model, run->config.router.method, run->config.router.active);
     printf("val  %5lld |", (long long)run->state.step);
-    for (int i = 0; i < run->num_domains && !stop_requested; i++) {
+    for (int i = 0; i < run->num_domains && outcome != VALIDATION_STOPPED; i++) {
         const DataDomain *domain = &run->domains[i];
         int64_t tokens;
         double loss;
-        if (!validate_domain(run, &domain->loader, &loss, &tokens)) {
+        outcome = validate_domain(run, &domain->loader, &loss, &tokens);
+        if (outcome == VALIDATION_DAMAGED) {
             warn("%s was not validated: it has changed since the run began, and is damaged", domain->path);
-            continue;
         }
-        if (stop_requested) {
-            break;
+        if (outcome != VALIDATED) {
+            continue;
         }
         sum += loss * (double)tokens;
         total += tokens;
@@ -89,7 +126,7 @@ static inline void validate(Run *run) {
         refuse_broken_loss(run, loss, domain->name);
         log_loss(run, loss, domain->name);
     }
-    if (stop_requested || total == 0) {
+    if (outcome == VALIDATION_STOPPED || total == 0) {
         printf(" stopped\n");
         return;
     }
@@ -102,24 +139,27 @@ static inline void dump(Run *run) {
     const Options *o = &run->options;
     const Config *c = &run->config;
     int B = (int)o->batch, T = (int)o->seq_len, dense = !router_has_experts(c->router.method);
-    int64_t N = (int64_t)B * T;
+    int64_t N = (int64_t)B * T; // of this rank
     double weight = router_loss_weight(c->router.method, run->state.sparsity.lambda, o->aux_coeff);
-    float **routes = o->route_from[0] != '\0' && !dense ? dump_read_routes(o->route_from, c, N) : NULL;
+    float **routes =
+        o->route_from[0] != '\0' && !dense ? dump_read_routes(&run->ranks, o->route_from, c, N) : NULL;
     float **gates = dense ? NULL : layer_matrices(c, N);
-    float *logits = N <= DUMP_MOST_LOGIT_ROWS ? NEW(float, N * c->vocab_size) : NULL;
+    float *logits = N * run->ranks.count <= DUMP_MOST_LOGIT_ROWS ? NEW(float, N * c->vocab_size) : NULL;
     for (int b = 0; b < B; b++) {
-        dataloader_sequence(&run->train, b, c->vocab_size, run->inputs + b * T, run->targets + b * T);
+        dataloader_sequence(&run->train, (int64_t)run->ranks.rank * B + b, c->vocab_size, run->inputs + b * T,
+                            run->targets + b * T);
     }
     stats_reset(&run->stats, c);
     model_examine(m, run->inputs, run->targets, B, T, weight, (const float *const *)routes, logits, gates,
                   &run->stats);
     double lm_loss = run->stats.lm_loss, reg = run->stats.reg_loss;
     double loss = lm_loss + weight * reg;
-    double sparsity = dense ? 0.0 : sparsity_of(run->stats.active, N * c->layers * c->router.experts);
+    double sparsity =
+        dense ? 0.0 : sparsity_of(run->stats.active, run->stats.tokens * c->layers * c->router.experts);
     float scalars[DUMP_SCALARS] = {(float)lm_loss, (float)reg, (float)loss, (float)sparsity};
-    float *grad = model_borrow(m, BUFFER_GRADS);
-    dump_write(o->dump, c, model_table(m), N, scalars, logits, (const float *const *)gates, grad);
-    model_return(m, BUFFER_GRADS, grad, 0);
+    Dump dump = {N, scalars, logits, (const float *const *)gates,
+                 model_buffer(m, BUFFER_GRADS, RANGES_OWNED)};
+    dump_write(&run->ranks, o->dump, c, &dump);
     printf("lm_loss %.7f reg_loss %.7f loss %.7f sparsity %.7f -> %s\n", lm_loss, reg, loss, sparsity,
            o->dump);
     free_layer_matrices(routes);

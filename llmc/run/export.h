@@ -24,11 +24,13 @@ Errors: exit 1 with the folder or file that is wrong and the remedy; 2 for what 
 
 typedef struct {
     Options options;
+    Ranks alone; // the only one
     RunState state;
     int has_state; // else it is somebody else's model, of whose training nothing is known
     Config config;
     TensorTable table;
     Weights weights;      // no memory behind them
+    Safetensors *saved;   // the checkpoint's, while they are copied
     Tokenizer *tokenizer; // NULL: none was found
     char folder[PATH_SIZE], temporary[PATH_SIZE];
     const char *name; // the folder's own, without those around it
@@ -141,21 +143,34 @@ static inline const char *export_source(const Export *e) {
     return e->options.resume[0] != '\0' ? e->options.resume : e->options.load;
 }
 
-static inline void export_weights(const Export *e) {
-    static const char *const no_prefix[] = {""};
-    float *params = NEW(float, e->table.num_params);
-    const float *saved = params;
-    char path[PATH_SIZE];
-    checkpoint_load_weights(params, export_source(e), &e->table);
-    for (int64_t i = 0; i < e->table.num_params; i++) {
-        if (!isfinite(params[i])) {
+// of the checkpoint's weights n elements of a flat buffer, all of one tensor
+static inline void export_get(void *of, int unused, int64_t first, int64_t n, float *out) {
+    const Export *e = (const Export *)of;
+    const Tensor *tensor = e->table.tensors;
+    (void)unused;
+    while (first < tensor->offset || first >= tensor->offset + tensor->size) {
+        tensor++;
+    }
+    const SafetensorsEntry *entry = safetensors_require(e->saved, tensor->name, tensor->ndim, tensor->shape);
+    safetensors_read_f32_range(e->saved, entry, (uint64_t)(first - tensor->offset), (uint64_t)n, out);
+    safetensors_release(e->saved, entry, (uint64_t)(first - tensor->offset), (uint64_t)n);
+    for (int64_t i = 0; i < n; i++) {
+        if (!isfinite(out[i])) {
             remove_folder(e->temporary);
             die("%s has weights that are no numbers\n  ---> export another checkpoint", export_source(e));
         }
     }
-    check_format(path, sizeof(path), "%s/model.safetensors", e->temporary);
-    save_tensors(path, &e->table, no_prefix, &saved, 1, export_is_bf16(e) ? "BF16" : "F32");
-    free(params);
+}
+
+// from file to file, piece by piece
+static inline void export_weights(Export *e) {
+    Range everything = {0, e->table.flat_size};
+    FlatBuffer weights = {&e->table, &everything, 1, e, 0, export_get, NULL};
+    e->saved = open_weights(export_source(e));
+    save_buffers(&e->alone, e->temporary, "model.safetensors", &weights, weight_prefix, 1,
+                 export_is_bf16(e) ? "BF16" : "F32");
+    refuse_unused_tensors(e->saved, &e->table, weight_prefix, 1);
+    safetensors_close(e->saved);
 }
 
 // ----------------------------------------------------------------------------
@@ -285,7 +300,8 @@ static inline void export_read(Export *e, const char *program, int argc, const c
     char path[PATH_SIZE];
     Provenance unused; // an export is of no run
     memset(&unused, 0, sizeof(unused));
-    read_options(&e->options, &e->state, &unused, program, argc, argv);
+    e->alone = ranks_alone();
+    read_options(&e->options, &e->state, &unused, program, argc, argv, 1);
     if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sampling || o->eval || o->bench) {
         die_usage("--export expects a folder, and no --dump, --eval, --sample or --bench beside it");
     }
@@ -297,7 +313,7 @@ static inline void export_read(Export *e, const char *program, int argc, const c
     export_read_tokenizer(e, options_given(argc, argv, "tokenizer"));
 }
 
-static inline void export_write(const Export *e) {
+static inline void export_write(Export *e) {
     remove_folder(e->temporary);
     make_folder(e->temporary);
     export_config(e);
@@ -320,12 +336,13 @@ static inline void export_model(const char *program, int argc, const char *const
     signal(SIGXFSZ, SIG_IGN); // a file at its size limit is then a failed write, with a message
     export_read(e, program, argc, argv);
     export_write(e);
-    printf("%s: %lld parameters in %s, from %s\n", e->folder, (long long)e->table.num_params,
+    printf("%s: %lld parameters in %s, from %s\n", e->folder,
+           (long long)config_params(&e->config, e->config.router.experts),
            export_is_bf16(e) ? "bf16" : "fp32", export_source(e));
     if (e->tokenizer != NULL) {
         tokenizer_free(e->tokenizer);
     }
-    free(e->table.tensors);
+    table_free(&e->table);
     free(e->weights.layers);
     free(e);
 }

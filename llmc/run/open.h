@@ -15,17 +15,19 @@ Errors: exit 1 or 2 with the file or option that is wrong, before anything has b
 #include <omp.h>
 #endif
 // defines: omp_set_num_threads, omp_get_max_threads
+#include "llmc/run/launch.h"
 #include "llmc/run/run.h"
 #include "llmc/run/startup.h"
 
 // what stays the same from step to step
-static inline StepSettings step_settings(const Options *o, const Config *c) {
+static inline StepSettings step_settings(const Options *o, const Config *c, int ranks) {
     int64_t warmup = o->warmup_steps >= 0 ? o->warmup_steps : o->steps / 100;
     Schedule schedule = {o->lr, o->lr_min, warmup, o->steps};
     StepSettings s;
-    s.micro_batches = (int)(o->global_batch / o->batch);
+    s.micro_batches = (int)(o->global_batch / (o->batch * ranks));
     s.B = (int)o->batch;
     s.T = (int)o->seq_len;
+    s.ranks = ranks;
     s.schedule = schedule;
     s.weight_decay = o->weight_decay;
     s.grad_clip = o->grad_clip;
@@ -54,8 +56,8 @@ static inline void print_model(const Options *o, const Config *c) {
 }
 
 // what a model is to be opened for
-static inline ModelSettings model_settings(const Options *o, const Config *c, Purpose purpose, int device) {
-    StepSettings step = step_settings(o, c);
+static inline ModelSettings model_settings(const Options *o, const Config *c, Purpose purpose, Ranks *ranks) {
+    StepSettings step = step_settings(o, c, ranks->count);
     int loaded = o->load[0] != '\0' || o->resume[0] != '\0';
     ModelSettings s;
     s.purpose = purpose;
@@ -64,7 +66,9 @@ static inline ModelSettings model_settings(const Options *o, const Config *c, Pu
     s.micro_batches = step.micro_batches;
     s.most_k = step_most_k(&step, c->router);
     s.starts_dense = router_row(c->router.method)->leaves_number_open && !loaded;
-    s.device = device;
+    s.ranks = ranks;
+    s.zero = (int)o->zero;
+    s.comm = o->comm;
     s.kernels = o->kernels;
     s.recompute = (int)o->recompute;
     s.pair_budget = o->pair_budget;
@@ -88,25 +92,22 @@ static inline void build_model(Run *run) {
     if (purpose == FOR_TRAINING) {
         print_model(o, c);
     }
-    ModelSettings settings = model_settings(o, c, purpose, run->device);
+    ModelSettings settings = model_settings(o, c, purpose, &run->ranks);
     run->model = model_open(c, &settings);
-    float *params = model_borrow(run->model, BUFFER_PARAMS);
+    FlatBuffer params = model_buffer(run->model, BUFFER_PARAMS, RANGES_KEPT);
     if (folder[0] == '\0') {
-        model_init(params, model_table(run->model), (uint64_t)o->seed);
+        model_init(&params, (uint64_t)o->seed);
     } else {
-        checkpoint_load_weights(params, folder, model_table(run->model));
+        checkpoint_load_weights(&params, folder);
     }
-    model_return(run->model, BUFFER_PARAMS, params, 1);
+    model_publish(run->model);
 }
 
 // AdamW's moments, if the folder has them
 static inline int load_moments(Run *run, const char *folder) {
-    Model *m = run->model;
-    float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
-    int found = checkpoint_load_moments(exp_avg, exp_avg_sq, folder, model_table(m));
-    model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, found);
-    model_return(m, BUFFER_EXP_AVG, exp_avg, found);
-    return found;
+    FlatBuffer moments[] = {model_buffer(run->model, BUFFER_EXP_AVG, RANGES_KEPT),
+                            model_buffer(run->model, BUFFER_EXP_AVG_SQ, RANGES_KEPT)};
+    return checkpoint_load_moments(moments, folder);
 }
 
 static inline void build_state(Run *run, int lambda_given) {
@@ -131,8 +132,26 @@ static inline void build_state(Run *run, int lambda_given) {
             die("%s has no optimizer.safetensors\n  ---> start from its weights: --load %s", folder, folder);
         }
     }
-    run->step = step_settings(o, &run->config);
+    run->step = step_settings(o, &run->config, run->ranks.count);
     run->first_step = state->step;
+}
+
+// ranks that read other data than the others would train on something that nobody asked for
+static inline void agree_on_data(Run *run) {
+    char *text = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&text, &size);
+    if (out == NULL) {
+        die("out of memory for the list of shards");
+    }
+    for (int i = 0; i < run->provenance.num_shards; i++) {
+        const ShardRecord *shard = &run->provenance.shards[i];
+        fprintf(out, "%s, %lld bytes, hash %016llx\n", shard->name, (long long)shard->bytes,
+                (unsigned long long)shard->hash);
+    }
+    fclose(out);
+    ranks_agree(&run->ranks, "the training data", text);
+    free(text);
 }
 
 // what a run learns from: the shards that it began with, if it is resumed
@@ -147,14 +166,19 @@ static inline void open_training_data(Run *run, int data_given) {
     }
     dataloader_check_tokens(&run->train, 1, c->vocab_size);
     record_shards(&now, &run->train);
-    check_same_data(&run->provenance, &now, data_given);
+    if (run->ranks.rank == 0) { // which knows the run's
+        check_same_data(&run->provenance, &now, data_given);
+    }
     provenance_free(&run->provenance);
     run->provenance = now;
-    // micro-batch after micro-batch in the run's order, or the first one again and again
-    int64_t first = o->overfit_batch ? 0 : run->state.sequences;
+    agree_on_data(run);
+    // micro-batch after micro-batch in the run's order, or the first one again and again; a rank takes every
+    // count-th
+    int64_t first = (o->overfit_batch ? 0 : run->state.sequences) + run->ranks.rank * o->batch;
     prefetch_start(&run->ahead, &run->train, (int)o->batch, c->vocab_size, first,
-                   o->overfit_batch ? 0 : o->batch);
-    run->ahead.before_end = writes_run(o) ? save_before_end : NULL;
+                   o->overfit_batch ? 0 : o->batch * run->ranks.count);
+    // all ranks save, or none: the others do not know of a token that one cannot read
+    run->ahead.before_end = writes_run(o) && run->ranks.count == 1 ? save_before_end : NULL;
     run->ahead.context = run;
 }
 
@@ -207,6 +231,10 @@ static inline void print_table(const Run *run) {
     const Options *o = &run->options;
     const Router *r = &run->config.router;
     int threads = 1;
+    char ranks[32] = "";
+    if (run->ranks.count > 1) {
+        check_format(ranks, sizeof(ranks), "%d ranks x ", run->ranks.count);
+    }
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
@@ -215,9 +243,9 @@ static inline void print_table(const Run *run) {
     printf(" | %.1f epochs%s\n",
            (double)o->steps * (double)o->global_batch / (double)dataloader_num_sequences(&run->train),
            o->val_data[0] == '\0' ? " | no validation (--val-data)" : "");
-    printf("schedule  %lld steps of %lld x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n",
-           (long long)o->steps, (long long)(o->global_batch / o->batch), (long long)o->batch, o->lr,
-           o->lr_min, (long long)run->step.schedule.warmup, (long long)o->seed);
+    printf("schedule  %lld steps of %s%d x %lld sequences | lr %g -> %g, warm-up %lld | seed %lld\n",
+           (long long)o->steps, ranks, run->step.micro_batches, (long long)o->batch, o->lr, o->lr_min,
+           (long long)run->step.schedule.warmup, (long long)o->seed);
     if (has_lambda(run)) {
         printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
                (double)run->state.sparsity.lambda, o->alpha);
@@ -228,6 +256,11 @@ static inline void print_table(const Run *run) {
 
 static inline void open_log(Run *run) {
     char name[64], folder[PATH_SIZE];
+    if (run->ranks.rank > 0) { // rank 0 writes the log
+        check_format(run->log_path, PATH_SIZE, "/dev/null");
+        run->log = check_fopen(run->log_path, "ab", "");
+        return;
+    }
     make_folder(run->options.out);
     if (run->lock < 0) {
         run->lock = lock_folder(run->options.out, "trains");
@@ -262,6 +295,7 @@ static inline void close_run(Run *run) {
     free(run->off_steps);
     free(run->stats.counts);
     model_close(run->model);
+    ranks_close(&run->ranks);
     free(run);
 }
 
@@ -289,18 +323,65 @@ static inline void open_out(Run *run) {
     run->provenance.run = draw_run();
 }
 
+// The other ranks learn from rank 0 what the run is: it alone has read the checkpoint's options, followed its
+// `latest` and locked the folder
+static inline void read_options_together(Run *run, const char *program, int argc, const char *const *argv) {
+    run->lock = -1;
+    if (run->ranks.rank == 0) {
+        run->lock =
+            read_options(&run->options, &run->state, &run->provenance, program, argc, argv, run->ranks.count);
+    }
+    ranks_share(&run->ranks, &run->options, sizeof(run->options));
+    ranks_share(&run->ranks, &run->state, sizeof(run->state));
+}
+
+// the folder that rank 0 has found for the run
+static inline void open_out_together(Run *run) {
+    if (run->ranks.rank == 0) {
+        open_out(run);
+    }
+    ranks_share(&run->ranks, run->options.out, sizeof(run->options.out));
+    ranks_share(&run->ranks, &run->provenance.run, sizeof(run->provenance.run));
+}
+
+// so many as were asked for; else the ranks of a machine share its cores
+static inline void set_threads(const Run *run, int usual) {
+#ifdef _OPENMP
+    int threads = run->options.threads > 0 ? (int)run->options.threads : usual;
+    if (threads > 0) {
+        omp_set_num_threads(threads);
+    }
+#else
+    (void)run;
+    (void)usual;
+#endif
+}
+
+// the ranks of a run, each a process from here on; nothing has touched a GPU yet
+static inline void open_ranks(Run *run, const char *build, int argc, const char *const *argv) {
+    double connect = atof(options_peek(argc, argv, "connect_minutes", "5"));
+    double watchdog = atof(options_peek(argc, argv, "watchdog_minutes", "10"));
+    if (!model_takes_ranks()) {
+        if (options_given(argc, argv, "gpus")) {
+            die_usage("--gpus: this trainer computes on the CPU\n  ---> ./train_remoecu --gpus N");
+        }
+        run->ranks = ranks_alone();
+        return;
+    }
+    run->launch = launch_ranks(atoll(options_peek(argc, argv, "gpus", "0")));
+    ranks_open(&run->ranks, &run->launch, connect, watchdog, build, argc, argv);
+    set_threads(run, run->ranks.count > 1 ? launch_threads(&run->launch) : 0);
+}
+
 static inline Run *open_run(const char *program, int argc, const char *const *argv) {
     Run *run = NEW(Run, 1);
-    run->lock = read_options(&run->options, &run->state, &run->provenance, program, argc, argv);
-#ifdef _OPENMP
-    if (run->options.threads > 0) {
-        omp_set_num_threads((int)run->options.threads);
-    }
-#endif
+    open_ranks(run, REMOE_VERSION, argc, argv);
+    read_options_together(run, program, argc, argv);
+    set_threads(run, 0);
     build_model(run);
     build_state(run, options_given(argc, argv, "lambda_init"));
     if (wants_training(&run->options)) {
-        open_out(run);
+        open_out_together(run);
     }
     open_data(run, options_given(argc, argv, "train_data"), options_given(argc, argv, "tokenizer"));
     run->started = seconds_now();

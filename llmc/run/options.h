@@ -100,6 +100,15 @@ enum { OPTION_TEXT_SIZE = 16384, OPTION_NAME_SIZE = 64 }; // with the 0 at the e
            "CUDA: GB of pair storage kept for the backward pass (0: what memory is left over)")              \
     OPTION(FLAG, RUN, recompute, "0", 0, 1,                                                                  \
            "CUDA: normalised inputs are not kept but computed again in backward: less memory, same bits")    \
+    OPTION(INT, ONCE, gpus, "0", 0, 64,                                                                      \
+           "CUDA: ranks to start on this machine, a process and a GPU each (0: one, or as a launcher says)") \
+    OPTION(FLAG, ONCE, zero, "1", 0, 1,                                                                      \
+           "CUDA: ranks divide masters and moments among them (ZeRO-1); 0: each keeps all, the same bits")   \
+    OPTION(TEXT, ONCE, comm, "auto", 0, 0,                                                                   \
+           "CUDA: what carries data between ranks: copies (one machine's copy engines), nccl, or auto")      \
+    OPTION(REAL, ONCE, connect_minutes, "5", 0, 1e6, "how long ranks wait for each other at the start")      \
+    OPTION(REAL, ONCE, watchdog_minutes, "10", 0, 1e6,                                                       \
+           "a rank that stands still so long ends the run (0: never)")                                       \
     OPTION(FLAG, ONCE, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
 
 #define OPTION_FIELD_INT(field) int64_t field;
@@ -367,9 +376,9 @@ static inline void options_forget_once(Options *options) {
 // the value of `--name value` or `--name=value`, the last one given; fallback when absent
 static inline const char *options_peek(int argc, const char *const *argv, const char *name,
                                        const char *fallback) {
-    size_t size = strlen(name);
     for (int i = argc - 1; i >= 0; i--) {
-        if (strncmp(argv[i], "--", 2) == 0 && strncmp(argv[i] + 2, name, size) == 0) {
+        size_t size = strncmp(argv[i], "--", 2) == 0 ? strcspn(argv[i] + 2, "=") : 0;
+        if (size > 0 && option_name_equal(argv[i] + 2, size, name)) {
             const char *rest = argv[i] + 2 + size;
             if (*rest == '=') {
                 return rest + 1;

@@ -18,6 +18,8 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 #include "llmc/files/prefetch.h"
 #include "llmc/files/tokenizer.h"
 #include "llmc/run/options.h"
+#include "llmc/run/launch.h"
+#include "llmc/run/ranks.h"
 #include "llmc/step.h"
 #include "llmc/trainer.h"
 #include <signal.h>
@@ -28,6 +30,8 @@ static volatile sig_atomic_t stop_requested; // a signal's only way to speak
 
 typedef struct {
     Options options;
+    Launch launch;
+    Ranks ranks;
     Config config;
     Model *model;
     StepSettings step;
@@ -52,10 +56,24 @@ typedef struct {
     int risen_steps;        // in a row, far above it
     int most_off;           // layers that have been said to be off
     double step_seconds;    // recent mean
-    int device;             // which of the machine's GPUs
     int64_t first_step;     // of this process
     double started;         // seconds_now() then
 } Run;
+
+static inline void get_from_model(void *m, int which, int64_t first, int64_t n, float *out) {
+    model_get((Model *)m, (ModelBuffer)which, first, n, out);
+}
+
+static inline void set_in_model(void *m, int which, int64_t first, int64_t n, const float *x) {
+    model_set((Model *)m, (ModelBuffer)which, first, n, x);
+}
+
+// one of the model's buffers: to read from files what this rank keeps of it, or to write what it owns
+static inline FlatBuffer model_buffer(Model *m, ModelBuffer which, Holding holding) {
+    FlatBuffer buffer = {model_table(m), NULL, 0, m, which, get_from_model, set_in_model};
+    buffer.ranges = model_ranges(m, holding, &buffer.count);
+    return buffer;
+}
 
 static inline int has_lambda(const Run *run) {
     return router_has_lambda(run->config.router.method);
@@ -106,26 +124,30 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
 
 // all but the newest --keep checkpoints go
 static inline void prune(const Run *run) {
-    remove_oldest(run->options.out, run->last_saved, run->options.keep);
+    if (run->ranks.rank == 0) {
+        remove_oldest(run->options.out, run->last_saved, run->options.keep);
+    }
 }
 
 // A checkpoint; none after a step that was not finite. Earlier ones stay until its weights have been seen to
 // compute
 static inline void save(Run *run) {
     Model *m = run->model;
+    char remedy[PATH_SIZE];
     if (run->bad_steps > 0) {
         warn("step %lld is not saved: the loss or the gradient norm was not finite",
              (long long)run->state.step);
         return;
     }
-    float *params = model_borrow(m, BUFFER_PARAMS);
-    float *exp_avg = model_borrow(m, BUFFER_EXP_AVG), *exp_avg_sq = model_borrow(m, BUFFER_EXP_AVG_SQ);
-    checkpoint_save(run->options.out, &run->config, model_table(m), params, exp_avg, exp_avg_sq, &run->state,
-                    &run->provenance, &run->options, run->tokenizer);
-    model_return(m, BUFFER_EXP_AVG_SQ, exp_avg_sq, 0);
-    model_return(m, BUFFER_EXP_AVG, exp_avg, 0);
-    model_return(m, BUFFER_PARAMS, params, 0);
+    FlatBuffer buffers[] = {model_buffer(m, BUFFER_PARAMS, RANGES_OWNED),
+                            model_buffer(m, BUFFER_EXP_AVG, RANGES_OWNED),
+                            model_buffer(m, BUFFER_EXP_AVG_SQ, RANGES_OWNED)};
+    checkpoint_save(&run->ranks, run->options.out, &run->config, buffers, &run->state, &run->provenance,
+                    &run->options, run->tokenizer);
     run->last_saved = run->state.step;
+    check_format(remedy, sizeof(remedy), "--resume %s (its last whole checkpoint: step_%08lld)",
+                 run->options.out, (long long)run->state.step);
+    ranks_remedy(&run->ranks, remedy);
     printf("saved %s/step_%08lld\n", run->options.out, (long long)run->state.step);
     fflush(stdout);
 }

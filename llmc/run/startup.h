@@ -225,11 +225,35 @@ static inline Tokenizer *load_tokenizer(const char *folder, Config *c) {
     return t;
 }
 
-static inline void check_options(const Options *o) {
-    if (o->global_batch % o->batch != 0) {
-        die_usage("--global-batch %lld is not a multiple of --batch %lld", (long long)o->global_batch,
-                  (long long)o->batch);
+// the largest batch up to `batch` with which ranks share a global batch out evenly; 0: there is none
+static inline int64_t even_batch(int64_t global_batch, int64_t batch, int ranks) {
+    for (int64_t b = batch; b > 0; b--) {
+        if (global_batch % (b * ranks) == 0) {
+            return b;
+        }
     }
+    return 0;
+}
+
+static inline void check_batch(const Options *o, int ranks) {
+    int64_t even = even_batch(o->global_batch, o->batch, ranks);
+    char remedy[64] = "a --global-batch that is a multiple of the ranks";
+    if (even == o->batch) {
+        return;
+    }
+    if (even > 0) {
+        check_format(remedy, sizeof(remedy), "--batch %lld", (long long)even);
+    }
+    if (ranks == 1) {
+        die_usage("--global-batch %lld is not a multiple of --batch %lld\n  ---> %s",
+                  (long long)o->global_batch, (long long)o->batch, remedy);
+    }
+    die_usage("--global-batch %lld is not a multiple of --batch %lld on %d ranks\n  ---> %s",
+              (long long)o->global_batch, (long long)o->batch, ranks, remedy);
+}
+
+static inline void check_options(const Options *o, int ranks) {
+    check_batch(o, ranks);
     if (o->batch * o->seq_len > INT32_MAX) {
         die_usage("--batch %lld x --seq-len %lld: more than %d tokens a micro-batch", (long long)o->batch,
                   (long long)o->seq_len, INT32_MAX);
@@ -243,6 +267,9 @@ static inline void check_options(const Options *o) {
     if (strcmp(o->kernels, "auto") != 0 && strcmp(o->kernels, "portable") != 0 &&
         strcmp(o->kernels, "hopper") != 0) {
         die_usage("--kernels %s: expected auto, portable or hopper", o->kernels);
+    }
+    if (strcmp(o->comm, "auto") != 0 && strcmp(o->comm, "copies") != 0 && strcmp(o->comm, "nccl") != 0) {
+        die_usage("--comm %s: expected auto, copies or nccl", o->comm);
     }
     if (wants_training(o) && o->lambda_init < 1e-30) {
         die_usage(
@@ -264,7 +291,7 @@ static inline void check_options(const Options *o) {
 // From the table, the preset, a checkpoint and the command line, each over the one before. Returns the lock
 // of the folder of a run that is resumed, or -1
 static inline int read_options(Options *o, RunState *state, Provenance *provenance, const char *program,
-                               int argc, const char *const *argv) {
+                               int argc, const char *const *argv, int ranks) {
     int lock = -1;
     int loading = options_given(argc, argv, "load");
     options_defaults(o, loading ? NULL : options_peek(argc, argv, "preset", "tiny"));
@@ -281,9 +308,9 @@ static inline int read_options(Options *o, RunState *state, Provenance *provenan
     }
     drop_foreign_data(o, argc, argv);
     if (o->global_batch == 0 || !wants_training(o)) {
-        o->global_batch = o->batch;
+        o->global_batch = o->batch * ranks;
     }
-    check_options(o);
+    check_options(o, ranks);
     if (wants_training(o) && options_given(argc, argv, "save_dtype")) {
         die_usage(
             "--save-dtype belongs to --export: a training run always saves f32, which alone it can go on "

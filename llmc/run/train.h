@@ -71,7 +71,8 @@ static inline void guard_layers(Run *run, const StepRecord *r) {
     if (off > run->most_off) {
         run->most_off = off;
         warn("no expert of %s%s has been active for %d steps: a router that is off has no gradient\n"
-             "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr, --alpha or --lambda",
+             "  ---> go on from an earlier checkpoint, or start anew, with a smaller --lr, --alpha or "
+             "--lambda",
              off == r->layers ? "any layer:"
              : off > 1        ? "layers"
                               : "layer",
@@ -90,6 +91,9 @@ static inline int loss_is_usual(Run *run) {
 }
 
 static inline void print_good_checkpoint(const Run *run) {
+    if (run->ranks.rank > 0) {
+        return; // rank 0 says it
+    }
     if (run->good_step < 0) {
         fprintf(
             stderr,
@@ -142,6 +146,15 @@ static inline int out_of_time(const Run *run) {
     return run->options.max_minutes > 0.0 && seconds_now() - run->started > 60.0 * run->options.max_minutes;
 }
 
+static inline int wants_stop(const Run *run) {
+    return stop_requested || (run->ranks.rank == 0 && out_of_time(run));
+}
+
+// Must the run end? One rank asks itself; several must decide alike, and do so in each step's vote
+static inline int must_stop(const Run *run) {
+    return run->ranks.count == 1 ? wants_stop(run) : run->stats.stop;
+}
+
 // seconds until the last step, from the speed of the recent ones: early steps, dense ones, are slower
 static inline double seconds_left(Run *run, double seconds) {
     double weight = run->step_seconds == 0.0 ? 1.0 : 0.1;
@@ -170,6 +183,23 @@ static inline void report_step(Run *run, const RunState *before, double seconds,
     }
 }
 
+// validation and samples, where it is time for them
+static inline void look_at_model(Run *run) {
+    const Options *o = &run->options;
+    int to_validate = run->state.step > 0 && every(o->val_every, run->state.step);
+    int to_sample = run->state.step > 0 && every(o->sample_every, run->state.step);
+    if (to_validate) {
+        validate(run);
+    }
+    if (to_sample) {
+        ranks_beat(&run->ranks, run->state.step, "sampling");
+        show_sample(run, "");
+    }
+    if (to_validate || to_sample) {
+        run->stats.stop = ranks_any(&run->ranks, wants_stop(run));
+    }
+}
+
 static inline void train(Run *run) {
     const Options *o = &run->options;
     double last_print = 0.0;
@@ -180,18 +210,15 @@ static inline void train(Run *run) {
              "  ---> --warmup-steps %lld",
              (long long)run->step.schedule.warmup, (long long)o->steps, (long long)o->steps / 10);
     }
-    while (run->state.step < o->steps && !stop_requested && !out_of_time(run)) {
+    while (run->state.step < o->steps && !must_stop(run)) {
         // before a step, not after the last: a run resumed here validates here, so the log misses and repeats
         // nothing
-        if (run->state.step > 0 && every(o->val_every, run->state.step)) {
-            validate(run);
-        }
-        if (run->state.step > 0 && every(o->sample_every, run->state.step)) {
-            show_sample(run, "");
-        }
-        if (stop_requested) {
+        look_at_model(run);
+        if (must_stop(run)) {
             break;
         }
+        run->stats.stop = wants_stop(run);
+        ranks_beat(&run->ranks, run->state.step, "training");
         RunState before = run->state;
         double begin = seconds_now();
         int finite = train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);

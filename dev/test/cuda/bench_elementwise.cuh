@@ -154,16 +154,19 @@ static void bench_adamw(void) {
     float *w = bench_new<float>(BENCH_PARAMETERS), *m = bench_new<float>(BENCH_PARAMETERS);
     float *v = device_new<float>(BENCH_PARAMETERS), *grad = bench_new<float>(BENCH_PARAMETERS);
     floatX *w_x = device_new<floatX>(BENCH_PARAMETERS);
-    double *sum = device_new<double>(1), *partials = device_new<double>(norm_blocks(BENCH_PARAMETERS));
+    const int64_t whole = BENCH_PARAMETERS / BUCKET_BLOCK * BUCKET_BLOCK;
+    double *squares = device_new<double>(whole / BUCKET_BLOCK);
     CUDA_CHECK(cudaMemset(v, 0, BENCH_PARAMETERS * sizeof(float)));
     bench_gb("adamw", n * (28 + sizeof(floatX)), device_ms([&] {
                  adamw_update(w, w_x, m, v, grad, BENCH_PARAMETERS, adamw, 1e-4, 0.01, 1.0f, 10, 0);
              }));
-    bench_gb("gradient norm", n * 4,
-             device_ms([&] { sum_of_squares(sum, grad, BENCH_PARAMETERS, partials, 0); }));
+    bench_gb("gradient norm", (double)whole * 4,
+             device_ms([&] { sum_parts(grad, NULL, whole, whole, 0, 1, squares, 0); }));
+    bench_gb("sum of two ranks' gradients, norm", (double)whole * 12,
+             device_ms([&] { sum_parts(grad, m, whole, whole, 0, 2, squares, 0); }));
     bench_gb("rounded copy", n * (4 + sizeof(floatX)),
              device_ms([&] { round_copy(w_x, w, BENCH_PARAMETERS, 0); }));
-    const void *taken[] = {w, m, v, grad, w_x, sum, partials};
+    const void *taken[] = {w, m, v, grad, w_x, squares};
     for (const void *p : taken) {
         device_release(p);
     }

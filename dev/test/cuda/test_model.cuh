@@ -10,6 +10,7 @@ routes too. Tolerances: dev/doc/design.md, Tests.
 #define TEST_MODEL_CUH
 
 #include "harness.cuh"
+#include "dev/test/buffers.h"
 
 typedef struct {
     const char *name, *router;
@@ -83,9 +84,9 @@ typedef struct {
     Options options;
     int N;
     int *inputs, *targets;
-    float *params; // [num_params]
+    float *params; // [flat_size]
     StepStats stats;
-    float *grads;  // [num_params]
+    float *grads;  // [flat_size]
     float **gates; // L matrices [N, E], or NULL
     float *logits; // [N, V]
 } Examination;
@@ -117,12 +118,14 @@ static void examination_free(Examination *x) {
 }
 
 static Model *open_for(const Examination *x, Purpose purpose) {
-    ModelSettings settings = model_settings(&x->options, &x->config, purpose, 0);
+    static Ranks alone = ranks_alone();
+    ModelSettings settings = model_settings(&x->options, &x->config, purpose, &alone);
     return model_open(&x->config, &settings);
 }
 
 static cpu::Model *open_on_cpu(const Examination *x, Purpose purpose) {
-    ModelSettings settings = model_settings(&x->options, &x->config, purpose, 0);
+    static Ranks alone = ranks_alone();
+    ModelSettings settings = model_settings(&x->options, &x->config, purpose, &alone);
     return cpu::model_open(&x->config, &settings);
 }
 
@@ -132,9 +135,10 @@ static float *draw_weights(const ModelCase *t, const Config *c) {
     memset(&table, 0, sizeof(table));
     memset(&weights, 0, sizeof(weights));
     model_tensors(&table, &weights, c, NULL);
-    float *params = NEW(float, table.num_params);
+    float *params = NEW(float, table.flat_size);
     model_tensors(&table, &weights, c, params);
-    model_init(params, &table, 7);
+    FlatBuffer buffer = host_buffer(&table, params);
+    model_init(&buffer, 7);
     for (int i = 0; i < table.count; i++) {
         for (int64_t j = 0; j < table.tensors[i].size; j++) {
             float *w = params + table.tensors[i].offset + j;
@@ -146,7 +150,7 @@ static float *draw_weights(const ModelCase *t, const Config *c) {
             memset(weights.layers[l].router, 0, (size_t)(t->dead * c->hidden) * sizeof(float));
         }
     }
-    free(table.tensors);
+    table_free(&table);
     free(weights.layers);
     return params;
 }
@@ -158,24 +162,34 @@ static double regulariser_weight_of(const ModelCase *t) {
 // the reference's answer
 static void examine_on_cpu(Examination *x, const ModelCase *t) {
     cpu::Model *m = open_on_cpu(x, FOR_GRADIENTS);
-    int64_t n = cpu::model_table(m)->num_params;
+    int64_t n = cpu::model_table(m)->flat_size;
     x->params = draw_weights(t, &x->config);
-    float *params = cpu::model_borrow(m, BUFFER_PARAMS);
-    memcpy(params, x->params, (size_t)n * sizeof(float));
-    cpu::model_return(m, BUFFER_PARAMS, params, 1);
+    cpu::model_set(m, BUFFER_PARAMS, 0, n, x->params);
     cpu::model_examine(m, x->inputs, x->targets, t->B, t->T, regulariser_weight_of(t), NULL, x->logits,
                        x->gates, &x->stats);
     x->grads = NEW(float, n);
-    float *grads = cpu::model_borrow(m, BUFFER_GRADS);
-    memcpy(x->grads, grads, (size_t)n * sizeof(float));
-    cpu::model_return(m, BUFFER_GRADS, grads, 0);
+    cpu::model_get(m, BUFFER_GRADS, 0, n, x->grads);
     cpu::model_close(m);
 }
 
 static void set_device_weights(Model *m, const float *params) {
-    float *buffer = model_borrow(m, BUFFER_PARAMS);
-    memcpy(buffer, params, (size_t)model_table(m)->num_params * sizeof(float));
-    model_return(m, BUFFER_PARAMS, buffer, 1);
+    int count;
+    const Range *ranges = model_ranges(m, RANGES_KEPT, &count);
+    for (int i = 0; i < count; i++) {
+        model_set(m, BUFFER_PARAMS, ranges[i].first, ranges[i].size, params + ranges[i].first);
+    }
+    model_publish(m);
+}
+
+// all of one of the buffers, for free()
+static float *copy_of(Model *m, ModelBuffer which) {
+    int count;
+    float *values = NEW(float, model_table(m)->flat_size);
+    const Range *ranges = model_ranges(m, RANGES_KEPT, &count);
+    for (int i = 0; i < count; i++) {
+        model_get(m, which, ranges[i].first, ranges[i].size, values + ranges[i].first);
+    }
+    return values;
 }
 
 static void examine_on_device(Examination *x, Model *m, const ModelCase *t, const float *params,
@@ -183,7 +197,7 @@ static void examine_on_device(Examination *x, Model *m, const ModelCase *t, cons
     set_device_weights(m, params);
     model_examine(m, x->inputs, x->targets, t->B, t->T, regulariser_weight_of(t), forced, x->logits, x->gates,
                   &x->stats);
-    x->grads = model_borrow(m, BUFFER_GRADS);
+    x->grads = copy_of(m, BUFFER_GRADS);
 }
 
 static double cosine(const float *a, const float *b, int64_t n) {
@@ -317,7 +331,7 @@ static uint64_t bits_of(const ModelCase *t, const float *params, int64_t store_r
         x.stats.lm_loss = x.stats.reg_loss = 0.0;
         free(x.grads);
         examine_on_device(&x, m, t, params, NULL);
-        uint64_t now = hash_of(&x, model_table(m)->num_params);
+        uint64_t now = hash_of(&x, model_table(m)->flat_size);
         CHECK(i == 0 || now == hash);
         hash = now;
     }
@@ -358,16 +372,17 @@ static void overflow_case(void) {
             m->routing.arena.planned[l] = small ? 1 : m->routing.arena.max_chunks;
         }
         while (!done) {
+            stats_reset(&x.stats, &x.config);
             begin_step(m);
-            micro_step(m, &m->step.batches[0], t.B, t.T, 1, 0.03);
-            gradient_norm(m);
+            micro_step(m, &m->step.batches[0], t.B, t.T, 1, 0.03, 1, NULL, NULL);
+            end_step(m, 0);
             done = read_step(m, x.N, &x.stats);
             attempts++;
         }
         CHECK(m->routing.arena.max_chunks > 1);
         CHECK(small ? attempts > 1 : attempts == 1);
-        x.grads = model_borrow(m, BUFFER_GRADS);
-        hashes[small] = hash_of(&x, model_table(m)->num_params);
+        x.grads = copy_of(m, BUFFER_GRADS);
+        hashes[small] = hash_of(&x, model_table(m)->flat_size);
         model_close(m);
         examination_free(&x);
     }
@@ -397,8 +412,8 @@ static void graph_case(void) {
         if (captured) {
             CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeGlobal));
         }
-        micro_step(m, &m->step.batches[0], t.B, t.T, 1, 0.03);
-        gradient_norm(m);
+        micro_step(m, &m->step.batches[0], t.B, t.T, 1, 0.03, 1, NULL, NULL);
+        end_step(m, 0);
         if (captured) {
             CUDA_CHECK(cudaStreamEndCapture(m->stream, &graph));
             CUDA_CHECK(cudaGraphInstantiate(&replay, graph, 0));
@@ -409,8 +424,8 @@ static void graph_case(void) {
         CHECK(read_step(m, x.N, &x.stats));
         plan_worst(m, x.N);
         free(x.grads);
-        x.grads = model_borrow(m, BUFFER_GRADS);
-        hashes[captured] = hash_of(&x, model_table(m)->num_params);
+        x.grads = copy_of(m, BUFFER_GRADS);
+        hashes[captured] = hash_of(&x, model_table(m)->flat_size);
     }
     CHECK(hashes[0] == hashes[1]);
     CUDA_CHECK(cudaGraphExecDestroy(replay));
@@ -435,8 +450,7 @@ static void broken_router_case(const char *router, float value) {
         weights.layers[0].router[t.d + c] = value; // of expert 1
     }
     cpu::Model *reference = open_on_cpu(&want, FOR_GRADIENTS);
-    int64_t n = table.num_params;
-    memcpy(cpu::model_borrow(reference, BUFFER_PARAMS), want.params, (size_t)n * sizeof(float));
+    cpu::model_set(reference, BUFFER_PARAMS, 0, table.flat_size, want.params);
     want.stats.lm_loss = 0.0;
     cpu::model_examine(reference, want.inputs, want.targets, t.B, t.T, 0.03, NULL, want.logits, want.gates,
                        &want.stats);
@@ -445,7 +459,7 @@ static void broken_router_case(const char *router, float value) {
     CHECK(!isfinite(want.stats.lm_loss) && !isfinite(got.stats.lm_loss));
     cpu::model_close(reference);
     model_close(m);
-    free(table.tensors);
+    table_free(&table);
     free(weights.layers);
     examination_free(&got);
     examination_free(&want);
@@ -469,19 +483,16 @@ static void update_case(void) {
     examination_init(&got, &t);
     cpu::Model *reference = open_on_cpu(&want, FOR_TRAINING);
     Model *m = open_for(&got, FOR_TRAINING);
-    int64_t n = model_table(m)->num_params;
+    int64_t n = model_table(m)->flat_size;
     float *params = draw_weights(&t, &want.config);
-    float *buffer = cpu::model_borrow(reference, BUFFER_PARAMS);
-    memcpy(buffer, params, (size_t)n * sizeof(float));
-    cpu::model_return(reference, BUFFER_PARAMS, buffer, 1);
+    float *grads = NEW(float, n), *expected = NEW(float, n);
+    cpu::model_set(reference, BUFFER_PARAMS, 0, n, params);
     set_device_weights(m, params);
     for (int step = 1; step <= 3; step++) {
         cpu::model_examine(reference, want.inputs, want.targets, t.B, t.T, 0.03, NULL, want.logits,
                            want.gates, &want.stats);
-        float *grads = cpu::model_borrow(reference, BUFFER_GRADS);
-        model_return(m, BUFFER_GRADS, (float *)memcpy(NEW(float, n), grads, (size_t)n * sizeof(float)), 1);
-        cpu::model_return(reference, BUFFER_GRADS, grads,
-                          0); // the same gradients: the update alone is compared
+        cpu::model_get(reference, BUFFER_GRADS, 0, n, grads); // the same: the update alone is compared
+        model_set(m, BUFFER_GRADS, 0, n, grads);
         cpu::model_update(reference, 1e-3, 0.01, 0.7f, step);
         model_update(m, 1e-3, 0.01, 0.7f, step);
     }
@@ -489,12 +500,13 @@ static void update_case(void) {
         if (which == BUFFER_GRADS) {
             continue;
         }
-        float *expected = cpu::model_borrow(reference, (ModelBuffer)which);
-        float *have = model_borrow(m, (ModelBuffer)which);
+        float *have = copy_of(m, (ModelBuffer)which);
+        cpu::model_get(reference, (ModelBuffer)which, 0, n, expected);
         check_close("update", have, expected, (size_t)n, 1e-6);
-        cpu::model_return(reference, (ModelBuffer)which, expected, 0);
-        model_return(m, (ModelBuffer)which, have, 0);
+        free(have);
     }
+    free(grads);
+    free(expected);
     cpu::model_close(reference);
     model_close(m);
     free(params);

@@ -36,7 +36,7 @@ static __global__ void __launch_bounds__(COMPARE_THREADS)
 
 // weights as large as the paper's first ones, but drawn quickly
 static void set_quick_weights(Model *m) {
-    float *params = model_borrow(m, BUFFER_PARAMS);
+    float *params = copy_of(m, BUFFER_PARAMS);
     for (int i = 0; i < m->params.table.count; i++) {
         const Tensor *tensor = &m->params.table.tensors[i];
         if (tensor->decay) {
@@ -46,7 +46,8 @@ static void set_quick_weights(Model *m) {
             params[tensor->offset + j] = 1.0f;
         }
     }
-    model_return(m, BUFFER_PARAMS, params, 1);
+    set_device_weights(m, params);
+    free(params);
 }
 
 static void watch(Watched *watched, int *count, const char *name, const void *now, int64_t bytes) {
@@ -61,8 +62,8 @@ static void repeat_micro_steps(Model *m, int B, int T, int repeats, const Watche
                                unsigned long long *different) {
     for (int i = 0; i < repeats; i++) {
         begin_step(m);
-        micro_step(m, &m->step.batches[0], B, T, 1, 0.03);
-        gradient_norm(m);
+        micro_step(m, &m->step.batches[0], B, T, 1, 0.03, 1, NULL, NULL);
+        end_step(m, 0);
         for (int k = 0; k < count; k++) {
             const Watched *w = &watched[k];
             if (i == 0) {
@@ -118,6 +119,7 @@ static void test_cuda_repeat(void) {
     }
     watch(watched, &count, "losses", m->acts.losses, (int64_t)x.N * 4);
     watch(watched, &count, "sums", m->step.sums, (int64_t)sizeof(StepSums));
+    watch(watched, &count, "norm", m->step.grad_squares, (int64_t)sizeof(double));
     int64_t cells = (int64_t)repeats * count;
     unsigned long long *different = device_new<unsigned long long>(cells);
     CUDA_CHECK(cudaMemset(different, 0, (size_t)cells * sizeof(*different)));
