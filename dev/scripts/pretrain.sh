@@ -109,7 +109,7 @@ else
     command=(--preset "$size" --router "$router" --out "$OUT" --batch "$batch" --train-data "$DATA/*train_*.bin"
         --val-data "$DATA/val.*.bin" --tokenizer "$TOKENIZER" "$@")
 fi
-[ "$LAUNCHED" = 1 ] || command=(--gpus "$GPUS" "${command[@]}")
+[ "$LAUNCHED" = 1 ] || [ "$GPUS" = 1 ] || command=(--gpus "$GPUS" "${command[@]}")
 command=("${launcher[@]}" "$TRAINER" "${command[@]}")
 
 if [ "$DRY_RUN" = 1 ]; then

@@ -19,6 +19,7 @@ pretrain=dev/scripts/pretrain.sh
 taken() {
     local ranks=$1 words
     eval "words=($2)"
+    [ "${words[1]}" != --gpus ] || words=("${words[@]:2}") # the CPU's trainer has none
     "$trainer" "${words[@]:1}" --global-batch $((512 / ranks)) --route-from none >"$here/taken.txt" 2>&1
     [ $? = 2 ] && [ $((512 % ranks)) = 0 ] && grep -q 'route-from belongs to --dump' "$here/taken.txt"
 }
@@ -33,7 +34,8 @@ for size in small medium large; do
             taken $gpus "$command"
             status=$?
             check "$size $router on $gpus: $(tail -n 2 "$here/taken.txt")" $status
-            grep -q -- "--gpus $gpus --preset $size --router $router --out runs/$size-$router " <<<"$command"
+            [ "$gpus" = 1 ] && flag='' || flag="--gpus $gpus "
+            grep -q -- " $flag--preset $size --router $router --out runs/$size-$router " <<<"$command"
             check "$size $router on $gpus: $command" $?
             case $gpus in 1 | 2 | 8) batches+="${batches:+, }$(batch_of "$command")" ;; esac
         done
@@ -89,7 +91,7 @@ check "... and is done: $(tail -n 1 "$here/run.txt")" $status
 refused 1 'holds another run' $pretrain small topk
 refused 1 'holds another run' $pretrain medium relu
 [ "$($pretrain --dry-run small relu --experts 4 --load-balance 1 --steps=9 --eval --load-balance=0 --load x)" = \
-    "$TRAINER --gpus 1 --resume $OUT --batch 64 --steps=9 --eval " ]
+    "$TRAINER --resume $OUT --batch 64 --steps=9 --eval " ]
 check "of a resumed run's options the shape's go, no others" $?
 
 # ... those are the trainer's: rows of SHAPE and ROUTING, and --load
