@@ -290,12 +290,12 @@ static void model_backward(Model *m, const Batch *batch, int B, int T, double re
         attention_block_backward(m, l, B, T);
         gradients_done(m, bucket_of_layer(l), last);
     }
+    gradients_done(m, BUCKET_ROUTERS, last);
+    gradients_done(m, BUCKET_NORMS, last);
     mark(m, "embedding");
     embedding_backward(m->params.grads.embed, m->back.dx, batch->positions, (float *)m->scratch, N, d,
                        m->stream);
     gradients_done(m, BUCKET_EMBED, last);
-    gradients_done(m, BUCKET_ROUTERS, last);
-    gradients_done(m, BUCKET_NORMS, last);
     m->fresh = 0;
 }
 
