@@ -237,20 +237,17 @@ static inline void launch_fork(Launch *l, int ranks) {
 
 // Returns in each rank. gpus: --gpus, 0 where it was not given. A launcher that has started a single process (an
 // interactive shell of srun's, say) leaves the rest to --gpus
-static inline Launch launch_ranks(int64_t gpus) {
+static inline Launch launch_ranks(int gpus) {
     Launch l = launch_read();
-    if (gpus < 0 || gpus > LAUNCH_MOST) {
-        die_usage("--gpus %lld: not a number from 1 to %d", (long long)gpus, LAUNCH_MOST);
-    }
     if (l.ranks > 1 && gpus > 0 && gpus != l.local_ranks) {
         if (l.local_rank > 0) {
             exit(2); // once a machine is enough
         }
-        die_usage("--gpus %lld contradicts %s, which has started %d ranks on this machine\n  ---> drop it",
-                  (long long)gpus, l.launcher, l.local_ranks);
+        die_usage("--gpus %d contradicts %s, which has started %d ranks on this machine\n  ---> drop it",
+                  gpus, l.launcher, l.local_ranks);
     }
     if (l.ranks == 1 && gpus > 1) {
-        launch_fork(&l, (int)gpus);
+        launch_fork(&l, gpus);
     }
     if (l.ranks > 1) {
         launch_voice.rank = l.rank;

@@ -357,19 +357,23 @@ static inline void set_threads(const Run *run, int usual) {
 #endif
 }
 
-// the ranks of a run, each a process from here on; nothing has touched a GPU yet
+// The ranks of a run, each a process from here on; nothing has touched a GPU yet. A question (--help) is answered
+// by one, whatever variables of a launcher an earlier shell has left
 static inline void open_ranks(Run *run, const char *build, int argc, const char *const *argv) {
-    double connect = atof(options_peek(argc, argv, "connect_minutes", "5"));
-    double watchdog = atof(options_peek(argc, argv, "watchdog_minutes", "10"));
+    const Options *o = &run->options;
+    run->ranks = ranks_alone();
+    if (wants_answer(argc, argv)) {
+        return;
+    }
     if (!model_takes_ranks()) {
         if (options_given(argc, argv, "gpus")) {
             die_usage("--gpus: this trainer computes on the CPU\n  ---> ./train_remoecu --gpus N");
         }
-        run->ranks = ranks_alone();
         return;
     }
-    run->launch = launch_ranks(atoll(options_peek(argc, argv, "gpus", "0")));
-    ranks_open(&run->ranks, &run->launch, connect, watchdog, build, argc, argv);
+    read_launch_options(&run->options, argc, argv);
+    run->launch = launch_ranks((int)o->gpus);
+    ranks_open(&run->ranks, &run->launch, o->connect_minutes, o->watchdog_minutes, build, argc, argv);
     set_threads(run, run->ranks.count > 1 ? launch_threads(&run->launch) : 0);
 }
 
