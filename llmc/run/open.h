@@ -136,7 +136,20 @@ static inline void build_state(Run *run, int lambda_given) {
     run->first_step = state->step;
 }
 
-// ranks that read other data than the others would train on something that nobody asked for
+// a line for each shard
+static inline void list_shards(FILE *out, const char *use, const DataLoader *loader) {
+    Provenance p = {0, NULL, 0};
+    record_shards(&p, loader);
+    for (int i = 0; i < p.num_shards; i++) {
+        const ShardRecord *shard = &p.shards[i];
+        fprintf(out, "%s %s, %lld bytes, hash %016llx\n", use, shard->name, (long long)shard->bytes,
+                (unsigned long long)shard->hash);
+    }
+    provenance_free(&p);
+}
+
+// Ranks that read other data than the others would train on something that nobody asked for, and validate more or
+// fewer domains than they
 static inline void agree_on_data(Run *run) {
     char *text = NULL;
     size_t size = 0;
@@ -144,13 +157,12 @@ static inline void agree_on_data(Run *run) {
     if (out == NULL) {
         die("out of memory for the list of shards");
     }
-    for (int i = 0; i < run->provenance.num_shards; i++) {
-        const ShardRecord *shard = &run->provenance.shards[i];
-        fprintf(out, "%s, %lld bytes, hash %016llx\n", shard->name, (long long)shard->bytes,
-                (unsigned long long)shard->hash);
+    list_shards(out, "training", &run->train); // none where nothing is trained
+    for (int i = 0; i < run->num_domains; i++) {
+        list_shards(out, "validation", &run->domains[i].loader);
     }
     fclose(out);
-    ranks_agree(&run->ranks, "the training data", text);
+    ranks_agree(&run->ranks, "the data", text);
     free(text);
 }
 
@@ -171,7 +183,6 @@ static inline void open_training_data(Run *run, int data_given) {
     }
     provenance_free(&run->provenance);
     run->provenance = now;
-    agree_on_data(run);
     // micro-batch after micro-batch in the run's order, or the first one again and again; a rank takes every
     // count-th
     int64_t first = (o->overfit_batch ? 0 : run->state.sequences) + run->ranks.rank * o->batch;
@@ -225,6 +236,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (!o->eval && !o->sampling) {
         open_training_data(run, data_given);
     }
+    agree_on_data(run);
 }
 
 static inline void print_table(const Run *run) {
