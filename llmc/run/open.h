@@ -266,16 +266,33 @@ static inline void print_table(const Run *run) {
     fflush(stdout);
 }
 
+// Do all ranks see the folder that they are to save into? The first checkpoint would be late to ask
+static inline void check_out_is_shared(Run *run) {
+    char folder[PATH_SIZE];
+    check_format(folder, sizeof(folder), "%.2000s/.tmp_step_shared", run->options.out);
+    if (run->ranks.count == 1) {
+        return;
+    }
+    if (run->ranks.rank == 0) {
+        make_folder(folder);
+    }
+    check_shared_folder(&run->ranks, folder);
+    if (run->ranks.rank == 0) {
+        remove_folder(folder);
+    }
+}
+
 static inline void open_log(Run *run) {
     char name[64], folder[PATH_SIZE];
+    if (run->ranks.rank == 0) {
+        make_folder(run->options.out);
+        run->lock = run->lock < 0 ? lock_folder(run->options.out, "trains") : run->lock;
+    }
+    check_out_is_shared(run);
     if (run->ranks.rank > 0) { // rank 0 writes the log
         check_format(run->log_path, PATH_SIZE, "/dev/null");
         run->log = check_fopen(run->log_path, "ab", "");
         return;
-    }
-    make_folder(run->options.out);
-    if (run->lock < 0) {
-        run->lock = lock_folder(run->options.out, "trains");
     }
     check_format(name, sizeof(name), "step_%08lld", (long long)run->state.step);
     check_format(folder, sizeof(folder), "%.1900s/%s", run->options.out, name);
