@@ -559,12 +559,15 @@ const Range *model_ranges(const Model *m, Holding holding, int *count) {
     return holding == RANGES_OWNED ? m->params.owned : m->params.kept;
 }
 
+// (whoever reads and writes all of a model's buffers is long at it, and lives)
 void model_get(Model *m, ModelBuffer which, int64_t first, int64_t n, float *out) {
+    ranks_beat_again(m->comm.star);
     copy_now(out, params_element(&m->params, which, first), (size_t)n * sizeof(float), cudaMemcpyDeviceToHost,
              m->stream);
 }
 
 void model_set(Model *m, ModelBuffer which, int64_t first, int64_t n, const float *x) {
+    ranks_beat_again(m->comm.star);
     copy_now(params_element(&m->params, which, first), x, (size_t)n * sizeof(float), cudaMemcpyHostToDevice,
              m->stream);
 }

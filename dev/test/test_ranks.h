@@ -454,7 +454,11 @@ static void stars_hung_0(Ranks *r) {
 // A rank that is slow and says so; the others wait for it for longer than the watchdog's time
 static void stars_slow(Ranks *r) {
     for (int i = 0; r->rank == 1 && i < 16; i++) {
-        ranks_beat(r, 6, "validation");
+        if (i % 8 == 0) {
+            ranks_beat(r, i, "validation");
+        } else {
+            ranks_beat_again(r);
+        }
         usleep(300000);
     }
     ranks_barrier(r);

@@ -19,6 +19,7 @@ device's peak. Errors: none; a sparsity that is never reached gives a warning.
 static inline void bench_step(Run *run, StepRecord *r) {
     RunState before = run->state;
     double begin = seconds_now();
+    ranks_beat(&run->ranks, before.step, "bench");
     train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
     fill_record(run, r, &before, seconds_now() - begin);
 }

@@ -94,6 +94,7 @@ static inline void build_model(Run *run) {
     }
     ModelSettings settings = model_settings(o, c, purpose, &run->ranks);
     run->model = model_open(c, &settings);
+    ranks_beat(&run->ranks, 0, "loading");
     FlatBuffer params = model_buffer(run->model, BUFFER_PARAMS, RANGES_KEPT);
     if (folder[0] == '\0') {
         model_init(&params, (uint64_t)o->seed);

@@ -349,6 +349,15 @@ static inline void ranks_beat(Ranks *r, int64_t step, const char *phase) {
     }
 }
 
+// a piece of a long phase is done
+static inline void ranks_beat_again(Ranks *r) {
+    if (r->star != NULL) {
+        pthread_mutex_lock(&r->star->mutex);
+        r->star->beat.count++;
+        pthread_mutex_unlock(&r->star->mutex);
+    }
+}
+
 // what to do when a rank is lost: the text behind the arrow
 static inline void ranks_remedy(Ranks *r, const char *text) {
     if (r->star != NULL) {
