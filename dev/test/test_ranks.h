@@ -679,9 +679,11 @@ static void test_ranks_cases(void) {
         CASE("half met", 2, 0, 0, stars_nothing, stars_half_met, 0, 5, 1, 0, 7,
              "error: rank 1: rank 0 (@) is gone: it ended before all ranks had come\n"),
         CASE("disagree", 4, 0, 0, stars_disagree, NULL, 0, 5, 1, -1, 0,
-             "error: rank 2 (@): the data differs: `b 3` where rank 0 (@) has `b 2`\n"),
+             "error: rank 2 (@): the data differs: `b 3` where rank 0 (@) has `b 2`\n"
+             "  ---> copy it to all machines\n"),
         CASE("disagree, shorter", 3, 0, 0, stars_disagree_shorter, NULL, 0, 5, 1, -1, 0,
-             "error: rank 1 (@): the plan differs: `nothing more` where rank 0 (@) has `c`\n"),
+             "error: rank 1 (@): the plan differs: `nothing more` where rank 0 (@) has `c`\n"
+             "  ---> copy it to all machines\n"),
         CASE("other options", 4, 0, 0, stars_nothing, NULL, 0, 5, 2, -1, 0,
              "usage error: rank 2 (@) was started with --lr 1e-4, rank 0 (@) with --lr 5e-4\n"),
         CASE("other build", 4, 0, 0, stars_nothing, NULL, 0, 5, 1, -1, 0,

@@ -237,8 +237,8 @@ static inline void ranks_agree(Ranks *r, const char *what, const char *text) {
     int k = r->star != NULL ? ranks_compare(r, text, &d) : -1;
     if (k > 0) {
         ranks_wait_for_the_end(r);
-        die("rank %d (%s): %s differs: `%s` where rank 0 (%s) has `%s`", k, r->star->peers[k].host, what,
-            d.mine, r->star->host, d.root);
+        die("rank %d (%s): %s differs: `%s` where rank 0 (%s) has `%s`\n  ---> copy it to all machines", k,
+            r->star->peers[k].host, what, d.mine, r->star->host, d.root);
     }
 }
 
