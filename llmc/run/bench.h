@@ -76,8 +76,9 @@ static inline int compare_doubles(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// What a rank pays for there being others. Ranks are never equally fast: the fastest waits for the slowest, which
-// waits for data alone. So the least share is that of the communication, and the rest is the ranks' difference
+// What a rank pays for there being others. Ranks are never equally fast: the fastest waits for the slowest,
+// which waits for data alone. So the least share is that of the communication, and the rest is the ranks'
+// difference
 static inline void bench_exposed(Run *run, double share) {
     int ranks = run->ranks.count;
     double *all = NEW(double, ranks), least = share, most = share;

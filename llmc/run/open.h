@@ -149,8 +149,8 @@ static inline void list_shards(FILE *out, const char *use, const DataLoader *loa
     provenance_free(&p);
 }
 
-// Ranks that read other data than the others would train on something that nobody asked for, and validate more or
-// fewer domains than they
+// Ranks that read other data than the others would train on something that nobody asked for, and validate
+// more or fewer domains than they
 static inline void agree_on_data(Run *run) {
     char *text = NULL;
     size_t size = 0;
@@ -387,8 +387,8 @@ static inline void set_threads(const Run *run, int usual) {
 #endif
 }
 
-// The ranks of a run, each a process from here on; nothing has touched a GPU yet. A question (--help) is answered
-// by one, whatever variables of a launcher an earlier shell has left
+// The ranks of a run, each a process from here on; nothing has touched a GPU yet. A question (--help) is
+// answered by one, whatever variables of a launcher an earlier shell has left
 static inline void open_ranks(Run *run, const char *build, int argc, const char *const *argv) {
     const Options *o = &run->options;
     run->ranks = ranks_alone();

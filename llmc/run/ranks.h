@@ -1,13 +1,13 @@
 /*
-The ranks of a run: processes that drive a GPU each, and what they say to each other on the host. Every call goes
-through rank 0 (star.h); a thread watches that all live (watch.h).
+The ranks of a run: processes that drive a GPU each, and what they say to each other on the host. Every call
+goes through rank 0 (star.h); a thread watches that all live (watch.h).
 
 All ranks make the same calls in the same order. Each call is announced by a header, so that ranks that differ
 are named instead of waiting for each other. With one rank there is no socket, no thread, and no call does
 anything.
 
-On the ranks but 0 nothing is printed: stdout is /dev/null, warn() silent, and what die() says is said by rank 0,
-which then ends the run.
+On the ranks but 0 nothing is printed: stdout is /dev/null, warn() silent, and what die() says is said by rank
+0, which then ends the run.
 
 Errors: exit 1, or 2 where the command lines differ; a message on rank 0's stderr names the rank.
 */
@@ -231,7 +231,8 @@ static inline void ranks_wait_for_the_end(Ranks *r) {
     }
 }
 
-// dies where a rank's text is not rank 0's, naming the first line that differs. what: the data, the model, ...
+// dies where a rank's text is not rank 0's, naming the first line that differs. what: the data, the model,
+// ...
 static inline void ranks_agree(Ranks *r, const char *what, const char *text) {
     Difference d;
     int k = r->star != NULL ? ranks_compare(r, text, &d) : -1;
@@ -311,8 +312,9 @@ static inline Star *ranks_make_star(const Launch *launch, double watchdog_minute
     return s;
 }
 
-// Connects the ranks, or dies after connect_minutes. watchdog_minutes: how long a rank may stand still (0: for
-// ever), some seconds at least. build: version and precision; it and the command line must be the same on all
+// Connects the ranks, or dies after connect_minutes. watchdog_minutes: how long a rank may stand still (0:
+// for ever), some seconds at least. build: version and precision; it and the command line must be the same on
+// all
 static inline void ranks_open(Ranks *r, const Launch *launch, double connect_minutes, double watchdog_minutes,
                               const char *build, int argc, const char *const *argv) {
     memset(r, 0, sizeof(*r));

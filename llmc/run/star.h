@@ -5,8 +5,8 @@ main thread), one that they live (pulse, of the watch thread: watch.h). Here the
     rank k   connects, says Hello on each; is told that it is ACCEPTED, later that all have come (START)
     rank 0   listens, seats those who belong to the run, sends strangers away
 
-Errors: exit 1. A rank that never comes, that comes twice or that counts otherwise is named by rank 0; the others
-then end without a word.
+Errors: exit 1. A rank that never comes, that comes twice or that counts otherwise is named by rank 0; the
+others then end without a word.
 */
 #ifndef STAR_H
 #define STAR_H

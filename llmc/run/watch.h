@@ -1,15 +1,15 @@
 /*
 The watch thread of each rank: it tells rank 0, or as rank 0 the others, that the rank lives and where it is,
-and ends the run when one is gone or hangs. It also carries the last words of a rank: die() on any rank is heard
-once, from rank 0.
+and ends the run when one is gone or hangs. It also carries the last words of a rank: die() on any rank is
+heard once, from rank 0.
 
     BEAT    step, phase; both ways, once a second
     DYING   to rank 0: the text of die()
     BYE     goes, in order or not: its exit status
     END     from rank 0: the run ends, and it has been said why
 
-The run is ended by one thread: whoever claims that first (ender) speaks. Ending is _exit, never abort: a process's
-end frees its GPU, and nothing waits for a rank that is dead.
+The run is ended by one thread: whoever claims that first (ender) speaks. Ending is _exit, never abort: a
+process's end frees its GPU, and nothing waits for a rank that is dead.
 */
 #ifndef WATCH_H
 #define WATCH_H
@@ -233,8 +233,8 @@ static inline void watch_read(Star *s, int k) {
 // ----------------------------------------------------------------------------
 // standing still
 
-// Of those that have not moved for a while: first one that does not answer, then the one that is least far. A rank
-// that waits for others in a call is not to blame
+// Of those that have not moved for a while: first one that does not answer, then the one that is least far. A
+// rank that waits for others in a call is not to blame
 static inline int watch_suspect(const Star *s) {
     int worst = -1;
     for (int k = 0; k < s->count; k++) {
@@ -363,7 +363,8 @@ static inline void *watch_run(void *argument) {
     return NULL;
 }
 
-// asks the watch thread to send a last frame, and waits until it has; returns 1 if rank 0 answered, or all heard
+// asks the watch thread to send a last frame, and waits until it has; returns 1 if rank 0 answered, or all
+// heard
 static inline int watch_ask(Star *s, int request, int status, const char *text, double seconds) {
     pthread_mutex_lock(&s->mutex);
     s->request = request;
