@@ -1,5 +1,5 @@
 /*
-sockets.h, star.h, watch.h, ranks.h: stars of real processes, which print into one pipe.
+sockets.h, star.h, watch.h, last_words.h, ranks.h: stars of real processes, which print into one pipe.
 
 Most stars of this file wait for something (a watchdog, a rank that is late), so they are started together and
 looked at one after the other.

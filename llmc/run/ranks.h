@@ -14,7 +14,7 @@ Errors: exit 1, or 2 where the command lines differ; a message on rank 0's stder
 #ifndef RANKS_H
 #define RANKS_H
 
-#include "llmc/run/watch.h"
+#include "llmc/run/last_words.h"
 
 enum { RANKS_MOST_ON_A_MACHINE = 64 };
 
