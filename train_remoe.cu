@@ -1,6 +1,6 @@
 /*
-train_remoe.cu: the CUDA trainer of ReMoE (mixture-of-experts language models with a ReLU router), on one GPU or
-many (a process each: llmc/gpu/comm.cuh).
+train_remoe.cu: the CUDA trainer of ReMoE (mixture-of-experts language models with a ReLU router), on one GPU
+or many (a process each: llmc/gpu/comm.cuh).
 
 The same model as train_remoe.c, in the same order and with the same names: forward, backward, the gradients
 of a step, and then what a run asks of them (llmc/trainer.h). The step that a run repeats is llmc/step.h:
@@ -315,9 +315,9 @@ static void sum_step(Model *m, int N, int micro_batches) {
     }
 }
 
-// Forward, losses and backward of one of `micro_batches` of each rank: adds its gradient to m->params.grad, its
-// losses and routing to the step's sums. all_logits: NULL, or [N, V]; forced: as in model_forward. Nothing here
-// waits for the device: a CUDA graph can capture it
+// Forward, losses and backward of one of `micro_batches` of each rank: adds its gradient to m->params.grad,
+// its losses and routing to the step's sums. all_logits: NULL, or [N, V]; forced: as in model_forward.
+// Nothing here waits for the device: a CUDA graph can capture it
 static void micro_step(Model *m, const Batch *batch, int B, int T, int micro_batches, double reg_weight,
                        int last, const float *const *forced, floatX *all_logits) {
     int N = B * T;
@@ -416,8 +416,9 @@ static int count_votes(const Model *m, const unsigned char *votes, StepStats *s,
     return overflow;
 }
 
-// What the devices have summed up; waits for it. Returns 0 if a layer of any rank had more chunks of pairs than
-// were planned: then the step is worthless, and the plan is larger. All ranks read the same, so they do the same
+// What the devices have summed up; waits for it. Returns 0 if a layer of any rank had more chunks of pairs
+// than were planned: then the step is worthless, and the plan is larger. All ranks read the same, so they do
+// the same
 static int read_step(Model *m, int64_t tokens, StepStats *s) {
     int overflow;
     double squares;
@@ -487,7 +488,8 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
     }
 }
 
-// bucket after bucket in the order in which the next forward wants them: what is updated goes to the other ranks
+// bucket after bucket in the order in which the next forward wants them: what is updated goes to the other
+// ranks
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t) {
     AdamW adamw = {0.9, 0.999, 1e-8};
     mark(m, "AdamW");
@@ -559,12 +561,15 @@ const Range *model_ranges(const Model *m, Holding holding, int *count) {
     return holding == RANGES_OWNED ? m->params.owned : m->params.kept;
 }
 
+// (whoever reads and writes all of a model's buffers is long at it, and lives)
 void model_get(Model *m, ModelBuffer which, int64_t first, int64_t n, float *out) {
+    ranks_beat_again(m->comm.star);
     copy_now(out, params_element(&m->params, which, first), (size_t)n * sizeof(float), cudaMemcpyDeviceToHost,
              m->stream);
 }
 
 void model_set(Model *m, ModelBuffer which, int64_t first, int64_t n, const float *x) {
+    ranks_beat_again(m->comm.star);
     copy_now(params_element(&m->params, which, first), x, (size_t)n * sizeof(float), cudaMemcpyHostToDevice,
              m->stream);
 }

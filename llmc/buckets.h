@@ -7,11 +7,11 @@ leave over at its end is padding, and always 0.
 
     blocks    0 .. nb-1 of a bucket; rank r of n owns  [r s, (r + 1) s),  s = ceil(nb / n), cut off at nb
     owner     adds up the ranks' gradients of its blocks, keeps their masters and moments, updates them
-    place     of a bucket's shard in what a rank keeps: the shards of the buckets before it, each s blocks long
+    place     of a bucket's shard in what a rank keeps: behind the shards of the buckets before, s blocks each
 
 The layout does not depend on n, so neither do files. A block never has two owners, so the sums over blocks
-that make the gradient's norm have the same bits on any number of ranks. The price: the last owners of a bucket
-may have fewer blocks than the others, or none (one block is 64 KB of a layer's 200 to 900 MB).
+that make the gradient's norm have the same bits on any number of ranks. The price: the last owners of a
+bucket may have fewer blocks than the others, or none (one block is 64 KB of a layer's 200 to 900 MB).
 
 Shapes: elements of flat buffers. Errors: none.
 */

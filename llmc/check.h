@@ -20,8 +20,8 @@ instead.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-// defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, vsnprintf, exit, calloc, realloc, free, strerror,
-// errno, va_list
+// defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, vsnprintf, exit, calloc, realloc, free,
+// strerror, errno, va_list
 #include "llmc/arithmetic.h"
 
 static_assert(sizeof(float) == 4 && sizeof(double) == 8, "fp32 and fp64");

@@ -2,9 +2,9 @@
 The tensors of the model: one table. Allocation, initialisation, checkpoints, the optimizer, the gradient
 norm, the tests and the parameter count all walk it; model_tensors() below is the only place that lists them.
 
-Parameters, gradients and AdamW's two moments are flat buffers of one layout, and Weights are pointers into one
-of them. Files have the tensors in the table's order. A flat buffer has them in buckets (buckets.h), since several
-GPUs exchange and update a bucket at once, each padded with zeros to whole blocks:
+Parameters, gradients and AdamW's two moments are flat buffers of one layout, and Weights are pointers into
+one of them. Files have the tensors in the table's order. A flat buffer has them in buckets (buckets.h), since
+several GPUs exchange and update a bucket at once, each padded with zeros to whole blocks:
 
     norms | routers | embed | layer 0: q k v o gate_up down | layer 1 | .. | layer L - 1 | head
 
@@ -203,8 +203,8 @@ static inline void point_weights(Weights *weights, const TensorTable *table, con
     }
 }
 
-// Fills `table`: a first walk finds how large the buckets are, a second one places the tensors in them. With a
-// base, `weights` point into it
+// Fills `table`: a first walk finds how large the buckets are, a second one places the tensors in them. With
+// a base, `weights` point into it
 static inline void model_tensors(TensorTable *table, Weights *weights, const Config *c, float *base) {
     enum { MOST_IN_A_LAYER = 9, OUTSIDE_LAYERS = 3 };
     if (table->tensors == NULL) {

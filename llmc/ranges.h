@@ -6,8 +6,8 @@ The part of a flat buffer that a process keeps: ranges of its elements, and the 
     model_init     first values, piece by piece
 
 Files are read and written by tensors, memory is divided by ranges: a range may cut a tensor anywhere, and
-nothing here takes tensors to be adjacent or in order in the buffer. What lies between them belongs to none and
-is never looked at. So no process ever holds more than its ranges and one piece.
+nothing here takes tensors to be adjacent or in order in the buffer. What lies between them belongs to none
+and is never looked at. So no process ever holds more than its ranges and one piece.
 
 Shapes: none. Errors: none.
 */

@@ -19,12 +19,19 @@ Shapes: none. Errors: exit 1.
 // defines: open, close, _exit
 #include "llmc/check.h"
 
+// as die() says it, of a program that is ending already
+PRINTF_LIKE(1, 2) static inline void streams_error(const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    print_message("error", fmt, args);
+    va_end(args);
+}
+
 static inline void streams_check_stdout(void) {
     int failed = ferror(stdout);
     if (fflush(stdout) != 0 || failed) {
-        fprintf(stderr,
-                "error: cannot write standard output: %s\n  ---> %swhat was written into files is whole\n",
-                strerror(errno), errno == ENOSPC ? "free some disk space; " : "");
+        streams_error("cannot write standard output: %s\n  ---> %swhat was written into files is whole",
+                      strerror(errno), errno == ENOSPC ? "free some disk space; " : "");
         _exit(1); // exit() must not be called again from its own handler
     }
 }

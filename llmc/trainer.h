@@ -1,5 +1,5 @@
 /*
-What a trainer offers to the run around it: a model behind sixteen functions. train_remoe.c implements them
+What a trainer offers to the run around it: a model behind the functions below. train_remoe.c implements them
 on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, validation, samples and bench
 (llmc/run/run.h), know no more of a model than this.
 
@@ -10,7 +10,7 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     gradients, update     an optimizer step, in two halves
     loss, next_logits     forward alone: validation, sampling
     examine               one micro-batch with all that can be compared (dump)
-    memory, peak, profile what it costs
+    memory, peak, profile what it costs; takes_ranks: whether several processes can share the work
 
 Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot experts, k = k_tot active.
 */
@@ -75,14 +75,14 @@ Model *model_open(const Config *config, const ModelSettings *settings);
 void model_close(Model *m);
 const TensorTable *model_table(const Model *m);
 
-// elements of the flat buffers, ascending: those that this rank keeps of parameters and moments, or those that it
-// owns, of which every element has one owner. Everything where there is one rank
+// elements of the flat buffers, ascending: those that this rank keeps of parameters and moments, or those
+// that it owns, of which every element has one owner. Everything where there is one rank
 const Range *model_ranges(const Model *m, Holding holding, int *count);
 // n elements from `first` on, all within one range, to the host and back
 void model_get(Model *m, ModelBuffer which, int64_t first, int64_t n, float *out);
 void model_set(Model *m, ModelBuffer which, int64_t first, int64_t n, const float *x);
-// After the last model_set of BUFFER_PARAMS: makes of the parameters what the products read, a rounded copy on
-// a GPU, with several ranks of everyone's. All ranks call it
+// After the last model_set of BUFFER_PARAMS: makes of the parameters what the products read, a rounded copy
+// on a GPU, with several ranks of everyone's. All ranks call it
 void model_publish(Model *m);
 
 // the method and k_tot in force: topk's warm-up raises k, ec samples as topk
@@ -107,8 +107,8 @@ int model_takes_ranks(void);            // can several processes compute a step 
 double model_memory_gb(const Model *m); // largest use so far
 double model_peak_flops(
     const Model *m); // of the devices of all ranks, dense, at its products' precision; <= 0: unknown
-// 1: measure where the time goes from here; 0: print the table, and return the share of it that other ranks cost:
-// waiting for them, and adding up what came
+// 1: measure where the time goes from here; 0: print the table, and return the share of it that other ranks
+// cost: waiting for them, and adding up what came
 double model_profile(Model *m, int on);
 
 #endif

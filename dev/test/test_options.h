@@ -6,6 +6,7 @@ model, and the way into a checkpoint and back (state_file.h).
 #define TEST_OPTIONS_H
 
 #include "llmc/files/state_file.h"
+#include "llmc/run/startup.h"
 #include "harness.h"
 
 #define OPTIONS_PATH "build/test/options.json"
@@ -295,6 +296,42 @@ static void test_options_bad_json(void) {
     }
 }
 
+typedef struct {
+    int argc;
+    const char *argv[4];
+} OptionsLine;
+
+static void options_launch(void *arg) {
+    const OptionsLine *line = (const OptionsLine *)arg;
+    Options o = options_of("");
+    read_launch_options(&o, line->argc, line->argv);
+    printf("%d %g %g, asks %d\n", (int)o.gpus, o.connect_minutes, o.watchdog_minutes,
+           wants_answer(line->argc, line->argv));
+}
+
+// what is looked at before there are ranks is held to the table like all else
+static void test_options_of_the_launch(void) {
+    static const struct {
+        OptionsLine line;
+        int status;
+        const char *text;
+    } cases[] = {
+        {{1, {"--eval"}}, 0, "0 5 10, asks 0\n"},
+        {{4, {"--gpus", "3", "--gpus=2", "--version"}}, 0, "2 5 10, asks 1\n"},
+        {{3, {"-h", "--watchdog-minutes", "0"}}, 0, "0 5 0, asks 1\n"},
+        {{2, {"--gpus", "-1"}}, 2, "--gpus expects an integer from 0 to 64, not '-1'"},
+        {{1, {"--gpus=65"}}, 2, "--gpus expects an integer from 0 to 64, not '65'"},
+        {{2, {"--gpus", "2x"}}, 2, "not '2x'"},
+        {{2, {"--connect-minutes", "soon"}}, 2, "--connect-minutes expects a number from 0.001 to"},
+        {{2, {"--connect-minutes", "0"}}, 2, "not '0'"},
+        {{2, {"--watchdog_minutes", "-3"}}, 2, "--watchdog-minutes expects a number from 0 to"},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        OptionsLine line = cases[i].line;
+        check_dies(cases[i].status, cases[i].text, options_launch, &line);
+    }
+}
+
 // each group of --help begins at an option that exists, the first at the first
 static void test_option_groups(void) {
     int count, options;
@@ -317,6 +354,7 @@ static void test_options(void) {
     test_options_given();
     test_options_help();
     test_options_model_name();
+    test_options_of_the_launch();
     test_options_forget_once();
     test_options_round_trip();
     test_options_bad_json();

@@ -1,5 +1,5 @@
 /*
-sockets.h, star.h, watch.h, ranks.h: stars of real processes, which print into one pipe.
+sockets.h, star.h, watch.h, last_words.h, ranks.h: stars of real processes, which print into one pipe.
 
 Most stars of this file wait for something (a watchdog, a rank that is late), so they are started together and
 looked at one after the other.
@@ -454,7 +454,11 @@ static void stars_hung_0(Ranks *r) {
 // A rank that is slow and says so; the others wait for it for longer than the watchdog's time
 static void stars_slow(Ranks *r) {
     for (int i = 0; r->rank == 1 && i < 16; i++) {
-        ranks_beat(r, 6, "validation");
+        if (i % 8 == 0) {
+            ranks_beat(r, i, "validation");
+        } else {
+            ranks_beat_again(r);
+        }
         usleep(300000);
     }
     ranks_barrier(r);
@@ -675,9 +679,11 @@ static void test_ranks_cases(void) {
         CASE("half met", 2, 0, 0, stars_nothing, stars_half_met, 0, 5, 1, 0, 7,
              "error: rank 1: rank 0 (@) is gone: it ended before all ranks had come\n"),
         CASE("disagree", 4, 0, 0, stars_disagree, NULL, 0, 5, 1, -1, 0,
-             "error: rank 2 (@): the data differs: `b 3` where rank 0 (@) has `b 2`\n"),
+             "error: rank 2 (@): the data differs: `b 3` where rank 0 (@) has `b 2`\n"
+             "  ---> copy it to all machines\n"),
         CASE("disagree, shorter", 3, 0, 0, stars_disagree_shorter, NULL, 0, 5, 1, -1, 0,
-             "error: rank 1 (@): the plan differs: `nothing more` where rank 0 (@) has `c`\n"),
+             "error: rank 1 (@): the plan differs: `nothing more` where rank 0 (@) has `c`\n"
+             "  ---> copy it to all machines\n"),
         CASE("other options", 4, 0, 0, stars_nothing, NULL, 0, 5, 2, -1, 0,
              "usage error: rank 2 (@) was started with --lr 1e-4, rank 0 (@) with --lr 5e-4\n"),
         CASE("other build", 4, 0, 0, stars_nothing, NULL, 0, 5, 1, -1, 0,

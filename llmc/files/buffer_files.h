@@ -1,6 +1,6 @@
 /*
-Flat buffers in safetensors files: the tensors of the table, named PREFIX + NAME, from and to the ranges that a
-process keeps of them (ranges.h), piece by piece.
+Flat buffers in safetensors files: the tensors of the table, named PREFIX + NAME, from and to the ranges that
+a process keeps of them (ranges.h), piece by piece.
 
 Shapes: model.h's. Errors: as in safetensors.h and safetensors_writer.h.
 */

@@ -10,8 +10,8 @@ Checkpoints: a folder step_00001000/ per checkpoint, in the formats of Hugging F
 Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `latest` moves last (run_folder.h);
 the oldest are removed later (remove_oldest). So a full disk or a kill at any moment leaves the earlier
 checkpoints as they were. Each rank writes and reads the ranges that it keeps, piece by piece (ranges.h), of
-the same two safetensors files; rank 0 does all the rest. A folder with config.json and model.safetensors alone loads too, in F32 or BF16, its tensors in any
-order, whoever made it.
+the same two safetensors files; rank 0 does all the rest. A folder with config.json and model.safetensors
+alone loads too, in F32 or BF16, its tensors in any order, whoever made it.
 
 Errors: whatever is missing, does not fit or is not used is named with its file, and exit 1.
 */
@@ -154,8 +154,8 @@ static inline void start_folder(const char *folder, const Config *config) {
     newfile_close(&file);
 }
 
-// Parameters, exp_avg and exp_avg_sq [3]; tokenizer NULL: none goes along. All ranks call it: each writes what
-// it keeps, rank 0 the rest. Dies with earlier checkpoints intact
+// Parameters, exp_avg and exp_avg_sq [3]; tokenizer NULL: none goes along. All ranks call it: each writes
+// what it keeps, rank 0 the rest. Dies with earlier checkpoints intact
 static inline void checkpoint_save(Ranks *ranks, const char *out, const Config *config,
                                    const FlatBuffer *buffers, const RunState *state,
                                    const Provenance *provenance, const Options *options,

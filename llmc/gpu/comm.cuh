@@ -1,7 +1,7 @@
 /*
-Several GPUs, one process each: how gradients, weights and counts get from one to the others while they compute.
-A reader who does not care about ranks meets five words in train_remoe.cu, each where the thing it speaks of is
-complete or needed. With one rank each of them does nothing.
+Several GPUs, one process each: how gradients, weights and counts get from one to the others while they
+compute. A reader who does not care about ranks meets five words in train_remoe.cu, each where the thing it
+speaks of is complete or needed. With one rank each of them does nothing.
 
     comm_counts_*    f_e's tokens per expert are those of all ranks (Eq. 11)
     comm_exchange    a bucket's gradient is complete: its shards go to their owners (buckets.h)
@@ -22,27 +22,27 @@ Picture of a step; E is an event, and only the last line but two waits for the h
     wait; THE HOST WAITS: repeat? finite? clip
     AdamW of bucket b's shard; E(updated b) -----------> the shard to everyone; E(gathered b)
 
-All that moves is a `move`: to every other rank a slice of a buffer, from every other rank a slice. Between GPUs
-of one machine that reach each other's memory, the copy engines carry it, and no multiprocessor:
+All that moves is a `move`: to every other rank a slice of a buffer, from every other rank a slice. Between
+GPUs of one machine that reach each other's memory, the copy engines carry it, and no multiprocessor:
 
-    1  to every peer: write ready = turn into its flags          "my region is free: what I did with it is over"
+    1  to every peer: write ready = turn into its flags        "my region is free: what I did with it is over"
     2  for every peer p: wait for ready[p]; copy the slice into p's region; write landed = turn into p's flags
     3  wait for landed from every peer
 
 - A region is not overwritten while it is read: its reader's `ready` stands behind an event that stands behind
   the reading. A slice is complete when it is copied, for the same reason on the sender's side.
 - A write to a peer's flag fences first, as __threadfence_system does: who sees the flag sees the copy.
-- Turns are counted alike on all ranks, so they cannot mix. Every ready goes out before the first wait, and every
-  other write stands behind waits for ready alone, so no circle of waits can close.
-- Nothing else may be put on the communication stream. A memset, a copy inside the card or a kernel would wait for
-  a running product to end, and with it all that is behind.
+- Turns are counted alike on all ranks, so they cannot mix. Every ready goes out before the first wait, and
+  every other write stands behind waits for ready alone, so no circle of waits can close.
+- Nothing else may be put on the communication stream. A memset, a copy inside the card or a kernel would wait
+  for a running product to end, and with it all that is behind.
 
-Across machines, or where peers are out of reach, NCCL's send and receive carry the same slices, by kernels: the
-same bits, but they take multiprocessors from ours.
+Across machines, or where peers are out of reach, NCCL's send and receive carry the same slices, by kernels:
+the same bits, but they take multiprocessors from ours.
 
 Flags are memory operations of streams (cuStreamWriteValue32, cuStreamWaitValue32). A peer that dies is not
-noticed by a stream that waits for it: that is ranks.h's to see. Errors: no NCCL where it is needed, two ranks on
-one GPU, a GPU that is not there.
+noticed by a stream that waits for it: that is ranks.h's to see. Errors: no NCCL where it is needed, two ranks
+on one GPU, a GPU that is not there.
 */
 #ifndef COMM_CUH
 #define COMM_CUH
@@ -57,7 +57,8 @@ one GPU, a GPU that is not there.
 #ifdef REMOE_NCCL
 #include <nccl.h>
 #endif
-// defines: take; profile_mark; sum_parts; Bucket; Ranks, ranks_gather; CUstream, CUdeviceptr; ncclSend, ncclRecv
+// defines: take; profile_mark; sum_parts; Bucket; Ranks, ranks_gather; CUstream, CUdeviceptr; ncclSend,
+// ncclRecv
 
 // memory that other ranks write into; on every rank of the same layout
 typedef enum {
@@ -98,10 +99,9 @@ typedef struct {
     Region regions[REGION_COUNT];
     uint32_t turn;
     StreamValue write, wait;
-    Slice *out, *in;   // [ranks] of the move that is being queued
-    cudaEvent_t ready; // what is to be moved is complete
-    cudaEvent_t
-        here; // what was moved has come; of exchanges, counts and votes, each of which is waited for soon
+    Slice *out, *in;       // [ranks] of the move that is being queued
+    cudaEvent_t ready;     // what is to be moved is complete
+    cudaEvent_t here;      // what was moved has come: exchanges, counts, votes, which are waited for soon
     cudaEvent_t *gathered; // [buckets]
     const Bucket *buckets;
     int bucket_count;
@@ -201,8 +201,8 @@ static inline void comm_send_slices(Comm *, Region *, const char *) {
 }
 #endif
 
-// Queues a move: c->out and c->in say what of `from` goes where in the others' region. What `stream` has queued so
-// far comes before it. `what` names the move, for those who look for ranks that do different things
+// Queues a move: c->out and c->in say what of `from` goes where in the others' region. What `stream` has
+// queued so far comes before it. `what` names the move, for those who look for ranks that do different things
 static inline void comm_move(Comm *c, RegionName name, const void *from, const char *what, cudaEvent_t here,
                              cudaStream_t stream) {
     c->turn++;
@@ -299,8 +299,8 @@ static inline void comm_push_parts(Comm *c, int bucket, cudaStream_t stream) {
     comm_move(c, REGION_LANDING, c->grad, what, c->here, stream);
 }
 
-// The gradient of a bucket is complete on this rank: its shards go to their owners, which add them up when the
-// next bucket comes. All ranks: the same buckets in the same order
+// The gradient of a bucket is complete on this rank: its shards go to their owners, which add them up when
+// the next bucket comes. All ranks: the same buckets in the same order
 static inline void comm_exchange(Comm *c, int bucket, cudaStream_t stream) {
     comm_sum_pending(c, stream);
     if (c->ranks > 1) {

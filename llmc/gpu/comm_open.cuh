@@ -1,14 +1,14 @@
 /*
 How the ranks' GPUs find each other before training (comm.cuh has what they do then), and how they part.
 
-    comm_open      who is where, and who carries moves: copy engines, where each GPU of one machine can write into
-                   the memory of every other, else NCCL
-    comm_connect   once the regions are taken and cleared: everyone learns where everyone's are (cudaIpc), or NCCL
-                   connects
+    comm_open      who is where, and who carries moves: copy engines, where each GPU of one machine can write
+                   into the memory of every other, else NCCL
+    comm_connect   once the regions are taken and cleared: everyone learns where everyone's are (cudaIpc), or
+                   NCCL connects
     comm_close     nobody's memory goes while another may still write into it
 
-All ranks call these alike; what they tell each other goes through rank 0 (run/ranks.h). Errors: two ranks on one
-GPU, GPUs that do not reach each other where that was asked for, no NCCL where it is needed.
+All ranks call these alike; what they tell each other goes through rank 0 (run/ranks.h). Errors: two ranks on
+one GPU, GPUs that do not reach each other where that was asked for, no NCCL where it is needed.
 */
 #ifndef COMM_OPEN_CUH
 #define COMM_OPEN_CUH
@@ -121,7 +121,8 @@ static inline void comm_open_nccl(Comm *c) {
 #endif
 }
 
-// The regions but those of the weights and gradients themselves. cells: L E; with_gradients: they will be exchanged
+// The regions but those of the weights and gradients themselves. cells: L E; with_gradients: they will be
+// exchanged
 static inline void comm_allocate(Comm *c, DeviceMemory *memory, int with_gradients, int64_t cells,
                                  int64_t vote_bytes) {
     int64_t most = 0, row = squares_row(c->buckets, c->bucket_count, c->ranks);

@@ -12,8 +12,8 @@ Errors: no GPU, a GPU that is too old, or kernels that it cannot run end the pro
 #include "llmc/run/ranks.h"
 // defines: CUDA_CHECK, device_attribute, emulated; Kernels, grouped_best_kernels
 
-// The GPU of this rank: that of its number on the machine, or the one that a launcher shows it. This process uses
-// it from here on
+// The GPU of this rank: that of its number on the machine, or the one that a launcher shows it. This process
+// uses it from here on
 static inline int device_open(const Ranks *ranks) {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);

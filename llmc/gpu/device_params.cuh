@@ -2,7 +2,7 @@
 The parameters on a GPU, and what training keeps for each of them.
 
     working [flat_size] floatX    what products read: everyone has all of it
-    fp32    [norms and routers]   what kernels read in fp32; these are their own masters. In the fp32 build: all
+    fp32    [norms and routers]   what kernels read in fp32; its own master. In the fp32 build: all
     grad    [flat_size] fp32      everyone's own; of its shards a rank gets the sum
     master, exp_avg, exp_avg_sq   fp32, of the shards that this rank keeps, one bucket's behind the other's
 

@@ -57,7 +57,8 @@ typedef struct {
     RoutingStats routing;
 } StepSums;
 
-// what a rank has to say at the end of a step; behind it counts [L E] (int64), then the arena's rows [L] (int)
+// what a rank has to say at the end of a step; behind it counts [L E] (int64), then the arena's rows [L]
+// (int)
 typedef struct {
     StepSums sums;
     int overflow; // a layer had more pairs than were planned for

@@ -19,6 +19,7 @@ device's peak. Errors: none; a sparsity that is never reached gives a warning.
 static inline void bench_step(Run *run, StepRecord *r) {
     RunState before = run->state;
     double begin = seconds_now();
+    ranks_beat(&run->ranks, before.step, "bench");
     train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
     fill_record(run, r, &before, seconds_now() - begin);
 }
@@ -75,8 +76,9 @@ static inline int compare_doubles(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// What a rank pays for there being others. Ranks are never equally fast: the fastest waits for the slowest, which
-// waits for data alone. So the least share is that of the communication, and the rest is the ranks' difference
+// What a rank pays for there being others. Ranks are never equally fast: the fastest waits for the slowest,
+// which waits for data alone. So the least share is that of the communication, and the rest is the ranks'
+// difference
 static inline void bench_exposed(Run *run, double share) {
     int ranks = run->ranks.count;
     double *all = NEW(double, ranks), least = share, most = share;

@@ -16,8 +16,8 @@ warning.
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
-// The loss of sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since the run began
-// into one that the vocabulary lacks
+// The loss of sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since the run
+// began into one that the vocabulary lacks
 static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
                                         double *loss) {
     int64_t T = run->options.seq_len, bad_token;
@@ -50,8 +50,8 @@ static inline Validation gather_losses(Run *run, double *losses, int64_t count, 
     return outcome;
 }
 
-// Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in turns;
-// *tokens counts the targets. A signal ends it early
+// Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in
+// turns; *tokens counts the targets. A signal ends it early
 static inline Validation validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
     const Options *o = &run->options;
     int64_t sequences = dataloader_num_sequences(loader), most = o->val_batches * o->batch;

@@ -49,6 +49,7 @@ static inline int generate(Run *run, const char *prompt) {
             length = window / 2 > 0 ? window / 2 : 1;
             memmove(context, context + window + 1 - length, (size_t)length * sizeof(int));
         }
+        ranks_beat(&run->ranks, run->state.step, "sampling");
         // the sampler's own copy: it sorts
         memcpy(logits, model_next_logits(m, context, length, cached), (size_t)c->vocab_size * sizeof(float));
         cached = length;

@@ -68,15 +68,32 @@ static inline void print_version(const char *program) {
     );
 }
 
-// --help or --version anywhere on the command line: answers it and ends the program
+static inline int is_help(const char *argument) {
+    return strcmp(argument, "--help") == 0 || strcmp(argument, "-h") == 0;
+}
+
+static inline int is_version(const char *argument) {
+    return strcmp(argument, "--version") == 0;
+}
+
+// --help or --version anywhere on the command line?
+static inline int wants_answer(int argc, const char *const *argv) {
+    int wants = 0;
+    for (int i = 0; i < argc; i++) {
+        wants |= is_help(argv[i]) || is_version(argv[i]);
+    }
+    return wants;
+}
+
+// ... answers it and ends the program
 static inline void answer_help(const Options *defaults, const char *program, int argc,
                                const char *const *argv) {
     for (int i = 0; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+        if (is_help(argv[i])) {
             options_help(defaults, program);
             exit(0);
         }
-        if (strcmp(argv[i], "--version") == 0) {
+        if (is_version(argv[i])) {
             print_version(program);
             exit(0);
         }

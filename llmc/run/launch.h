@@ -115,8 +115,8 @@ static inline void launch_caught(int signal_number) {
     (void)signal_number; // sigwait returns it; systems that ignore SIGCHLD do not keep it for that
 }
 
-// Waits until all have ended; `signals` are blocked. Returns the exit status. Ctrl-C reaches the whole group, so
-// it is not passed on: a second one would not let them save
+// Waits until all have ended; `signals` are blocked. Returns the exit status. Ctrl-C reaches the whole group,
+// so it is not passed on: a second one would not let them save
 static inline int launch_supervise(pid_t *children, int count, const sigset_t *signals, int term_seconds,
                                    int kill_seconds) {
     Brood b = {children, count, count, -1, 0, 0, 0};
@@ -235,22 +235,19 @@ static inline void launch_fork(Launch *l, int ranks) {
 
 // ----------------------------------------------------------------------------
 
-// Returns in each rank. gpus: --gpus, 0 where it was not given. A launcher that has started a single process (an
-// interactive shell of srun's, say) leaves the rest to --gpus
-static inline Launch launch_ranks(int64_t gpus) {
+// Returns in each rank. gpus: --gpus, 0 where it was not given. A launcher that has started a single process
+// (an interactive shell of srun's, say) leaves the rest to --gpus
+static inline Launch launch_ranks(int gpus) {
     Launch l = launch_read();
-    if (gpus < 0 || gpus > LAUNCH_MOST) {
-        die_usage("--gpus %lld: not a number from 1 to %d", (long long)gpus, LAUNCH_MOST);
-    }
     if (l.ranks > 1 && gpus > 0 && gpus != l.local_ranks) {
         if (l.local_rank > 0) {
             exit(2); // once a machine is enough
         }
-        die_usage("--gpus %lld contradicts %s, which has started %d ranks on this machine\n  ---> drop it",
-                  (long long)gpus, l.launcher, l.local_ranks);
+        die_usage("--gpus %d contradicts %s, which has started %d ranks on this machine\n  ---> drop it",
+                  gpus, l.launcher, l.local_ranks);
     }
     if (l.ranks == 1 && gpus > 1) {
-        launch_fork(&l, (int)gpus);
+        launch_fork(&l, gpus);
     }
     if (l.ranks > 1) {
         launch_voice.rank = l.rank;
@@ -259,8 +256,8 @@ static inline Launch launch_ranks(int64_t gpus) {
     return l;
 }
 
-// How many threads a rank should use, so that those of this machine share its cores; 0: as many as it would. A
-// launcher may have bound each rank to cores of its own
+// How many threads a rank should use, so that those of this machine share its cores; 0: as many as it would.
+// A launcher may have bound each rank to cores of its own
 static inline int launch_threads(const Launch *l) {
     long online = sysconf(_SC_NPROCESSORS_ONLN), allowed = online;
     if (l->local_ranks == 1 || launch_variable("OMP_NUM_THREADS") != NULL) {

@@ -60,7 +60,8 @@ static inline int launch_tasks_plain(const Launch *l, const char *name) {
     return launch_number(name, 1, LAUNCH_MOST);
 }
 
-// Slurm's tasks per node, as in "4(x2),3": those of a node; *all: of all nodes. 0 where the text is no such list
+// Slurm's tasks per node, as in "4(x2),3": those of a node; *all: of all nodes. 0 where the text is no such
+// list
 static inline int slurm_tasks(const char *text, int node, int *all) {
     int tasks = 0;
     *all = 0;

@@ -94,6 +94,7 @@ static inline void build_model(Run *run) {
     }
     ModelSettings settings = model_settings(o, c, purpose, &run->ranks);
     run->model = model_open(c, &settings);
+    ranks_beat(&run->ranks, 0, "loading");
     FlatBuffer params = model_buffer(run->model, BUFFER_PARAMS, RANGES_KEPT);
     if (folder[0] == '\0') {
         model_init(&params, (uint64_t)o->seed);
@@ -136,7 +137,20 @@ static inline void build_state(Run *run, int lambda_given) {
     run->first_step = state->step;
 }
 
-// ranks that read other data than the others would train on something that nobody asked for
+// a line for each shard
+static inline void list_shards(FILE *out, const char *use, const DataLoader *loader) {
+    Provenance p = {0, NULL, 0};
+    record_shards(&p, loader);
+    for (int i = 0; i < p.num_shards; i++) {
+        const ShardRecord *shard = &p.shards[i];
+        fprintf(out, "%s %s, %lld bytes, hash %016llx\n", use, shard->name, (long long)shard->bytes,
+                (unsigned long long)shard->hash);
+    }
+    provenance_free(&p);
+}
+
+// Ranks that read other data than the others would train on something that nobody asked for, and validate
+// more or fewer domains than they
 static inline void agree_on_data(Run *run) {
     char *text = NULL;
     size_t size = 0;
@@ -144,13 +158,12 @@ static inline void agree_on_data(Run *run) {
     if (out == NULL) {
         die("out of memory for the list of shards");
     }
-    for (int i = 0; i < run->provenance.num_shards; i++) {
-        const ShardRecord *shard = &run->provenance.shards[i];
-        fprintf(out, "%s, %lld bytes, hash %016llx\n", shard->name, (long long)shard->bytes,
-                (unsigned long long)shard->hash);
+    list_shards(out, "training", &run->train); // none where nothing is trained
+    for (int i = 0; i < run->num_domains; i++) {
+        list_shards(out, "validation", &run->domains[i].loader);
     }
     fclose(out);
-    ranks_agree(&run->ranks, "the training data", text);
+    ranks_agree(&run->ranks, "the data", text);
     free(text);
 }
 
@@ -171,7 +184,6 @@ static inline void open_training_data(Run *run, int data_given) {
     }
     provenance_free(&run->provenance);
     run->provenance = now;
-    agree_on_data(run);
     // micro-batch after micro-batch in the run's order, or the first one again and again; a rank takes every
     // count-th
     int64_t first = (o->overfit_batch ? 0 : run->state.sequences) + run->ranks.rank * o->batch;
@@ -225,6 +237,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (!o->eval && !o->sampling) {
         open_training_data(run, data_given);
     }
+    agree_on_data(run);
 }
 
 static inline void print_table(const Run *run) {
@@ -254,16 +267,33 @@ static inline void print_table(const Run *run) {
     fflush(stdout);
 }
 
+// Do all ranks see the folder that they are to save into? The first checkpoint would be late to ask
+static inline void check_out_is_shared(Run *run) {
+    char folder[PATH_SIZE];
+    check_format(folder, sizeof(folder), "%.2000s/.tmp_step_shared", run->options.out);
+    if (run->ranks.count == 1) {
+        return;
+    }
+    if (run->ranks.rank == 0) {
+        make_folder(folder);
+    }
+    check_shared_folder(&run->ranks, folder);
+    if (run->ranks.rank == 0) {
+        remove_folder(folder);
+    }
+}
+
 static inline void open_log(Run *run) {
     char name[64], folder[PATH_SIZE];
+    if (run->ranks.rank == 0) {
+        make_folder(run->options.out);
+        run->lock = run->lock < 0 ? lock_folder(run->options.out, "trains") : run->lock;
+    }
+    check_out_is_shared(run);
     if (run->ranks.rank > 0) { // rank 0 writes the log
         check_format(run->log_path, PATH_SIZE, "/dev/null");
         run->log = check_fopen(run->log_path, "ab", "");
         return;
-    }
-    make_folder(run->options.out);
-    if (run->lock < 0) {
-        run->lock = lock_folder(run->options.out, "trains");
     }
     check_format(name, sizeof(name), "step_%08lld", (long long)run->state.step);
     check_format(folder, sizeof(folder), "%.1900s/%s", run->options.out, name);
@@ -357,19 +387,23 @@ static inline void set_threads(const Run *run, int usual) {
 #endif
 }
 
-// the ranks of a run, each a process from here on; nothing has touched a GPU yet
+// The ranks of a run, each a process from here on; nothing has touched a GPU yet. A question (--help) is
+// answered by one, whatever variables of a launcher an earlier shell has left
 static inline void open_ranks(Run *run, const char *build, int argc, const char *const *argv) {
-    double connect = atof(options_peek(argc, argv, "connect_minutes", "5"));
-    double watchdog = atof(options_peek(argc, argv, "watchdog_minutes", "10"));
+    const Options *o = &run->options;
+    run->ranks = ranks_alone();
+    if (wants_answer(argc, argv)) {
+        return;
+    }
     if (!model_takes_ranks()) {
         if (options_given(argc, argv, "gpus")) {
             die_usage("--gpus: this trainer computes on the CPU\n  ---> ./train_remoecu --gpus N");
         }
-        run->ranks = ranks_alone();
         return;
     }
-    run->launch = launch_ranks(atoll(options_peek(argc, argv, "gpus", "0")));
-    ranks_open(&run->ranks, &run->launch, connect, watchdog, build, argc, argv);
+    read_launch_options(&run->options, argc, argv);
+    run->launch = launch_ranks((int)o->gpus);
+    ranks_open(&run->ranks, &run->launch, o->connect_minutes, o->watchdog_minutes, build, argc, argv);
     set_threads(run, run->ranks.count > 1 ? launch_threads(&run->launch) : 0);
 }
 

@@ -106,7 +106,7 @@ enum { OPTION_TEXT_SIZE = 16384, OPTION_NAME_SIZE = 64 }; // with the 0 at the e
            "CUDA: ranks divide masters and moments among them (ZeRO-1); 0: each keeps all, the same bits")   \
     OPTION(TEXT, ONCE, comm, "auto", 0, 0,                                                                   \
            "CUDA: what carries data between ranks: copies (one machine's copy engines), nccl, or auto")      \
-    OPTION(REAL, ONCE, connect_minutes, "5", 0, 1e6, "how long ranks wait for each other at the start")      \
+    OPTION(REAL, ONCE, connect_minutes, "5", 1e-3, 1e6, "how long ranks wait for each other at the start")   \
     OPTION(REAL, ONCE, watchdog_minutes, "10", 0, 1e6,                                                       \
            "a rank that stands still so long ends the run (0: never)")                                       \
     OPTION(FLAG, ONCE, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")

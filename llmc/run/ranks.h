@@ -1,20 +1,20 @@
 /*
-The ranks of a run: processes that drive a GPU each, and what they say to each other on the host. Every call goes
-through rank 0 (star.h); a thread watches that all live (watch.h).
+The ranks of a run: processes that drive a GPU each, and what they say to each other on the host. Every call
+goes through rank 0 (star.h); a thread watches that all live (watch.h).
 
 All ranks make the same calls in the same order. Each call is announced by a header, so that ranks that differ
 are named instead of waiting for each other. With one rank there is no socket, no thread, and no call does
 anything.
 
-On the ranks but 0 nothing is printed: stdout is /dev/null, warn() silent, and what die() says is said by rank 0,
-which then ends the run.
+On the ranks but 0 nothing is printed: stdout is /dev/null, warn() silent, and what die() says is said by rank
+0, which then ends the run.
 
 Errors: exit 1, or 2 where the command lines differ; a message on rank 0's stderr names the rank.
 */
 #ifndef RANKS_H
 #define RANKS_H
 
-#include "llmc/run/watch.h"
+#include "llmc/run/last_words.h"
 
 enum { RANKS_MOST_ON_A_MACHINE = 64 };
 
@@ -231,14 +231,15 @@ static inline void ranks_wait_for_the_end(Ranks *r) {
     }
 }
 
-// dies where a rank's text is not rank 0's, naming the first line that differs. what: the data, the model, ...
+// dies where a rank's text is not rank 0's, naming the first line that differs. what: the data, the model,
+// ...
 static inline void ranks_agree(Ranks *r, const char *what, const char *text) {
     Difference d;
     int k = r->star != NULL ? ranks_compare(r, text, &d) : -1;
     if (k > 0) {
         ranks_wait_for_the_end(r);
-        die("rank %d (%s): %s differs: `%s` where rank 0 (%s) has `%s`", k, r->star->peers[k].host, what,
-            d.mine, r->star->host, d.root);
+        die("rank %d (%s): %s differs: `%s` where rank 0 (%s) has `%s`\n  ---> copy it to all machines", k,
+            r->star->peers[k].host, what, d.mine, r->star->host, d.root);
     }
 }
 
@@ -311,8 +312,9 @@ static inline Star *ranks_make_star(const Launch *launch, double watchdog_minute
     return s;
 }
 
-// Connects the ranks, or dies after connect_minutes. watchdog_minutes: how long a rank may stand still (0: for
-// ever), some seconds at least. build: version and precision; it and the command line must be the same on all
+// Connects the ranks, or dies after connect_minutes. watchdog_minutes: how long a rank may stand still (0:
+// for ever), some seconds at least. build: version and precision; it and the command line must be the same on
+// all
 static inline void ranks_open(Ranks *r, const Launch *launch, double connect_minutes, double watchdog_minutes,
                               const char *build, int argc, const char *const *argv) {
     memset(r, 0, sizeof(*r));
@@ -346,6 +348,15 @@ static inline void ranks_beat(Ranks *r, int64_t step, const char *phase) {
             snprintf(s->beat.phase, sizeof(s->beat.phase), "%s", phase);
         }
         pthread_mutex_unlock(&s->mutex);
+    }
+}
+
+// a piece of a long phase is done
+static inline void ranks_beat_again(Ranks *r) {
+    if (r->star != NULL) {
+        pthread_mutex_lock(&r->star->mutex);
+        r->star->beat.count++;
+        pthread_mutex_unlock(&r->star->mutex);
     }
 }
 

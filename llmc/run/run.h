@@ -139,6 +139,7 @@ static inline void save(Run *run) {
              (long long)run->state.step);
         return;
     }
+    ranks_beat(&run->ranks, run->state.step, "saving");
     FlatBuffer buffers[] = {model_buffer(m, BUFFER_PARAMS, RANGES_OWNED),
                             model_buffer(m, BUFFER_EXP_AVG, RANGES_OWNED),
                             model_buffer(m, BUFFER_EXP_AVG_SQ, RANGES_OWNED)};

@@ -54,8 +54,8 @@ static inline void socket_settle(int fd) {
 #endif
 }
 
-// For a connection that the other end always reads: bytes that are not taken mean that it is gone. (A full one
-// of which nobody reads for a while would be cut as well)
+// For a connection that the other end always reads: bytes that are not taken mean that it is gone. (A full
+// one of which nobody reads for a while would be cut as well)
 static inline void socket_lose_soon(int fd) {
 #ifdef TCP_USER_TIMEOUT
     socket_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 1000 * SOCKET_LOST_SECONDS);

@@ -5,8 +5,8 @@ main thread), one that they live (pulse, of the watch thread: watch.h). Here the
     rank k   connects, says Hello on each; is told that it is ACCEPTED, later that all have come (START)
     rank 0   listens, seats those who belong to the run, sends strangers away
 
-Errors: exit 1. A rank that never comes, that comes twice or that counts otherwise is named by rank 0; the others
-then end without a word.
+Errors: exit 1. A rank that never comes, that comes twice or that counts otherwise is named by rank 0; the
+others then end without a word.
 */
 #ifndef STAR_H
 #define STAR_H
@@ -108,8 +108,9 @@ static inline int star_try(Star *s, int role, double deadline, const char **why)
     hello.ranks = s->count;
     memcpy(hello.host, s->host, sizeof(hello.host));
     memcpy(hello.token, l->token, sizeof(hello.token));
-    if (socket_send(fd, &hello, sizeof(hello)) && socket_receive(fd, &welcome, sizeof(welcome), deadline) &&
-        welcome.magic == STAR_MAGIC) {
+    int answered =
+        socket_send(fd, &hello, sizeof(hello)) && socket_receive(fd, &welcome, sizeof(welcome), deadline);
+    if (answered && welcome.magic == STAR_MAGIC) {
         if (welcome.kind == WELCOME_REFUSED) {
             exit(welcome.status); // rank 0 has said why
         }
@@ -117,7 +118,7 @@ static inline int star_try(Star *s, int role, double deadline, const char **why)
         s->peers[0].host[STAR_HOST - 1] = '\0';
         return fd;
     }
-    *why = "what listens there is not rank 0 of this run";
+    *why = answered ? "what listens there is not rank 0 of this run" : "what listens there gave no answer";
     close(fd);
     return -1;
 }

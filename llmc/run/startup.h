@@ -26,6 +26,15 @@ static inline int writes_run(const Options *o) {
     return wants_training(o) && !o->bench;
 }
 
+// what must be known before there are ranks, of which one then reads all options
+static inline void read_launch_options(Options *o, int argc, const char *const *argv) {
+    static const char *const fields[] = {"gpus", "connect_minutes", "watchdog_minutes"};
+    for (size_t i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
+        const OptionRow *row = option_find(fields[i], strlen(fields[i]));
+        option_set(o, row, options_peek(argc, argv, row->field, row->initial), "");
+    }
+}
+
 // the first runs/NAME[-2, -3, ...] that holds nothing of a run
 static inline void default_out(char *out, const char *preset, const char *router) {
     char log[PATH_SIZE];

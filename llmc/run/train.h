@@ -192,7 +192,6 @@ static inline void look_at_model(Run *run) {
         validate(run);
     }
     if (to_sample) {
-        ranks_beat(&run->ranks, run->state.step, "sampling");
         show_sample(run, "");
     }
     if (to_validate || to_sample) {
