@@ -195,9 +195,13 @@ static inline void comm_send_slices(Comm *c, Region *region, const char *from) {
     NCCL_CHECK(ncclGroupEnd());
 }
 #else
+__attribute__((noreturn)) static inline void comm_without_nccl(void) {
+    die("these GPUs do not all reach each other's memory, and this program was built without NCCL\n"
+        "  ---> make train_remoecu NCCL_HOME=/path, with include/nccl.h and lib/libnccl.so in it");
+}
+
 static inline void comm_send_slices(Comm *, Region *, const char *) {
-    die("this program was built without NCCL\n  ---> make train_remoecu NCCL_HOME=/path, with nccl.h and "
-        "libnccl in it");
+    comm_without_nccl();
 }
 #endif
 

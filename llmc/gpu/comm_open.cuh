@@ -106,21 +106,6 @@ static inline void comm_open_regions(Comm *c) {
     free(all);
 }
 
-static inline void comm_open_nccl(Comm *c) {
-#ifdef REMOE_NCCL
-    ncclUniqueId id;
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    setenv("NCCL_NVLS_ENABLE", "0", 0); // multicast is of no use to sends, and has hung young versions
-    if (c->rank == 0) {
-        NCCL_CHECK(ncclGetUniqueId(&id));
-    }
-    ranks_share(c->star, &id, sizeof(id));
-    NCCL_CHECK(ncclCommInitRankConfig(&c->nccl, c->ranks, id, c->rank, &config));
-#else
-    comm_send_slices(c, NULL, NULL);
-#endif
-}
-
 // The regions but those of the weights and gradients themselves. cells: L E; with_gradients: they will be
 // exchanged
 static inline void comm_allocate(Comm *c, DeviceMemory *memory, int with_gradients, int64_t cells,
@@ -162,10 +147,25 @@ static inline void comm_connect(Comm *c) {
         c->write = comm_driver_function("cuStreamWriteValue32");
         c->wait = comm_driver_function("cuStreamWaitValue32");
         comm_open_regions(c);
-    } else {
-        comm_open_nccl(c);
     }
     ranks_barrier(c->star);
+}
+
+// before memory is counted: NCCL takes some of its own
+static inline void comm_open_nccl(Comm *c) {
+#ifdef REMOE_NCCL
+    ncclUniqueId id;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    setenv("NCCL_NVLS_ENABLE", "0", 0); // multicast is of no use to sends, and has hung young versions
+    if (c->rank == 0) {
+        NCCL_CHECK(ncclGetUniqueId(&id));
+    }
+    ranks_share(c->star, &id, sizeof(id));
+    NCCL_CHECK(ncclCommInitRankConfig(&c->nccl, c->ranks, id, c->rank, &config));
+#else
+    (void)c;
+    comm_without_nccl();
+#endif
 }
 
 // wanted: auto, copies or nccl; divided: each rank keeps the states of its own shards alone
@@ -185,6 +185,9 @@ static inline void comm_open(Comm *c, Ranks *star, const char *wanted, int divid
         return;
     }
     c->by_copies = comm_choose_copies(star, wanted, device);
+    if (!c->by_copies) {
+        comm_open_nccl(c);
+    }
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
     CUDA_CHECK(cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, greatest));
     CUDA_CHECK(cudaEventCreateWithFlags(&c->ready, cudaEventDisableTiming));
@@ -218,12 +221,12 @@ static inline void comm_close(Comm *c) {
     }
     CUDA_CHECK(cudaEventDestroy(c->ready));
     CUDA_CHECK(cudaEventDestroy(c->here));
-    CUDA_CHECK(cudaStreamDestroy(c->stream));
 #ifdef REMOE_NCCL
     if (!c->by_copies) {
         NCCL_CHECK(ncclCommDestroy(c->nccl));
     }
 #endif
+    CUDA_CHECK(cudaStreamDestroy(c->stream));
     free(c->gathered);
     free(c->out);
     free(c->in);

@@ -15,6 +15,7 @@ Errors: exit 1 or 2 with the file or option that is wrong, before anything has b
 #include <omp.h>
 #endif
 // defines: omp_set_num_threads, omp_get_max_threads
+#include "llmc/run/agree.h"
 #include "llmc/run/launch.h"
 #include "llmc/run/run.h"
 #include "llmc/run/startup.h"
@@ -82,6 +83,7 @@ static inline void build_model(Run *run) {
     Purpose purpose = wants_training(o) ? FOR_TRAINING : o->dump[0] != '\0' ? FOR_GRADIENTS : FOR_INFERENCE;
     const char *folder = o->resume[0] != '\0' ? o->resume : o->load;
     char path[PATH_SIZE];
+    agree_on_model(run, folder);
     if (folder[0] != '\0') {
         check_format(path, sizeof(path), "%s/config.json", folder);
         *c = config_read(path);
@@ -135,36 +137,6 @@ static inline void build_state(Run *run, int lambda_given) {
     }
     run->step = step_settings(o, &run->config, run->ranks.count);
     run->first_step = state->step;
-}
-
-// a line for each shard
-static inline void list_shards(FILE *out, const char *use, const DataLoader *loader) {
-    Provenance p = {0, NULL, 0};
-    record_shards(&p, loader);
-    for (int i = 0; i < p.num_shards; i++) {
-        const ShardRecord *shard = &p.shards[i];
-        fprintf(out, "%s %s, %lld bytes, hash %016llx\n", use, shard->name, (long long)shard->bytes,
-                (unsigned long long)shard->hash);
-    }
-    provenance_free(&p);
-}
-
-// Ranks that read other data than the others would train on something that nobody asked for, and validate
-// more or fewer domains than they
-static inline void agree_on_data(Run *run) {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *out = open_memstream(&text, &size);
-    if (out == NULL) {
-        die("out of memory for the list of shards");
-    }
-    list_shards(out, "training", &run->train); // none where nothing is trained
-    for (int i = 0; i < run->num_domains; i++) {
-        list_shards(out, "validation", &run->domains[i].loader);
-    }
-    fclose(out);
-    ranks_agree(&run->ranks, "the data", text);
-    free(text);
 }
 
 // what a run learns from: the shards that it began with, if it is resumed
