@@ -19,7 +19,7 @@ Streams are early (work is done when it is queued) or late (streams.h), processe
 (device_memory.h, nccl.h, agree.h); the environment says so:
     EMULATED_GPUS=n           devices, 1 .. 64 (1); with more than one, device memory can be opened by other processes
     EMULATED_PEERS=0          no device can reach another's memory
-    EMULATED_STREAMS=late     or early, or a number: late, but by that seed some of it sooner
+    EMULATED_STREAMS=late     or early; or ahead, or a number: late, but some of it sooner (streams.h)
     EMULATED_WAIT_SECONDS=n   how long a stream waits for another process before its own is ended (120)
 
 Assumes converged warps and full masks at exchanges. Shared memory and device buffers start as NaN patterns.

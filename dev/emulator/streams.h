@@ -7,6 +7,10 @@ only that is done: the stream in its order, and of others what stands before an 
 event is missing, the work that it should have ordered has not been done, and the numbers are wrong every time. With
 a number instead of `late`, a seed, some work that nobody waits for is done sooner, other work each time.
 
+Late streams do what a stream waits for when it waits, and by then have done what that should itself have waited for: a
+copy that forgets to wait for what it copies is right by accident. With EMULATED_STREAMS=ahead all other streams do what
+they can before each step of the one that the host waits for.
+
 A step may have to wait for another process (a value in memory, a peer's NCCL call). It then does what it can and says
 that it is not done. While the host polls for it, heads of the other streams are tried, too, after a few milliseconds:
 what the other process waits for may be among them.
@@ -70,7 +74,7 @@ struct EmulatorStream {
 
 namespace emulator {
 
-typedef enum { STREAMS_EARLY, STREAMS_LATE, STREAMS_SEEDED } StreamMode;
+typedef enum { STREAMS_EARLY, STREAMS_LATE, STREAMS_AHEAD, STREAMS_SEEDED } StreamMode;
 
 struct Streams {
     StreamMode mode;
@@ -83,12 +87,12 @@ struct Streams {
 static inline void parse_streams(Streams *streams, const char *text) {
     char *end = NULL;
     bool early = text == NULL || *text == '\0' || strcmp(text, "early") == 0,
-         late = !early && !strcmp(text, "late");
-    streams->mode = early ? STREAMS_EARLY : late ? STREAMS_LATE : STREAMS_SEEDED;
+         late = !early && !strcmp(text, "late"), ahead = !early && !strcmp(text, "ahead");
+    streams->mode = early ? STREAMS_EARLY : late ? STREAMS_LATE : ahead ? STREAMS_AHEAD : STREAMS_SEEDED;
     streams->draws = 0;
     streams->seed = streams->mode == STREAMS_SEEDED ? strtoull(text, &end, 10) : 0;
     if (streams->mode == STREAMS_SEEDED && *end != '\0') {
-        fprintf(stderr, "emulator: EMULATED_STREAMS=%s: early, late or a number\n", text);
+        fprintf(stderr, "emulator: EMULATED_STREAMS=%s: early, late, ahead or a number\n", text);
         abort();
     }
 }
@@ -213,6 +217,16 @@ static inline void do_some() {
     }
 }
 
+// all that other streams can do now
+static inline void do_ahead_of(cudaStream_t stream) {
+    for (bool any = true; any;) {
+        any = false;
+        for (size_t i = 0; i < streams()->all.size(); i++) {
+            any |= streams()->all[i] != stream && do_head(streams()->all[i]);
+        }
+    }
+}
+
 // all of a stream, or as far as `until`
 static inline void finish(cudaStream_t stream, const Record *until = NULL) {
     Patience patience;
@@ -221,6 +235,9 @@ static inline void finish(cudaStream_t stream, const Record *until = NULL) {
         do_some();
     }
     while (until != NULL ? !is_over(until) : !stream->steps.empty()) {
+        if (streams()->mode == STREAMS_AHEAD) {
+            do_ahead_of(stream);
+        }
         cudaStream_t next = needed_first(stream);
         if (do_head(next)) {
             patience = Patience();

@@ -20,8 +20,8 @@ static void test_cuda_streams(void) {
 #include <nccl.h>
 #include <sys/mman.h>
 
-static const char *const stream_modes[] = {"early", "late", "1", "2"};
-enum { STREAM_MODES = 4, STREAM_N = 100 };
+static const char *const stream_modes[] = {"early", "late", "ahead", "1", "2"};
+enum { STREAM_MODES = 5, STREAM_N = 100 };
 
 __global__ static void streams_fill(int *x, int value) {
     if (threadIdx.x < STREAM_N) {
@@ -97,12 +97,29 @@ static int value_across(const char *mode, bool with_event) {
     return value;
 }
 
+// the same, while the host waits for stream a
+static int value_beside(const char *mode, bool with_event) {
+    StreamsCase c = streams_case(mode);
+    fill_on(c.a, c.x, 7);
+    if (with_event) {
+        CUDA_CHECK(cudaEventRecord(c.event, c.a));
+        CUDA_CHECK(cudaStreamWaitEvent(c.b, c.event));
+    }
+    launch(streams_add, 1, 128, 0, c.b, c.y, c.x);
+    CUDA_CHECK(cudaStreamSynchronize(c.a));
+    int value = value_on(c.b, c.y);
+    streams_release(&c);
+    return value;
+}
+
 static void streams_missing_event(void) {
     for (const char *mode : stream_modes) {
         CHECK(value_across(mode, true) == 7);
     }
     CHECK(value_across("early", false) == 7);
     CHECK(value_across("late", false) == 0);
+    CHECK(value_beside("late", false) == 7); // which only this finds:
+    CHECK(value_beside("ahead", false) == 0);
 }
 
 // a wait is for the record before it, not for a later one, and none for an event without any
