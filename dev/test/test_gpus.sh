@@ -295,6 +295,25 @@ test_launch() { # by somebody else's variables
         [ $? = 1 ] && grep -q -- '--->' $here/one_card.txt && [ "$(grep -c error $here/one_card.txt)" = 1 ]
         check 'more ranks than GPUs, said once' $?
     fi
+    mkdir -p $here/elsewhere/build/sample
+    cp build/sample/train_* build/sample/val.[d-z]*.bin $here/elsewhere/build/sample/ # rank 1 lacks a domain
+    local folders=(. $here/elsewhere) out=$PWD/$here/lacks program
+    program=$(realpath "$gpu")
+    for ((r = 1; r >= 0; r--)); do
+        (cd ${folders[$r]} &&
+            RANK=$r WORLD_SIZE=2 LOCAL_RANK=$r LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((port + 3)) \
+                timeout 60 "$program" $tiny --tokenizer '' --out "$out") >$here/lacks_$r.txt 2>&1 &
+        pids[$r]=$!
+    done
+    wait ${pids[0]}
+    [ $? = 1 ] && grep -q 'rank 1.*the data differs' $here/lacks_0.txt
+    check 'a rank that lacks a validation shard is named' $?
+    wait ${pids[1]}
+    WORLD_SIZE=8 timeout 60 "$gpu" --help >$here/help.txt
+    check "--help, whatever a launcher has left behind" $?
+    timeout 60 "$gpu" $tiny --gpus 2 --steps 1 --val-data '' --out $here/full >/dev/full 2>$here/full.txt
+    [ $? = 1 ] && [ "$(grep -c error $here/full.txt)" = 1 ]
+    check 'a full standard output, said once' $?
     timeout 60 ./train_remoe --gpus 2 >$here/cpu.txt 2>&1
     [ $? = 2 ] && grep -q train_remoecu $here/cpu.txt
     check 'the CPU trainer takes no --gpus' $?
