@@ -66,7 +66,7 @@ typedef struct {
     float *mid; // [N, d] the residual stream between attention and experts
     float *ffn_normed;    // [N, d]
     float *ffn_rstd;      // [N]
-    float *router_logits; // [N, E] (the softmax for topk and ec)
+    float *router_logits; // [N, E], or what the router makes of them
     PairList pairs;       // who goes where, with which gate
     Dispatch dispatch;    // the same, sorted by expert
     float *h;             // [P, 2F] up-projections; grows with P
@@ -373,7 +373,8 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
     if (w->router != NULL) {
         matmul_forward(a->router_logits, a->ffn_normed, w->router, N, d, E); // z = W x
     }
-    router_forward(&a->pairs, a->router_logits, ids, forced, router_in_force(m), N);
+    RouterInputs in = {ids, w->bias, forced};
+    router_forward(&a->pairs, a->router_logits, in, router_in_force(m), N);
     dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
     copy_floats(out, a->mid, N * d);
@@ -597,6 +598,13 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
     }
     s->grad_norm = gradient_norm(m);
     lap(m, TIME_NORM);
+}
+
+void model_balance(Model *m, float rate, const int64_t *counts) {
+    int E = m->config.router.experts;
+    for (int l = 0; l < m->config.layers; l++) {
+        router_auxfree_balance(m->params.weights.layers[l].bias, counts + (int64_t)l * E, E, rate);
+    }
 }
 
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t) {

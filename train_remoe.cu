@@ -130,7 +130,8 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
         rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
     mark(m, "router and dispatch");
-    router_forward(a->pairs, a->router_logits, ids, forced, router_in_force(m), N, m->scratch, m->stream);
+    RouterInputs in = {ids, w->bias, forced};
+    router_forward(a->pairs, a->router_logits, in, router_in_force(m), N, m->scratch, m->stream);
     dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
     arena_place(&m->routing.arena, l, a->dispatch, m->stream);
     mark(m, "experts forward");
@@ -484,6 +485,22 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
         }
         end_step(m, stop);
         done = read_step(m, (int64_t)micro_batches * m->comm.ranks * B * T, s);
+    }
+}
+
+// Each rank moves the biases that it owns, as AdamW does with weights: the update that follows sends them on
+void model_balance(Model *m, float rate, const int64_t *counts) {
+    const DeviceParams *p = &m->params;
+    int E = m->config.router.experts;
+    Range kept = p->kept[BUCKET_NORMS];
+    CUDA_CHECK(cudaMemcpyAsync(m->step.counts, counts, (size_t)(m->config.layers * E) * sizeof(int64_t),
+                               cudaMemcpyHostToDevice, m->stream));
+    for (int l = 0; l < m->config.layers; l++) {
+        int64_t place = p->table.places.layers[l].bias;
+        int first = (int)std::clamp<int64_t>(kept.first - place, 0, E);
+        int end = (int)std::clamp<int64_t>(kept.first + kept.size - place, 0, E);
+        router_auxfree_balance(p->fp32 + place, m->step.counts + (int64_t)l * E, first, end, E, rate,
+                               m->stream);
     }
 }
 

@@ -15,6 +15,7 @@ be added up. Scratch: router_scratch_bytes(), used only within a call.
 #define ROUTER_CUH
 
 #include "llmc/router.h"
+#include "llmc/router_auxfree.cuh"
 #include "llmc/router_ec.cuh"
 #include "llmc/router_hash.cuh"
 #include "llmc/router_relu.cuh"
@@ -45,28 +46,39 @@ static inline size_t router_scratch_bytes(Router router, int N) {
     return s.used > partial ? s.used : partial;
 }
 
-// logits [N, E] (becomes the softmax for topk and ec), ids [N], forced [N, E] or NULL
-static inline void router_forward(DevicePairs pairs, float *logits, const int *ids, const float *forced,
-                                  Router router, int N, void *scratch, cudaStream_t stream) {
+// what the method makes of its logits, where the choice is given
+static inline void router_scores(float *logits, Router router, int N, cudaStream_t stream) {
+    switch (router_row(router.method)->scores) {
+    case SCORES_SOFTMAX: router_softmax(logits, N, router.experts, stream); break;
+    case SCORES_SIGMOID: router_auxfree_scores(logits, N, router.experts, stream); break;
+    default: break;
+    }
+}
+
+// logits [N, E] become what the table says; all on the device
+static inline void router_forward(DevicePairs pairs, float *logits, RouterInputs in, Router router, int N,
+                                  void *scratch, cudaStream_t stream) {
     int E = router.experts, k = router.active, weights = router_has_weights(router.method);
     Scratch s = {(unsigned char *)scratch, 0};
     RouterScratch r = router_scratch(&s, router, N);
-    if (forced != NULL && weights) {
-        ActiveIfForced active = {forced, E};
-        if (router_row(router.method)->has_softmax) {
-            router_softmax(logits, N, E, stream);
-        }
+    if (in.forced != NULL && weights) {
+        ActiveIfForced active = {in.forced, E};
+        router_scores(logits, router, N, stream);
         mask_where(r.mask, active, N, E, stream);
     } else {
         switch (router.method) {
         case ROUTER_RELU: router_relu_forward(r.mask, logits, N, E, stream); break;
         case ROUTER_TOPK: router_topk_forward(r.mask, logits, N, E, k, stream); break;
+        case ROUTER_AUXFREE: router_auxfree_forward(r.mask, logits, in.bias, N, E, k, stream); break;
         case ROUTER_EC: router_ec_forward(r.mask, logits, r.scores, r.threshold, N, E, k, stream); break;
-        case ROUTER_HASH: router_hash_forward(r.mask, ids, N, E, k, stream); break;
+        case ROUTER_HASH: router_hash_forward(r.mask, in.ids, N, E, k, stream); break;
         default: router_dense_forward(pairs, N, stream); return; // one pair per token, no mask
         }
     }
     pairs_from_mask(pairs, weights ? logits : NULL, r.mask, N, E, r.pairs, stream);
+    if (router.method == ROUTER_AUXFREE) {
+        router_auxfree_gates(pairs, logits, N, E, k, stream);
+    }
 }
 
 // *loss += scale * one layer's term of `reg`
@@ -103,6 +115,7 @@ static inline void router_backward(floatX *dlogits, const float *dgate, DevicePa
         router_topk_backward(dlogits, dgate, pairs, logits, counts, N, tokens, E, k,
                              router.load_balance ? weight : 0.0, stream);
         break;
+    case ROUTER_AUXFREE: router_auxfree_backward(dlogits, dgate, pairs, logits, N, E, k, stream); break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, N, E, stream); break;
     default: break;
     }

@@ -1,5 +1,5 @@
 /*
-What a trainer offers to the run around it: a model behind sixteen functions. train_remoe.c implements them
+What a trainer offers to the run around it: a model behind seventeen functions. train_remoe.c implements them
 on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, validation, samples and bench
 (llmc/run/run.h), know no more of a model than this.
 
@@ -8,6 +8,7 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     get, set, publish     their values, to and from the host
     route                 the routing method and k in force
     gradients, update     an optimizer step, in two halves
+    balance               between them: the routers' state that no gradient moves
     loss, next_logits     forward alone: validation, sampling
     examine               one micro-batch with all that can be compared (dump)
     memory, peak, profile what it costs
@@ -23,13 +24,11 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 #include "llmc/ranges.h"
 #include "llmc/router.h"
 #include "llmc/run/ranks.h"
-// defines: Config, Prefetcher, TensorTable, Range, RouterMethod, Ranks
+// defines: Config, Prefetcher, TensorTable, Range, ModelBuffer, RouterMethod, Ranks
 
 typedef struct Model Model; // each trainer's own
 
 typedef enum { FOR_INFERENCE, FOR_GRADIENTS, FOR_TRAINING } Purpose;
-typedef enum { BUFFER_PARAMS, BUFFER_GRADS, BUFFER_EXP_AVG, BUFFER_EXP_AVG_SQ } ModelBuffer;
-
 typedef enum { RANGES_KEPT, RANGES_OWNED } Holding;
 
 // what a model is opened for; the last six lines are the CUDA trainer's
@@ -92,6 +91,9 @@ void model_route(Model *m, RouterMethod method, int k);
 // gradient buffer; losses, routing and the gradient's norm into s
 void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
                      StepStats *s);
+// Moves the routers' biases by `rate` towards an even load, from counts [L, E] of the step (router_auxfree.h).
+// Before model_update, which tells the other ranks
+void model_balance(Model *m, float rate, const int64_t *counts);
 // AdamW's step t (from 1) with the gradients times grad_scale
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t);
 // mean over the B x T targets, no gradient

@@ -145,7 +145,10 @@ static void test_config_scopes(void) {
 
 static void test_config_round_trip(void) {
     static const char *const lines[] = {"--router relu --granularity 2 --active 2",
-                                        "--router topk --load-balance 0", "--router ec", "--router hash",
+                                        "--router topk --load-balance 0",
+                                        "--router auxfree",
+                                        "--router ec",
+                                        "--router hash",
                                         "--router dense --ffn-mult 3"};
     for (size_t i = 0; i < sizeof(lines) / sizeof(lines[0]); i++) {
         Config c = config_of(NULL, lines[i]);

@@ -570,6 +570,7 @@ static void test_trainer(void) {
     trainer_fixtures();
     trainer_resume("relu");
     trainer_resume("topk --topk-warmup-steps 8 --topk-warmup-k 3");
+    trainer_resume("auxfree --active 2");
     trainer_resume("dense --experts 1");
     trainer_resume_stopped_in_the_middle();
     trainer_ctrl_c();

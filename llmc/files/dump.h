@@ -42,7 +42,7 @@ static inline void dump_declare(SafetensorsWriter *w, const Config *c, const Dum
         check_format(name, sizeof(name), "gates.%d", l);
         safetensors_declare(w, name, "F32", 2, gate_shape);
     }
-    declare_buffer(w, dump->grads.table, "grad.", "F32");
+    declare_buffer(w, &dump->grads, "grad.", "F32");
 }
 
 // rank r's rows are those from r N on; size: of N rows

@@ -46,7 +46,7 @@ typedef struct {
     floatX *mid; // [N, d] the residual stream between attention and experts
     floatX *ffn_normed;      // [N, d], or of all layers together with --recompute
     float *ffn_rstd;         // [N]
-    float *router_logits;    // [N, E] (the softmax for topk and ec)
+    float *router_logits;    // [N, E], or what the router makes of them
     DevicePairs pairs;       // who goes where, with which gate
     DeviceDispatch dispatch; // the same, sorted by expert
 } LayerActs;

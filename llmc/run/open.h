@@ -32,6 +32,7 @@ static inline StepSettings step_settings(const Options *o, const Config *c, int 
     s.weight_decay = o->weight_decay;
     s.grad_clip = o->grad_clip;
     s.aux_coeff = o->aux_coeff;
+    s.bias_rate = o->bias_rate;
     s.warmup_steps = o->topk_warmup_steps;
     s.warmup_k = o->topk_warmup_k * c->granularity;
     return s;

@@ -32,6 +32,9 @@ static const ModelCase model_cases[] = {
     {"relu, router off", "relu", 4, 1, 1, 2, 32, 2, 1, 4, 67, 1, 17, 1, 4, 8.0f},
     {"topk, k = 2", "topk", 4, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"topk, no aux", "topk", 8, 1, 2, 1, 32, 4, 2, 4, 67, 1, 17, 0, 0, 8.0f},
+    {"auxfree, k = 2", "auxfree", 4, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
+    {"auxfree, G = 3", "auxfree", 3, 1, 3, 1, 72, 3, 1, 4, 67, 1, 17, 1, 0, 1.0f},
+    {"auxfree, k = 1", "auxfree", 8, 1, 1, 1, 32, 4, 2, 4, 67, 1, 19, 1, 0, 8.0f},
     {"expert choice", "ec", 4, 1, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"hash, k = 2", "hash", 5, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"dense", "dense", 1, 1, 1, 2, 64, 4, 2, 4, 67, 2, 17, 1, 0, 8.0f},
@@ -41,6 +44,7 @@ static const ModelCase model_cases[] = {
 static const ModelCase few_model_cases[] = {
     {"relu", "relu", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"topk", "topk", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
+    {"auxfree", "auxfree", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"ec", "ec", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"hash", "hash", 5, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"dense", "dense", 1, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
@@ -142,7 +146,8 @@ static float *draw_weights(const ModelCase *t, const Config *c) {
     for (int i = 0; i < table.count; i++) {
         for (int64_t j = 0; j < table.tensors[i].size; j++) {
             float *w = params + table.tensors[i].offset + j;
-            *w = table.tensors[i].decay ? *w * t->gain : 1.0f + 0.1f * (float)(j % 7 - 3) * (t->gain > 1.0f);
+            float uneven = 0.1f * (float)(j % 7 - 3) * (t->gain > 1.0f); // of norms and biases
+            *w = table.tensors[i].decay ? *w * t->gain : *w + uneven;
         }
     }
     if (t->dead > 0) { // in all layers but the first, unless all are dead
@@ -469,15 +474,17 @@ static void broken_routers_case(void) {
     broken_router_case("relu", NAN);
     broken_router_case("relu", INFINITY);
     broken_router_case("topk", NAN);
+    broken_router_case("auxfree", NAN);
+    broken_router_case("auxfree", INFINITY);
     broken_router_case("ec", NAN);
 }
 
 // ----------------------------------------------------------------------------
 // steps and sampling
 
-// three updates on both sides: weights and moments
-static void update_case(void) {
-    const ModelCase t = {"update", "relu", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 1.0f};
+// three updates on both sides: weights, biases and moments
+static void update_case_of(const char *router) {
+    const ModelCase t = {"update", router, 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 1.0f};
     Examination want, got;
     examination_init(&want, &t);
     examination_init(&got, &t);
@@ -493,6 +500,10 @@ static void update_case(void) {
                            want.gates, &want.stats);
         cpu::model_get(reference, BUFFER_GRADS, 0, n, grads); // the same: the update alone is compared
         model_set(m, BUFFER_GRADS, 0, n, grads);
+        if (router_row(want.config.router.method)->has_bias) {
+            cpu::model_balance(reference, 0.03f, want.stats.counts);
+            model_balance(m, 0.03f, want.stats.counts);
+        }
         cpu::model_update(reference, 1e-3, 0.01, 0.7f, step);
         model_update(m, 1e-3, 0.01, 0.7f, step);
     }
@@ -512,6 +523,11 @@ static void update_case(void) {
     free(params);
     examination_free(&got);
     examination_free(&want);
+}
+
+static void update_case(void) {
+    update_case_of("relu");
+    update_case_of("auxfree");
 }
 
 // logits with the key/value cache, position by position, are the full forward's
