@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LIMIT, BF16_LIMIT = 1e-5, 3e-2
-ROUTERS = ["relu", "topk", "ec", "hash", "dense"]
+ROUTERS = ["relu", "topk", "auxfree", "ec", "hash", "dense"]
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = str(Path(os.environ.get("TRAINER", ROOT / "train_remoe")).resolve())
 SAMPLE, FIXTURES = ROOT / "build/sample", ROOT / "dev/test/fixtures"

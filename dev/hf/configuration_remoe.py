@@ -8,5 +8,5 @@ class RemoeConfig(LlamaConfig):
     num_experts: int = 8  # in all, granularity included
     num_experts_per_tok: int = 1  # nominal, granularity included
     granularity: int = 1
-    router: str = "relu"  # relu, topk, ec, hash
+    router: str = "relu"  # relu, topk, auxfree, ec, hash
     load_balance: bool = True  # concerns training alone

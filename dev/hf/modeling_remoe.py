@@ -39,10 +39,12 @@ class RemoeMoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.router, self.E, self.k = config.router, config.num_experts, config.num_experts_per_tok
-        if config.router not in ("relu", "topk", "ec", "hash"):
-            raise ValueError(f"unknown router {config.router!r}: relu, topk, ec or hash expected")
+        if config.router not in ("relu", "topk", "auxfree", "ec", "hash"):
+            raise ValueError(f"unknown router {config.router!r}: relu, topk, auxfree, ec or hash expected")
         if config.router != "hash":
             self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        if config.router == "auxfree":  # DeepSeek-V3's name for it
+            self.gate.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
         self.experts = RemoeExperts(config)
         self.input_ids, self.alone = None, False  # set by RemoeModel before each forward
 
@@ -59,6 +61,11 @@ class RemoeMoE(nn.Module):
         if self.router == "relu":
             active = (z > 0) | ~z.isfinite()  # a router that has broken shows, instead of looking sparse
             return z.where(active, 0), active
+        if self.router == "auxfree":  # the bias chooses, the scores weigh
+            s = z.sigmoid()
+            active = largest(s + self.gate.e_score_correction_bias, self.k)
+            s = s.where(active, 0)
+            return s / s.sum(-1, keepdim=True) if self.k > 1 else s, active
         p = z.softmax(-1)
         if self.router == "topk" or self.alone:
             return p, largest(z, self.k)
@@ -96,6 +103,7 @@ class RemoeModel(LlamaModel):
 
 class RemoeForCausalLM(LlamaForCausalLM):
     config_class = RemoeConfig
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config):
         super().__init__(config)

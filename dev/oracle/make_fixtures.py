@@ -64,6 +64,12 @@ CASES = {
     "topk_g3_k2": case("topk", E=3, k=2, G=3, B=2, T=8, rms_norm_eps=1e-2, **dims(12, 6, 1, 3, 2)),
     "topk_e1": case("topk", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
     "topk_route": case("topk", E=4, k=2, B=2, T=8, route=True, **dims(16, 4, 2, 7, 1)),
+    "auxfree": case("auxfree", k=2, replay={**REPLAY, "bias_rate": 0.02}, **dims(12, 2, 1, 7, 2)),
+    "auxfree_k1": case("auxfree", E=5, B=1, replay={**REPLAY, "steps": 4, "warmup_steps": 0, "bias_rate": 0.1},
+                       load_balance=False, **dims(12, 3, 3, 7, 1)),
+    "auxfree_g3_k2": case("auxfree", E=3, k=2, G=3, B=2, T=8, dtype="F32", **dims(12, 6, 1, 3, 2)),
+    "auxfree_e1": case("auxfree", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
+    "auxfree_route": case("auxfree", E=4, k=2, B=2, T=8, route=True, **dims(16, 4, 2, 7, 1)),
     "ec": case("ec", B=2, replay={**REPLAY, "steps": 4, "warmup_steps": 0}, **dims(8, 2, 1, 7, 1)),
     "ec_g3_k2": case("ec", E=3, k=2, G=3, B=1, T=17, **dims(12, 2, 1, 3, 2)),
     "ec_none": case("ec", E=3, B=1, T=1, **dims(8, 2, 2, 5, 1)),
@@ -99,6 +105,8 @@ def tensor_shapes(c, moe, router):
             shapes[name + "mlp.experts.down_proj"] = (c.E, c.d, c.F)
             if router != "hash":
                 shapes[name + "mlp.gate.weight"] = (c.E, c.d)
+            if router == "auxfree":
+                shapes[name + "mlp.gate.e_score_correction_bias"] = (c.E,)
         else:
             shapes |= {name + f"mlp.{n}_proj.weight": (c.F, c.d) for n in ["gate", "up"]}
             shapes[name + "mlp.down_proj.weight"] = (c.d, c.F)

@@ -83,6 +83,15 @@ class Config:
         self.load_balance = c.get("load_balance", True)
 
 
+def is_state(name):
+    """Whether a tensor is no parameter: it has no gradient and no moments, and moves by a rule of its own."""
+    return name.endswith("e_score_correction_bias")
+
+
+def trained(tensors):
+    return {name: t for name, t in tensors.items() if not is_state(name)}
+
+
 def load_checkpoint(folder, dtype=torch.float64):
     config = Config(json.loads((Path(folder) / "config.json").read_text()))
     params = {name: t.to(dtype) for name, t in load_file(str(Path(folder) / "model.safetensors")).items()}
@@ -158,11 +167,14 @@ def route(x, ids, p, layer, c, routing, forced):
         value = torch.ones(N, c.E, dtype=x.dtype)
     else:
         z = x @ p[f"model.layers.{layer}.mlp.gate.weight"].T  # [N, E]
-        value = z if c.router == "relu" else z.softmax(-1)
+        value = {"relu": lambda: z, "auxfree": z.sigmoid}.get(c.router, lambda: z.softmax(-1))()
         if c.router == "relu":
             active, margin = z.detach() > 0, float(z.detach().abs().min())
         elif c.router == "topk":
             active, margin = largest(z, c.k), gap(z, c.k)
+        elif c.router == "auxfree":
+            score = value.detach() + p[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
+            active, margin = largest(score, c.k), gap(score, c.k)
         else:  # ec: each expert takes its C tokens
             C = N * c.k // c.E
             active, margin = largest(value.T, C).T, gap(value.T, C)
@@ -170,6 +182,8 @@ def route(x, ids, p, layer, c, routing, forced):
     if forced is not None:
         active = forced
     gates = torch.where(active, value, torch.zeros_like(value))  # relu: on the active set relu(z) = z
+    if c.router == "auxfree" and c.k > 1:
+        gates = gates / gates.sum(-1, keepdim=True)
     f = c.E / (c.k * N) * active.sum(0).to(x.dtype)  # (Eq. 11), counts: no gradient passes
     if c.router == "relu":
         f = f if c.load_balance else torch.ones_like(f)
@@ -229,7 +243,7 @@ def reg_weight(c, lam, aux_coeff):
 
 
 def with_grad(params):
-    return {name: t.detach().clone().requires_grad_() for name, t in params.items()}
+    return {name: t.detach().clone().requires_grad_(not is_state(name)) for name, t in params.items()}
 
 
 def number(x):
@@ -258,7 +272,7 @@ def dump(c, params, ids, targets, lam, aux_coeff, forced=None):
         out["logits"] = logits.detach()
     for l, gates in enumerate(routing.gates):
         out[f"gates.{l}"] = gates.detach()
-    for name, t in p.items():
+    for name, t in trained(p).items():
         out["grad." + name] = grad_of(t)
     return out, routing.margin
 
@@ -267,7 +281,7 @@ def dump(c, params, ids, targets, lam, aux_coeff, forced=None):
 # replay: n steps of training in shard order
 
 REPLAY_DEFAULTS = {"lr": 5e-4, "lr_min": 5e-5, "warmup_steps": None, "weight_decay": 0.01, "grad_clip": 1.0,
-                   "lambda_init": 1e-8, "alpha": 1.2, "aux_coeff": 0.01}
+                   "lambda_init": 1e-8, "alpha": 1.2, "aux_coeff": 0.01, "bias_rate": 0.001}
 
 
 def learning_rate(i, o):
@@ -298,17 +312,24 @@ def next_lambda(lam, alpha, active, c, n_step):
     return min(max(lam, np.float32(1e-30)), np.float32(1e30))
 
 
+def balance(p, loads, rate, c):
+    """In place: an expert with less than its share of the step's tokens gets a larger bias. loads: [E] a layer"""
+    for l, load in enumerate(loads):
+        error = (load.sum() - load * c.E).sign()  # of the mean load less the expert's: integers
+        p[f"model.layers.{l}.mlp.gate.e_score_correction_bias"] += rate * error
+
+
 def replay(c, params, tokens, o):
     """o: batch, seq_len, global_batch, steps, any of REPLAY_DEFAULTS -> params, m, v, state, margin"""
     o = REPLAY_DEFAULTS | o
     p = with_grad(params)
-    m = {name: torch.zeros_like(t) for name, t in params.items()}
-    v = {name: torch.zeros_like(t) for name, t in params.items()}
+    m = {name: torch.zeros_like(t) for name, t in trained(params).items()}
+    v = {name: torch.zeros_like(t) for name, t in trained(params).items()}
     B, T, M = o["batch"], o["seq_len"], o["global_batch"]
     assert M % B == 0, "global batch must be whole micro-batches"
     lam, alpha, margin, log = np.float32(o["lambda_init"]), np.float32(o["alpha"]), math.inf, []
     for i in range(o["steps"]):
-        active, losses = 0, []
+        active, losses, loads = 0, [], [0] * c.L
         for t in p.values():
             t.grad = None
         for first in range(i * M, (i + 1) * M, B):
@@ -316,14 +337,17 @@ def replay(c, params, tokens, o):
             lm, reg, loss, _, routing = loss_of(p, c, ids, targets, reg_weight(c, lam, o["aux_coeff"]))
             (loss / (M // B)).backward()
             active += sum(int(a.sum()) for a in routing.active)
+            loads = [load + a.sum(0) for load, a in zip(loads, routing.active)]
             losses.append([number(lm), number(reg)])
             margin = min(margin, routing.margin)
         norm = math.sqrt(sum(float(grad_of(t).square().sum()) for t in p.values()))
         scale = min(1.0, o["grad_clip"] / (norm + 1e-6))
         lr = learning_rate(i, o)
         with torch.no_grad():
-            for name, t in p.items():
+            for name, t in trained(p).items():
                 adamw(t, m[name], v[name], scale * grad_of(t), i, lr, o["weight_decay"])
+            if c.router == "auxfree" and c.load_balance:
+                balance(p, loads, o["bias_rate"], c)
         lm, reg = np.mean(losses, 0)
         sparsity = 1 - active / (c.L * M * T * c.E) if c.E else 0.0
         log.append({"step": i, "lm_loss": lm, "reg_loss": reg, "lambda": float(lam), "sparsity": sparsity,
@@ -365,7 +389,7 @@ def main():
     a.add_argument("--shuffle", type=int, default=0)
     a.add_argument("--global-batch", type=int)
     a.add_argument("--steps", type=int)
-    for name in ["lr", "lr_min", "weight_decay", "grad_clip", "lambda_init", "alpha"]:
+    for name in ["lr", "lr_min", "weight_decay", "grad_clip", "lambda_init", "alpha", "bias_rate"]:
         a.add_argument("--" + name.replace("_", "-"), type=float, default=REPLAY_DEFAULTS[name])
     a.add_argument("--warmup-steps", type=int)
     o = a.parse_args()
