@@ -4,22 +4,21 @@ Routing, whichever the method: the one place that knows them all.
     logits [N, E] -> router_forward -> pair list;   counts of the global micro-batch -> router_loss
     gates' gradient [P] -> router_backward -> logits' gradient [N, E]
 
-    method   gate                           extra loss `reg`                                  its weight
-    relu     relu(z_e)                      (1/L) sum_l sum_e f_le mean_t R_te (Eq. 9, 10)    lambda
-    topk     softmax(z)_e of the k best     sum_l sum_e f_le mean_t softmax(z)_te             aux_coeff
-    auxfree  sigmoid(z_e) over their sum,   0
-             of the k best with a bias
-    ec       softmax(z)_te, experts pick    0
-    hash     1, by token id                 0
-    dense    1, one expert                  0                  (each in router_METHOD.h, dense beside hash)
-
-Whatever else the rest of the program asks of a method (has it weights? what weighs its loss? how is a single
-token routed?) stands in one table, ROUTER_TABLE: nobody compares methods by name.
+    method       gate                         extra loss `reg`                                  its weight
+    relu         relu(z_e)                    (1/L) sum_l sum_e f_le mean_t R_te (Eq. 9, 10)    lambda
+    topk         softmax(z)_e of the k best   sum_l sum_e f_le mean_t softmax(z)_te             aux_coeff
+    auxfree      sigmoid(z_e) over their sum, 0
+                 of the k best with a bias
+    sparsemixer  M p_e of k draws from p      topk's                                            aux_coeff
+    ec           softmax(z)_te, experts pick  0
+    hash         1, by token id               0
+    dense        1, one expert                0                (each in router_METHOD.h, dense beside hash)
 
 The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place, for auxfree the
 sigmoid. hash and dense have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's
 own: two implementations, or two precisions, can then be compared without a pair near the threshold flipping.
-A forced gate keeps its own value, z for relu.
+A forced gate keeps its own value, z for relu. sparsemixer's forced set says which draws were made, and in
+which order.
 
 A new method is its header router_METHOD.h, and here a row of the table and a case in each of the three
 switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
@@ -31,6 +30,7 @@ switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
 #include "llmc/router_ec.h"
 #include "llmc/router_hash.h"
 #include "llmc/router_relu.h"
+#include "llmc/router_sparsemixer.h"
 #include "llmc/router_topk.h"
 // defines: router_METHOD_forward, _loss, _backward; PairList
 
@@ -39,14 +39,15 @@ typedef enum { SCORES_LOGITS, SCORES_SOFTMAX, SCORES_SIGMOID } RouterScores;
 
 // clang-format off
 #define ROUTER_TABLE(ROW)                                                                                    \
-    /*                     has      has      has   logits   its loss is a token  k warms number  gradient    \
-      method    name       experts  weights  bias  become   weighed by  alone is up      is open is sparse */\
-    ROW(RELU,    "relu",    1,       1,       0,    LOGITS,  LAMBDA,     RELU,    0,      1,      1)         \
-    ROW(TOPK,    "topk",    1,       1,       0,    SOFTMAX, AUX_COEFF,  TOPK,    1,      0,      0)         \
-    ROW(AUXFREE, "auxfree", 1,       1,       1,    SIGMOID, NOTHING,    AUXFREE, 0,      0,      1)         \
-    ROW(EC,      "ec",      1,       1,       0,    SOFTMAX, NOTHING,    TOPK,    0,      0,      0)         \
-    ROW(HASH,    "hash",    1,       0,       0,    LOGITS,  NOTHING,    HASH,    0,      0,      0)         \
-    ROW(DENSE,   "dense",   0,       0,       0,    LOGITS,  NOTHING,    DENSE,   0,      0,      0)
+    /*                             has     has     has  logits   its loss  a token      k warms number  gradient\
+      method       name           experts weights bias become  is weighed alone is     up      is open sparse */\
+    ROW(RELU,        "relu",        1,     1,      0,   LOGITS,  LAMBDA,    RELU,        0,      1,      1)  \
+    ROW(TOPK,        "topk",        1,     1,      0,   SOFTMAX, AUX_COEFF, TOPK,        1,      0,      0)  \
+    ROW(AUXFREE,     "auxfree",     1,     1,      1,   SIGMOID, NOTHING,   AUXFREE,     0,      0,      1)  \
+    ROW(SPARSEMIXER, "sparsemixer", 1,     1,      0,   LOGITS,  AUX_COEFF, SPARSEMIXER, 0,      0,      0)  \
+    ROW(EC,          "ec",          1,     1,      0,   SOFTMAX, NOTHING,   TOPK,        0,      0,      0)  \
+    ROW(HASH,        "hash",        1,     0,      0,   LOGITS,  NOTHING,   HASH,        0,      0,      0)  \
+    ROW(DENSE,       "dense",       0,     0,      0,   LOGITS,  NOTHING,   DENSE,       0,      0,      0)
 // clang-format on
 
 #define ROUTER_METHOD(method, ...) ROUTER_##method,
@@ -81,6 +82,7 @@ typedef struct {
     int experts;      // E_tot = E G
     int active;       // k_tot = k G (for topk: the k in force)
     int load_balance; // relu: f_le (1) or 1 (0); topk: auxiliary loss or none; auxfree: biases move or not
+    double jitter;    // r, sparsemixer's
 } Router;
 
 // what a layer's router is told beside its logits; NULL where its method does not ask for it
@@ -88,6 +90,7 @@ typedef struct {
     const int *ids;      // [N] of the tokens
     const float *bias;   // [E]
     const float *forced; // [N, E] an active set, or NULL for the method's own
+    RouterDraws draws;
 } RouterInputs;
 
 static inline const char *router_name(RouterMethod method) {
@@ -117,6 +120,11 @@ static inline int router_has_lambda(RouterMethod method) {
     return router_row(method)->loss_weight == WEIGHS_LAMBDA;
 }
 
+// does it draw experts by chance, and is its forced set one of draws?
+static inline int router_draws(RouterMethod method) {
+    return method == ROUTER_SPARSEMIXER;
+}
+
 // weight of `reg` in the loss (Eq. 6)
 static inline double router_loss_weight(RouterMethod method, double lambda, double aux_coeff) {
     RouterLossWeight weight = router_row(method)->loss_weight;
@@ -131,13 +139,16 @@ static inline void router_forward(PairList *pairs, float *logits, RouterInputs i
     case SCORES_SIGMOID: router_auxfree_scores(logits, N, E); break;
     default: break;
     }
-    if (in.forced != NULL && router_has_weights(router.method)) {
+    if (in.forced != NULL && router_has_weights(router.method) && !router_draws(router.method)) {
         pairs_from_mask(pairs, logits, in.forced, N, E);
     } else {
         switch (router.method) {
         case ROUTER_RELU: router_relu_forward(pairs, logits, N, E); break;
         case ROUTER_TOPK: router_topk_forward(pairs, logits, N, E, k); break;
         case ROUTER_AUXFREE: router_auxfree_forward(pairs, logits, in.bias, N, E, k); break;
+        case ROUTER_SPARSEMIXER:
+            router_sparsemixer_forward(pairs, logits, in.draws, in.forced, N, E, k, (float)router.jitter);
+            break;
         case ROUTER_EC: router_ec_forward(pairs, logits, N, E, k); break;
         case ROUTER_HASH: router_hash_forward(pairs, in.ids, N, E, k); break;
         default: router_dense_forward(pairs, N); break;
@@ -156,6 +167,9 @@ static inline double router_loss(const PairList *pairs, const float *logits, con
     case ROUTER_RELU: return router_relu_loss(pairs, counts, tokens, E, k, router.load_balance) / layers;
     case ROUTER_TOPK:
         return router.load_balance ? router_topk_loss(logits, counts, pairs->tokens, tokens, E, k) : 0.0;
+    case ROUTER_SPARSEMIXER:
+        return router.load_balance ? router_sparsemixer_loss(logits, counts, pairs->tokens, tokens, E, k)
+                                   : 0.0;
     default: return 0.0;
     }
 }
@@ -171,6 +185,10 @@ static inline void router_backward(float *dlogits, const float *dgate, const Pai
         break;
     case ROUTER_TOPK:
         router_topk_backward(dlogits, dgate, pairs, logits, counts, tokens, E, k, balance ? weight : 0.0);
+        break;
+    case ROUTER_SPARSEMIXER:
+        router_sparsemixer_backward(dlogits, dgate, pairs, logits, counts, tokens, E, k, (float)router.jitter,
+                                    balance ? weight : 0.0);
         break;
     case ROUTER_AUXFREE: router_auxfree_backward(dlogits, dgate, pairs, logits, E, k); break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, E); break;

@@ -11,8 +11,8 @@ arXiv 2412.19437, section 2.1.2): each expert's bias, outside of the gradient, s
               b_e += u sign(mean_e n_e - n_e),  u = --bias-rate, b = 0 at first
 
 So the load is steered as ReMoE steers the sparsity: by the sign of its error. The bias changes who is chosen,
-never a gate's value. DeepSeek-V3's small loss over each sequence, its groups of experts and its scaling factor
-are left out.
+never a gate's value. DeepSeek-V3's small loss over each sequence, its groups of experts and its scaling
+factor are left out.
 
 logits [N, E] fp32 become s in place, b [E] fp32. A logit below -40 counts as -40: s is 4e-18 there and never
 0, so g always exists.

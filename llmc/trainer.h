@@ -35,6 +35,7 @@ typedef enum { RANGES_KEPT, RANGES_OWNED } Holding;
 typedef struct {
     Purpose purpose;
     int B, T;          // the largest micro-batch
+    uint64_t seed;     // of the routers' draws
     int micro_batches; // of a step
     int most_k;        // the largest k that model_route will ask for
     int starts_dense;  // a router that may switch on any number of experts, with weights that are just drawn
@@ -88,9 +89,9 @@ void model_publish(Model *m);
 void model_route(Model *m, RouterMethod method, int k);
 
 // Gradients of a step's mean over micro_batches batches of B x T, of each rank, taken from `ahead`, into the
-// gradient buffer; losses, routing and the gradient's norm into s
-void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
-                     StepStats *s);
+// gradient buffer; losses, routing and the gradient's norm into s. `step` says which random numbers are drawn
+void model_gradients(Model *m, Prefetcher *ahead, int64_t step, int micro_batches, int B, int T,
+                     double reg_weight, StepStats *s);
 // Moves the routers' biases by `rate` towards an even load, from counts [L, E] of the step (router_auxfree.h).
 // Before model_update, which tells the other ranks
 void model_balance(Model *m, float rate, const int64_t *counts);
@@ -101,9 +102,11 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
 // [V] on the host: logits of position n - 1 of one sequence; the positions before start are in the cache
 const float *model_next_logits(Model *m, const int *ids, int n, int start);
 // One micro-batch forward and backward, its gradient into the gradient buffer. forced: NULL, or L active sets
-// [N, E] that replace the router's own; logits: NULL, or [N, V]; gates: NULL, or L matrices [N, E]
+// [N, E] that replace the router's own; logits: NULL, or [N, V]; gates, draws: NULL, or L matrices [N, E]. Random
+// numbers are step 0's
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
-                   const float *const *forced, float *logits, float *const *gates, StepStats *s);
+                   const float *const *forced, float *logits, float *const *gates, float *const *draws,
+                   StepStats *s);
 
 int model_takes_ranks(void);            // can several processes compute a step together?
 double model_memory_gb(const Model *m); // largest use so far

@@ -784,8 +784,8 @@ static void test_checkpoint_dump_divided(void) {
         for (int64_t l = 0; l < L; l++) {
             gates[rank][l] = rows + 2 * N * V + (2 * l + rank) * N * E;
         }
-        Dump dump = {N, scalars, rows + rank * N * V, gates[rank],
-                     division_buffer(d, rank, &m.table, m.params)};
+        Dump dump = {N,           scalars,     rows + rank * N * V,
+                     gates[rank], gates[rank], division_buffer(d, rank, &m.table, m.params)};
         safetensors_writer_open(&w[rank], "build/test/divided.dump");
         dump_declare(&w[rank], &m.config, &dump, 2);
         if (rank == 0) {
@@ -802,7 +802,7 @@ static void test_checkpoint_dump_divided(void) {
     for (int64_t l = 0; l < L; l++) {
         gates[0][l] = rows + 2 * N * V + 2 * l * N * E;
     }
-    Dump together = {2 * N, scalars, rows, gates[0], host_buffer(&m.table, m.params)};
+    Dump together = {2 * N, scalars, rows, gates[0], gates[0], host_buffer(&m.table, m.params)};
     dump_write(&alone, "build/test/together.dump", &m.config, &together);
     CHECK(system("cmp build/test/divided.dump build/test/together.dump") == 0);
     for (int rank = 0; rank < 2; rank++) {

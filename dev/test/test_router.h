@@ -20,12 +20,15 @@ typedef struct {
 
 static const float router_bias[ROUTER_E] = {0.3f, -0.2f, 0.0f, 0.1f};
 
+static const uint64_t router_key = 99;
+
 static Router router_of(RouterMethod method, int load_balance) {
     Router router;
     router.method = method;
     router.experts = method == ROUTER_DENSE ? 1 : ROUTER_E;
     router.active = method == ROUTER_DENSE ? 1 : ROUTER_K;
     router.load_balance = load_balance;
+    router.jitter = 0.3;
     return router;
 }
 
@@ -41,7 +44,7 @@ static void router_run(RouterRun *run, Router router, const float *forced, int l
         dgate[i] = 0.01f;
     }
     fill_uniform(run->logits, ROUTER_CELLS, 1, 1.0f);
-    RouterInputs in = {ids, router_bias, forced};
+    RouterInputs in = {ids, router_bias, forced, {&router_key, 0, 1}};
     router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, in, router, ROUTER_TOKENS);
     pairs_to_dense(run->gates, &run->pairs, router.experts);
     run->loss = router_loss(&run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router, layers);
@@ -70,6 +73,7 @@ static void test_router_names(void) {
     CHECK(router_from_name("relu") == ROUTER_RELU && router_from_name("topk") == ROUTER_TOPK);
     CHECK(router_from_name("ec") == ROUTER_EC && router_from_name("hash") == ROUTER_HASH);
     CHECK(router_from_name("dense") == ROUTER_DENSE && router_from_name("auxfree") == ROUTER_AUXFREE);
+    CHECK(router_from_name("sparsemixer") == ROUTER_SPARSEMIXER);
     CHECK(router_loss_weight(ROUTER_RELU, 3.0, 0.5) == 3.0 &&
           router_loss_weight(ROUTER_TOPK, 3.0, 0.5) == 0.5);
     CHECK(router_loss_weight(ROUTER_EC, 3.0, 0.5) == 0.0 && router_loss_weight(ROUTER_HASH, 3.0, 0.5) == 0.0);
@@ -186,14 +190,14 @@ static void test_router_forced(void) {
 // one logit of one token that is no number: whatever the method, some gate is none either, so that the loss
 // shows it
 static void test_router_not_a_number(void) {
-    const RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_AUXFREE, ROUTER_EC};
-    for (int m = 0; m < 4; m++) {
+    const RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_AUXFREE, ROUTER_SPARSEMIXER, ROUTER_EC};
+    for (int m = 0; m < 5; m++) {
         float logits[ROUTER_CELLS];
         int broken = 0;
         PairList pairs = pairs_empty();
         fill_uniform(logits, ROUTER_CELLS, 1, 1.0f);
         logits[7 * ROUTER_E + 2] = NAN;
-        RouterInputs in = {NULL, router_bias, NULL};
+        RouterInputs in = {NULL, router_bias, NULL, {&router_key, 0, 1}};
         router_forward(&pairs, logits, in, router_of(methods[m], 1), ROUTER_TOKENS);
         for (int64_t p = pairs.row_start[7]; p < pairs.row_start[8]; p++) {
             broken += isnan(pairs.gate[p]);

@@ -64,6 +64,7 @@ static inline ModelSettings model_settings(const Options *o, const Config *c, Pu
     s.purpose = purpose;
     s.B = step.B;
     s.T = step.T;
+    s.seed = (uint64_t)o->seed;
     s.micro_batches = step.micro_batches;
     s.most_k = step_most_k(&step, c->router);
     s.starts_dense = router_row(c->router.method)->leaves_number_open && !loaded;
