@@ -144,7 +144,8 @@ def main():
     check_adamw()
     check_by_hand()
     for folder in sorted(f for f in root.iterdir() if (f / "args.json").exists()):
-        check_differences(folder)
+        if not folder.name.startswith("sparsemixer") or folder.name == "sparsemixer_route":
+            check_differences(folder)  # sparsemixer: where M = 1; else the gates' slope is not that of their values
         check_float32(folder)
         if folder.name.startswith("dense"):
             check_llama(folder)
