@@ -40,9 +40,11 @@ the tests that watch it from outside.
 #include "dev/test/test_rng.h"
 #include "dev/test/test_rope.h"
 #include "dev/test/test_router.h"
+#include "dev/test/test_router_auxfree.h"
 #include "dev/test/test_router_ec.h"
 #include "dev/test/test_router_hash.h"
 #include "dev/test/test_router_relu.h"
+#include "dev/test/test_router_sparsemixer.h"
 #include "dev/test/test_router_topk.h"
 #include "dev/test/test_safetensors.h"
 #include "dev/test/test_sampler.h"
@@ -76,6 +78,8 @@ static const TestRow test_rows[] = {
     {"pairs", test_pairs},
     {"router_relu", test_router_relu},
     {"router_topk", test_router_topk},
+    {"router_auxfree", test_router_auxfree},
+    {"router_sparsemixer", test_router_sparsemixer},
     {"router_ec", test_router_ec},
     {"router_hash", test_router_hash},
     {"router", test_router},

@@ -66,7 +66,7 @@ typedef struct {
     float *mid; // [N, d] the residual stream between attention and experts
     float *ffn_normed;    // [N, d]
     float *ffn_rstd;      // [N]
-    float *router_logits; // [N, E] (the softmax for topk and ec)
+    float *router_logits; // [N, E], or what the router makes of them
     PairList pairs;       // who goes where, with which gate
     Dispatch dispatch;    // the same, sorted by expert
     float *h;             // [P, 2F] up-projections; grows with P
@@ -110,7 +110,8 @@ typedef struct {
 
 struct Model {
     Config config;
-    int k; // k_tot in force (the near-dense warm-up of topk raises it)
+    uint64_t seed; // of the routers' draws
+    int k;         // k_tot in force (the near-dense warm-up of topk raises it)
     Params params;
     Range everything; // of a flat buffer: one rank keeps all of it
     Activations acts;
@@ -357,6 +358,8 @@ static ExpertBank layer_bank(const Model *m, int l) {
     return bank;
 }
 
+static const RouterDraws no_draws = {NULL, 0, 0}; // evaluation
+
 static Router router_in_force(const Model *m) {
     Router router = m->config.router;
     router.active = m->k;
@@ -364,7 +367,8 @@ static Router router_in_force(const Model *m) {
 }
 
 // mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1)
-static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64_t N, const float *forced) {
+static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64_t N, RouterDraws draws,
+                              const float *forced) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
@@ -373,7 +377,9 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
     if (w->router != NULL) {
         matmul_forward(a->router_logits, a->ffn_normed, w->router, N, d, E); // z = W x
     }
-    router_forward(&a->pairs, a->router_logits, ids, forced, router_in_force(m), N);
+    RouterInputs in = {ids, w->bias, forced, draws};
+    in.draws.layer = l;
+    router_forward(&a->pairs, a->router_logits, in, router_in_force(m), N);
     dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
     copy_floats(out, a->mid, N * d);
@@ -381,8 +387,10 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64
 }
 
 // ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
-// buffers). forced: NULL, or for each layer an active set [N, E] that replaces the router's own
-static void model_forward(Model *m, const int *ids, int B, int T, int start, const float *const *forced) {
+// buffers). draws: what chance decides; forced: NULL, or for each layer an active set [N, E] that replaces the
+// router's own
+static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
+                          const float *const *forced) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * (T - start);
     embedding_forward(m->acts.layers[0].x, ids, m->params.weights.embed, N, c->hidden);
@@ -391,7 +399,7 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, con
         float *out = l + 1 < c->layers ? m->acts.layers[l + 1].x : m->acts.x;
         attention_block_forward(m, l, B, T, start);
         lap(m, TIME_ATTENTION);
-        moe_block_forward(m, l, out, ids, N, forced != NULL ? forced[l] : NULL);
+        moe_block_forward(m, l, out, ids, N, draws, forced != NULL ? forced[l] : NULL);
         lap(m, TIME_MOE);
     }
     rmsnorm_forward(m->acts.normed, m->acts.rstd, m->acts.x, m->params.weights.norm, N, c->hidden,
@@ -509,9 +517,9 @@ static void stats_add_micro_batch(StepStats *s, const Model *m, int64_t N) {
 
 // adds the gradient of one of `micro_batches` to m->params.grad, and its losses and routing to the step's
 static void micro_step(Model *m, StepStats *s, const int *inputs, const int *targets, int B, int T,
-                       int micro_batches, double reg_weight) {
+                       RouterDraws draws, int micro_batches, double reg_weight) {
     int64_t N = (int64_t)B * T;
-    model_forward(m, inputs, B, T, 0, NULL);
+    model_forward(m, inputs, B, T, 0, draws, NULL);
     s->lm_loss += classifier(m, targets, N, (float)(1.0 / ((double)N * micro_batches)), NULL) / micro_batches;
     s->reg_loss += regulariser(m, N) / micro_batches;
     model_backward(m, inputs, B, T, reg_weight / micro_batches);
@@ -537,6 +545,7 @@ Model *model_open(const Config *config, const ModelSettings *s) {
     check_memory(config, s);
     Model *m = NEW(Model, 1);
     model_allocate_params(m, config);
+    m->seed = s->seed;
     m->everything.size = m->params.table.flat_size;
     if (s->purpose != FOR_INFERENCE) {
         model_allocate_training(m, s->purpose == FOR_TRAINING);
@@ -583,8 +592,9 @@ void model_route(Model *m, RouterMethod method, int k) {
     m->k = k;
 }
 
-void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
-                     StepStats *s) {
+void model_gradients(Model *m, Prefetcher *ahead, int64_t step, int micro_batches, int B, int T,
+                     double reg_weight, StepStats *s) {
+    uint64_t key = draw_key(m->seed, step);
     m->last_lap = seconds_now();
     stats_reset(s, &m->config);
     zero_floats(m->params.grad, m->params.table.flat_size);
@@ -593,10 +603,18 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
         int *inputs, *targets;
         prefetch_next(ahead, &inputs, &targets);
         lap(m, TIME_DATA);
-        micro_step(m, s, inputs, targets, B, T, micro_batches, reg_weight);
+        RouterDraws draws = {&key, (int64_t)micro_batch * B * T, 0};
+        micro_step(m, s, inputs, targets, B, T, draws, micro_batches, reg_weight);
     }
     s->grad_norm = gradient_norm(m);
     lap(m, TIME_NORM);
+}
+
+void model_balance(Model *m, float rate, const int64_t *counts) {
+    int E = m->config.router.experts;
+    for (int l = 0; l < m->config.layers; l++) {
+        router_auxfree_balance(m->params.weights.layers[l].bias, counts + (int64_t)l * E, E, rate);
+    }
 }
 
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t) {
@@ -613,23 +631,26 @@ void model_update(Model *m, double lr, double weight_decay, float grad_scale, in
 }
 
 double model_loss(Model *m, const int *inputs, const int *targets, int B, int T) {
-    model_forward(m, inputs, B, T, 0, NULL);
+    model_forward(m, inputs, B, T, 0, no_draws, NULL);
     return classifier(m, targets, (int64_t)B * T, 0.0f, NULL);
 }
 
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int d = m->config.hidden;
-    model_forward(m, ids + start, 1, n, start, NULL);
+    model_forward(m, ids + start, 1, n, start, no_draws, NULL);
     matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(n - 1 - start) * d, m->params.weights.head, 1,
                    d, m->config.vocab_size);
     return m->acts.logits;
 }
 
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
-                   const float *const *forced, float *logits, float *const *gates, StepStats *s) {
+                   const float *const *forced, float *logits, float *const *gates, float *const *draws,
+                   StepStats *s) {
     int64_t N = (int64_t)B * T;
+    uint64_t key = draw_key(m->seed, 0);
+    RouterDraws first = {&key, 0, 0};
     zero_floats(m->params.grad, m->params.table.flat_size);
-    model_forward(m, inputs, B, T, 0, forced);
+    model_forward(m, inputs, B, T, 0, first, forced);
     s->lm_loss = classifier(m, targets, N, 1.0f / (float)N, logits);
     s->reg_loss = regulariser(m, N);
     model_backward(m, inputs, B, T, reg_weight);
@@ -637,6 +658,9 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     s->grad_norm = gradient_norm(m);
     for (int l = 0; l < m->config.layers && gates != NULL; l++) {
         pairs_to_dense(gates[l], &m->acts.layers[l].pairs, m->config.router.experts);
+    }
+    for (int l = 0; l < m->config.layers && draws != NULL; l++) {
+        router_sparsemixer_draws(draws[l], m->acts.layers[l].pairs.rounds, N, m->config.router.experts, m->k);
     }
 }
 

@@ -91,6 +91,8 @@ static DeviceBank layer_bank(const Model *m, int l) {
     return bank;
 }
 
+static const RouterDraws no_draws = {NULL, 0, 0}; // evaluation
+
 static Router router_in_force(const Model *m) {
     Router router = m->config.router;
     router.active = m->k;
@@ -115,8 +117,9 @@ static LayerOut layer_out(const Model *m, int l) {
 }
 
 // mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1), and the next norm.
-// ids, forced: device
-static void moe_block_forward(Model *m, int l, const int *ids, int N, const float *forced) {
+// ids, draws' key, forced: device
+static void moe_block_forward(Model *m, int l, const int *ids, int N, RouterDraws draws,
+                              const float *forced) {
     const Config *c = &m->config;
     const LayerReads *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
@@ -130,7 +133,9 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, const floa
         rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
     mark(m, "router and dispatch");
-    router_forward(a->pairs, a->router_logits, ids, forced, router_in_force(m), N, m->scratch, m->stream);
+    RouterInputs in = {ids, w->bias, forced, draws};
+    in.draws.layer = l;
+    router_forward(a->pairs, a->router_logits, in, router_in_force(m), N, m->scratch, m->stream);
     dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
     arena_place(&m->routing.arena, l, a->dispatch, m->stream);
     mark(m, "experts forward");
@@ -153,9 +158,10 @@ static const float *upload_forced(Model *m, const float *const *forced, int l, i
 }
 
 // ids [N], on the device: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions
-// are in the qkv buffers). forced: NULL, or for each layer an active set [N, E] that replaces the router's
-// own
-static void model_forward(Model *m, const int *ids, int B, int T, int start, const float *const *forced) {
+// are in the qkv buffers). draws: what chance decides; forced: NULL, or for each layer an active set [N, E] that
+// replaces the router's own
+static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
+                          const float *const *forced) {
     const Config *c = &m->config;
     int N = B * (T - start);
     arena_begin_micro_batch(&m->routing.arena, m->stream);
@@ -169,7 +175,7 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, con
     for (int l = 0; l < c->layers; l++) {
         comm_wait(&m->comm, bucket_of_layer(l), m->stream);
         attention_block_forward(m, l, B, T, start);
-        moe_block_forward(m, l, ids, N, upload_forced(m, forced, l, N));
+        moe_block_forward(m, l, ids, N, draws, upload_forced(m, forced, l, N));
     }
     comm_wait(&m->comm, bucket_of_head(c->layers), m->stream);
 }
@@ -322,7 +328,8 @@ static void micro_step(Model *m, const Batch *batch, int B, int T, int micro_bat
                        int last, const float *const *forced, floatX *all_logits) {
     int N = B * T;
     int64_t cells = (int64_t)m->config.layers * m->config.router.experts;
-    model_forward(m, batch->inputs, B, T, 0, forced);
+    RouterDraws draws = {m->step.draw_key, batch->first_token, 0};
+    model_forward(m, batch->inputs, B, T, 0, draws, forced);
     comm_counts_send(&m->comm, cells, m->stream); // f_e is the global micro-batch's (Eq. 11)
     classifier(m, batch->targets, N, (float)(1.0 / ((double)N * micro_batches * m->comm.ranks)), all_logits);
     comm_counts_receive(&m->comm, m->routing.counts_all, cells, m->stream); // wanted only now
@@ -457,6 +464,7 @@ static void plan_worst(Model *m, int N) {
 static void upload_batch(Model *m, int i, const int *inputs, const int *targets, int N) {
     int64_t most = (int64_t)m->settings.B * m->settings.T, ints = batch_ints(m);
     int *host = m->step.staging + i * ints;
+    m->step.batches[i].first_token = ((int64_t)i * m->comm.ranks + m->comm.rank) * N;
     memcpy(host, inputs, (size_t)N * sizeof(int));
     memcpy(host + most, targets, (size_t)N * sizeof(int));
     if (m->params.grad != NULL) {
@@ -467,8 +475,17 @@ static void upload_batch(Model *m, int i, const int *inputs, const int *targets,
                                cudaMemcpyHostToDevice, m->stream));
 }
 
-void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
-                     StepStats *s) {
+// which random numbers the step's routers draw
+static void begin_draws(Model *m, int64_t step) {
+    uint64_t key = draw_key(m->settings.seed, step);
+    copy_now(m->step.draw_key, &key, sizeof(key), cudaMemcpyHostToDevice, m->stream);
+}
+
+void model_gradients(Model *m, Prefetcher *ahead, int64_t step, int micro_batches, int B, int T,
+                     double reg_weight, StepStats *s) {
+    if (router_draws(m->config.router.method)) {
+        begin_draws(m, step);
+    }
     for (int taken = 0, done = 0; !done;) { // again, if a layer had more pairs than were planned for
         int stop = s->stop;
         stats_reset(s, &m->config);
@@ -485,6 +502,22 @@ void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int 
         }
         end_step(m, stop);
         done = read_step(m, (int64_t)micro_batches * m->comm.ranks * B * T, s);
+    }
+}
+
+// Each rank moves the biases that it owns, as AdamW does with weights: the update that follows sends them on
+void model_balance(Model *m, float rate, const int64_t *counts) {
+    const DeviceParams *p = &m->params;
+    int E = m->config.router.experts;
+    Range kept = p->kept[BUCKET_NORMS];
+    CUDA_CHECK(cudaMemcpyAsync(m->step.counts, counts, (size_t)(m->config.layers * E) * sizeof(int64_t),
+                               cudaMemcpyHostToDevice, m->stream));
+    for (int l = 0; l < m->config.layers; l++) {
+        int64_t place = p->table.places.layers[l].bias;
+        int first = (int)std::clamp<int64_t>(kept.first - place, 0, E);
+        int end = (int)std::clamp<int64_t>(kept.first + kept.size - place, 0, E);
+        router_auxfree_balance(p->fp32 + place, m->step.counts + (int64_t)l * E, first, end, E, rate,
+                               m->stream);
     }
 }
 
@@ -602,7 +635,7 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     int N = B * T;
     int *planned = plan_apart(m, N);
     upload_batch(m, 0, inputs, targets, N);
-    model_forward(m, m->step.batches[0].inputs, B, T, 0, NULL);
+    model_forward(m, m->step.batches[0].inputs, B, T, 0, no_draws, NULL);
     classifier(m, m->step.batches[0].targets, N, 0.0f, NULL);
     CUDA_CHECK(cudaMemsetAsync(&m->step.sums->lm_loss, 0, sizeof(double), m->stream));
     sum_losses(&m->step.sums->lm_loss, m->acts.losses, N, 1.0 / N, m->stream);
@@ -630,7 +663,7 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int *planned = plan_apart(m, rows);
     CUDA_CHECK(cudaMemcpyAsync(batch->inputs, ids + start, (size_t)rows * sizeof(int), cudaMemcpyHostToDevice,
                                m->stream));
-    model_forward(m, batch->inputs, 1, n, start, NULL);
+    model_forward(m, batch->inputs, 1, n, start, no_draws, NULL);
     matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(rows - 1) * d, m->params.weights.head, 1, d, V,
                    &m->gemm, m->stream);
     download(m, m->host_logits, m->acts.logits, V);
@@ -649,8 +682,19 @@ static void download_gates(Model *m, float *const *gates, int N) {
     CUDA_CHECK(cudaFree(dense));
 }
 
+static void download_draws(Model *m, float *const *draws, int64_t N) {
+    RouterRound *rounds = NEW(RouterRound, N * m->k);
+    for (int l = 0; l < m->config.layers; l++) {
+        copy_now(rounds, m->acts.layers[l].pairs.rounds, (size_t)(N * m->k) * sizeof(RouterRound),
+                 cudaMemcpyDeviceToHost, m->stream);
+        router_sparsemixer_draws(draws[l], rounds, N, m->config.router.experts, m->k);
+    }
+    free(rounds);
+}
+
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
-                   const float *const *forced, float *logits, float *const *gates, StepStats *s) {
+                   const float *const *forced, float *logits, float *const *gates, float *const *draws,
+                   StepStats *s) {
     int N = B * T;
     int64_t V = m->config.vocab_size;
     floatX *all_logits = NULL;
@@ -658,6 +702,7 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
         CUDA_CHECK(cudaMalloc(&all_logits, (size_t)(N * V) * sizeof(floatX)));
     }
     plan_worst(m, N);
+    begin_draws(m, 0);
     begin_step(m);
     upload_batch(m, 0, inputs, targets, N);
     micro_step(m, &m->step.batches[0], B, T, 1, reg_weight, 1, forced, all_logits);
@@ -669,6 +714,9 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     }
     if (gates != NULL) {
         download_gates(m, gates, N);
+    }
+    if (draws != NULL) {
+        download_draws(m, draws, N);
     }
 }
 

@@ -74,6 +74,7 @@ static inline Config config_from_options(const Options *o) {
     c.granularity = dense ? 1 : (int)o->granularity;
     c.router.method = (RouterMethod)method;
     c.router.load_balance = (int)o->load_balance;
+    c.router.jitter = o->router_jitter;
     c.max_seq_len = (int)o->seq_len;
     c.norm_eps = 1e-5;
     c.rope_theta = 1e6;

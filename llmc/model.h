@@ -22,6 +22,14 @@ q, k and v rows are consecutive (one matmul computes all three), and so are gate
     (dense: mlp.{gate,up}_proj.weight [F, d], mlp.down_proj.weight [d, F])
     model.norm.weight                                [d]                 1 (constant)           no
     lm_head.weight                                   [V, d]              0.01                   yes
+
+State that a run changes by another rule than AdamW's comes last in the table, zeros at first:
+
+    model.layers.N.mlp.gate.e_score_correction_bias  [E_tot]   router_auxfree.h's
+
+It lies among the norms, which every rank has in fp32 and which do not decay. Its gradient and moments are
+always 0, so AdamW leaves its bits alone, and they are in no file (the price: 12 bytes for each of L E_tot
+numbers).
 */
 #ifndef MODEL_H
 #define MODEL_H
@@ -37,7 +45,7 @@ typedef struct {
     int64_t shape[3];
     int64_t offset;  // first element in the flat buffer
     int64_t size;    // elements
-    float deviation; // of the initial normal; 0: all ones
+    float deviation; // of the initial normal; 0: a constant
     int decay;       // does weight decay apply?
 } Tensor;
 
@@ -48,6 +56,7 @@ typedef struct {
     int64_t o;         // [d, d]
     int64_t ffn_norm;  // [d]
     int64_t router;    // [E_tot, d], -1 without a learned router
+    int64_t bias;      // [E_tot], -1 without one
     int64_t gate_up;   // [E_tot, 2F, d]
     int64_t down;      // [E_tot, d, F]
 } LayerPlaces;
@@ -59,9 +68,9 @@ typedef struct {
     int64_t head;        // [V, d]
 } Places;
 
-// the same as pointers; router NULL without a learned one
+// the same as pointers; router, bias NULL without one
 typedef struct {
-    float *attn_norm, *qkv, *o, *ffn_norm, *router, *gate_up, *down;
+    float *attn_norm, *qkv, *o, *ffn_norm, *router, *bias, *gate_up, *down;
 } LayerWeights;
 
 typedef struct {
@@ -83,11 +92,11 @@ static inline int bucket_of_head(int layers) {
 
 typedef struct {
     Tensor *tensors;
-    int count;
+    int count, trained_count; // of all; of the parameters, which come first: the others are state
     Places places;
     Bucket *buckets;
     int bucket_count;
-    int64_t num_params; // of all tensors
+    int64_t num_params; // elements of the parameters
     int64_t flat_size;  // elements of a flat buffer: the same, and padding
 } TensorTable;
 
@@ -104,6 +113,8 @@ typedef struct {
     TensorTable *table;
     int layer;
 } TensorWalk;
+
+#define BIAS_NAME "mlp.gate.e_score_correction_bias"
 
 // Adds a tensor at the end of a bucket; returns where it begins
 static inline int64_t place_tensor(TensorWalk *walk, int bucket_index, const char *name, float deviation,
@@ -155,6 +166,20 @@ static inline void place_layer(TensorWalk *walk, LayerPlaces *p, const Config *c
     p->down = place_tensor(walk, own, "mlp.experts.down_proj", residual_std, E, d, F);
 }
 
+// what is no parameter, behind them
+static inline void place_state(TensorWalk *walk, const Config *c) {
+    TensorTable *table = walk->table;
+    int64_t params = table->num_params;
+    for (walk->layer = 0; walk->layer < c->layers; walk->layer++) {
+        int64_t *place = &table->places.layers[walk->layer].bias;
+        *place = -1;
+        if (router_row(c->router.method)->has_bias) {
+            *place = place_tensor(walk, BUCKET_NORMS, BIAS_NAME, 0.0f, c->router.experts, 0, 0);
+        }
+    }
+    table->num_params = params;
+}
+
 // the list itself; where the buckets begin is taken as it stands
 static inline void place_tensors(TensorTable *table, const Config *c) {
     TensorWalk walk = {table, -1};
@@ -170,6 +195,8 @@ static inline void place_tensors(TensorTable *table, const Config *c) {
     p->norm = place_tensor(&walk, BUCKET_NORMS, "model.norm.weight", 0.0f, c->hidden, 0, 0);
     p->head =
         place_tensor(&walk, bucket_of_head(c->layers), "lm_head.weight", 0.01f, c->vocab_size, c->hidden, 0);
+    table->trained_count = table->count;
+    place_state(&walk, c);
 }
 
 // the buckets' places from their sizes, which then begin anew
@@ -198,6 +225,7 @@ static inline void point_weights(Weights *weights, const TensorTable *table, con
         w->o = base + from->o;
         w->ffn_norm = base + from->ffn_norm;
         w->router = from->router >= 0 ? base + from->router : NULL;
+        w->bias = from->bias >= 0 ? base + from->bias : NULL;
         w->gate_up = base + from->gate_up;
         w->down = base + from->down;
     }
@@ -206,7 +234,7 @@ static inline void point_weights(Weights *weights, const TensorTable *table, con
 // Fills `table`: a first walk finds how large the buckets are, a second one places the tensors in them. With
 // a base, `weights` point into it
 static inline void model_tensors(TensorTable *table, Weights *weights, const Config *c, float *base) {
-    enum { MOST_IN_A_LAYER = 9, OUTSIDE_LAYERS = 3 };
+    enum { MOST_IN_A_LAYER = 10, OUTSIDE_LAYERS = 3 };
     if (table->tensors == NULL) {
         table->bucket_count = bucket_of_head(c->layers) + 1;
         table->tensors = NEW(Tensor, c->layers * MOST_IN_A_LAYER + OUTSIDE_LAYERS);
@@ -241,7 +269,8 @@ static inline void params_free(Params *params) {
     free(params->grads.layers);
 }
 
-// elements [first, first + n) of tensor i, drawn from (seed, tensor, element) alone: the same bits everywhere
+// elements [first, first + n) of tensor i, drawn from (seed, tensor, element) alone: the same bits everywhere;
+// norms are ones, state is zeros
 static inline void tensor_draw(float *x, const TensorTable *table, int i, int64_t first, int64_t n,
                                uint64_t seed) {
     float deviation = table->tensors[i].deviation;
@@ -250,7 +279,7 @@ static inline void tensor_draw(float *x, const TensorTable *table, int i, int64_
         return;
     }
     for (int64_t j = 0; j < n; j++) {
-        x[j] = 1.0f;
+        x[j] = i < table->trained_count ? 1.0f : 0.0f;
     }
 }
 

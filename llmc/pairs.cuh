@@ -30,10 +30,11 @@ N tokens, E experts, P pairs. N * E < 2^31 (indices are int; products of sizes a
 // defines: launch, ceil_div, scratch_take, lanes_of, group_*, block_exclusive_sum; PairList
 
 typedef struct {
-    int *row_start; // [N + 1]
-    int *expert;    // [N E]: room for all pairs
-    float *gate;    // [N E]
-    int *counts;    // [E] tokens of each expert
+    int *row_start;      // [N + 1]
+    int *expert;         // [N E]: room for all pairs
+    float *gate;         // [N E]
+    int *counts;         // [E] tokens of each expert
+    RouterRound *rounds; // [N, k], or NULL where the router does not draw
 } DevicePairs;
 
 typedef struct {

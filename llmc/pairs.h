@@ -13,14 +13,23 @@ N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membe
 
 #include "llmc/check.h"
 
+// one draw of a router that draws its experts one after the other (router_sparsemixer.h)
 typedef struct {
-    int64_t tokens;     // N
-    int64_t num_pairs;  // P
-    int64_t *row_start; // [N + 1]
-    int *expert;        // [P]
-    float *gate;        // [P]
-    int64_t *counts;    // [E]
-    int64_t capacity;   // pairs that fit
+    int draw;       // the expert + 1, negative where M = 1/3; 0: none
+    float max, sum; // over those that could be drawn: the largest logit, exp(z - max) together
+    float slope;    // of backward: the gate's gradient times its probability
+} RouterRound;
+
+typedef struct {
+    int64_t tokens;      // N
+    int64_t num_pairs;   // P
+    int64_t *row_start;  // [N + 1]
+    int *expert;         // [P]
+    float *gate;         // [P]
+    int64_t *counts;     // [E]
+    RouterRound *rounds; // [N, k], or NULL where the router does not draw
+    int64_t capacity;    // pairs that fit
+    int64_t round_capacity;
     int64_t token_capacity;
     int expert_capacity;
 } PairList;
@@ -45,11 +54,19 @@ static inline void pairs_reserve(PairList *pairs, int64_t tokens, int64_t num_pa
     pairs->num_pairs = num_pairs;
 }
 
+static inline void pairs_reserve_rounds(PairList *pairs, int64_t rounds) {
+    if (rounds > pairs->round_capacity) {
+        pairs->round_capacity = rounds;
+        pairs->rounds = GROW(RouterRound, pairs->rounds, rounds);
+    }
+}
+
 static inline void pairs_free(PairList *pairs) {
     free(pairs->row_start);
     free(pairs->expert);
     free(pairs->gate);
     free(pairs->counts);
+    free(pairs->rounds);
 }
 
 // counts[e] = number of tokens of expert e; their sum is P. Whoever makes a list ends with this

@@ -18,6 +18,8 @@ Shapes: none. Errors: none.
 
 #define MOST_IN_PIECE ((int64_t)1 << 18) // elements: 1 MB, little memory and enough for any disk or bus
 
+typedef enum { BUFFER_PARAMS, BUFFER_GRADS, BUFFER_EXP_AVG, BUFFER_EXP_AVG_SQ } ModelBuffer;
+
 // One of the flat buffers, wherever it lies. get and set copy n elements from `first` on, all within one
 // range, to and from the host
 typedef struct {
@@ -25,10 +27,15 @@ typedef struct {
     const Range *ranges;
     int count; // of ranges
     void *owner;
-    int which; // of the owner's buffers
+    int which; // a ModelBuffer
     void (*get)(void *owner, int which, int64_t first, int64_t n, float *out);
     void (*set)(void *owner, int which, int64_t first, int64_t n, const float *x);
 } FlatBuffer;
+
+// State (model.h) is a value like a parameter's, but has neither gradient nor moments
+static inline int buffer_tensors(const FlatBuffer *buffer) {
+    return buffer->which == BUFFER_PARAMS ? buffer->table->count : buffer->table->trained_count;
+}
 
 typedef struct {
     int64_t element; // the first one, counted within its tensor

@@ -24,14 +24,21 @@ from the optimiser.
 
 static_assert(DBL_MANT_DIG == 53, "rng_uniform fills a double's 53 bits, rng_log takes them apart");
 
-static inline uint64_t rng_mix(uint64_t x) {
+// a function that kernels call too
+#ifdef __CUDACC__
+#define HOST_AND_DEVICE __host__ __device__
+#else
+#define HOST_AND_DEVICE
+#endif
+
+HOST_AND_DEVICE static inline uint64_t rng_mix(uint64_t x) {
     x += 0x9E3779B97F4A7C15ull;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
 
-static inline uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
+HOST_AND_DEVICE static inline uint64_t rng_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
     return rng_mix(rng_mix(rng_mix(seed) ^ stream) ^ counter);
 }
 

@@ -15,9 +15,11 @@ be added up. Scratch: router_scratch_bytes(), used only within a call.
 #define ROUTER_CUH
 
 #include "llmc/router.h"
+#include "llmc/router_auxfree.cuh"
 #include "llmc/router_ec.cuh"
 #include "llmc/router_hash.cuh"
 #include "llmc/router_relu.cuh"
+#include "llmc/router_sparsemixer.cuh"
 #include "llmc/router_topk.cuh"
 
 typedef struct {
@@ -45,28 +47,47 @@ static inline size_t router_scratch_bytes(Router router, int N) {
     return s.used > partial ? s.used : partial;
 }
 
-// logits [N, E] (becomes the softmax for topk and ec), ids [N], forced [N, E] or NULL
-static inline void router_forward(DevicePairs pairs, float *logits, const int *ids, const float *forced,
-                                  Router router, int N, void *scratch, cudaStream_t stream) {
+// what the method makes of its logits, where the choice is given
+static inline void router_scores(float *logits, Router router, int N, cudaStream_t stream) {
+    switch (router_row(router.method)->scores) {
+    case SCORES_SOFTMAX: router_softmax(logits, N, router.experts, stream); break;
+    case SCORES_SIGMOID: router_auxfree_scores(logits, N, router.experts, stream); break;
+    default: break;
+    }
+}
+
+// logits [N, E] become what the table says; all on the device
+static inline void router_forward(DevicePairs pairs, float *logits, RouterInputs in, Router router, int N,
+                                  void *scratch, cudaStream_t stream) {
     int E = router.experts, k = router.active, weights = router_has_weights(router.method);
+    int draws = router_draws(router.method);
+    float jitter = (float)router.jitter;
     Scratch s = {(unsigned char *)scratch, 0};
     RouterScratch r = router_scratch(&s, router, N);
-    if (forced != NULL && weights) {
-        ActiveIfForced active = {forced, E};
-        if (router_row(router.method)->has_softmax) {
-            router_softmax(logits, N, E, stream);
-        }
+    if (in.forced != NULL && weights && !draws) {
+        ActiveIfForced active = {in.forced, E};
+        router_scores(logits, router, N, stream);
         mask_where(r.mask, active, N, E, stream);
     } else {
         switch (router.method) {
         case ROUTER_RELU: router_relu_forward(r.mask, logits, N, E, stream); break;
         case ROUTER_TOPK: router_topk_forward(r.mask, logits, N, E, k, stream); break;
+        case ROUTER_AUXFREE: router_auxfree_forward(r.mask, logits, in.bias, N, E, k, stream); break;
+        case ROUTER_SPARSEMIXER:
+            router_sparsemixer_forward(r.mask, pairs.rounds, logits, in.draws, in.forced, N, E, k, jitter,
+                                       stream);
+            break;
         case ROUTER_EC: router_ec_forward(r.mask, logits, r.scores, r.threshold, N, E, k, stream); break;
-        case ROUTER_HASH: router_hash_forward(r.mask, ids, N, E, k, stream); break;
+        case ROUTER_HASH: router_hash_forward(r.mask, in.ids, N, E, k, stream); break;
         default: router_dense_forward(pairs, N, stream); return; // one pair per token, no mask
         }
     }
-    pairs_from_mask(pairs, weights ? logits : NULL, r.mask, N, E, r.pairs, stream);
+    pairs_from_mask(pairs, weights && !draws ? logits : NULL, r.mask, N, E, r.pairs, stream);
+    if (router.method == ROUTER_AUXFREE) {
+        router_auxfree_gates(pairs, logits, N, E, k, stream);
+    } else if (draws) {
+        router_sparsemixer_gates(pairs, r.mask, logits, N, E, k, jitter, stream);
+    }
 }
 
 // *loss += scale * one layer's term of `reg`
@@ -83,6 +104,11 @@ static inline void router_loss(double *loss, DevicePairs pairs, const float *log
     case ROUTER_TOPK:
         if (router.load_balance) {
             router_topk_loss(loss, logits, counts, N, tokens, E, k, scale, partial, stream);
+        }
+        break;
+    case ROUTER_SPARSEMIXER:
+        if (router.load_balance) {
+            router_sparsemixer_loss(loss, logits, counts, N, tokens, E, k, scale, partial, stream);
         }
         break;
     default: break;
@@ -103,6 +129,11 @@ static inline void router_backward(floatX *dlogits, const float *dgate, DevicePa
         router_topk_backward(dlogits, dgate, pairs, logits, counts, N, tokens, E, k,
                              router.load_balance ? weight : 0.0, stream);
         break;
+    case ROUTER_SPARSEMIXER:
+        router_sparsemixer_backward(dlogits, dgate, pairs, logits, counts, N, tokens, E, k,
+                                    (float)router.jitter, router.load_balance ? weight : 0.0, stream);
+        break;
+    case ROUTER_AUXFREE: router_auxfree_backward(dlogits, dgate, pairs, logits, N, E, k, stream); break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, N, E, stream); break;
     default: break;
     }

@@ -4,20 +4,21 @@ Routing, whichever the method: the one place that knows them all.
     logits [N, E] -> router_forward -> pair list;   counts of the global micro-batch -> router_loss
     gates' gradient [P] -> router_backward -> logits' gradient [N, E]
 
-    method  gate                         extra loss `reg`                                  its weight
-    relu    relu(z_e)                    (1/L) sum_l sum_e f_le mean_t R_te (Eq. 9, 10)    lambda
-    topk    softmax(z)_e of the k best   sum_l sum_e f_le mean_t softmax(z)_te             aux_coeff
-    ec      softmax(z)_te, experts pick  0
-    hash    1, by token id               0
-    dense   1, one expert                0                     (each in router_METHOD.h, dense beside hash)
+    method       gate                         extra loss `reg`                                  its weight
+    relu         relu(z_e)                    (1/L) sum_l sum_e f_le mean_t R_te (Eq. 9, 10)    lambda
+    topk         softmax(z)_e of the k best   sum_l sum_e f_le mean_t softmax(z)_te             aux_coeff
+    auxfree      sigmoid(z_e) over their sum, 0
+                 of the k best with a bias
+    sparsemixer  M p_e of k draws from p      topk's                                            aux_coeff
+    ec           softmax(z)_te, experts pick  0
+    hash         1, by token id               0
+    dense        1, one expert                0                (each in router_METHOD.h, dense beside hash)
 
-Whatever else the rest of the program asks of a method (has it weights? what weighs its loss? how is a single
-token routed?) stands in one table, ROUTER_TABLE: nobody compares methods by name.
-
-The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place. hash and dense
-have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's own: two implementations,
-or two precisions, can then be compared without a pair near the threshold flipping. A forced gate keeps its
-own value, z for relu.
+The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place, for auxfree the
+sigmoid. hash and dense have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's
+own: two implementations, or two precisions, can then be compared without a pair near the threshold flipping.
+A forced gate keeps its own value, z for relu. sparsemixer's forced set says which draws were made, and in
+which order.
 
 A new method is its header router_METHOD.h, and here a row of the table and a case in each of the three
 switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
@@ -25,23 +26,28 @@ switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
 #ifndef ROUTER_H
 #define ROUTER_H
 
+#include "llmc/router_auxfree.h"
 #include "llmc/router_ec.h"
 #include "llmc/router_hash.h"
 #include "llmc/router_relu.h"
+#include "llmc/router_sparsemixer.h"
 #include "llmc/router_topk.h"
 // defines: router_METHOD_forward, _loss, _backward; PairList
 
 typedef enum { WEIGHS_NOTHING, WEIGHS_LAMBDA, WEIGHS_AUX_COEFF } RouterLossWeight;
+typedef enum { SCORES_LOGITS, SCORES_SOFTMAX, SCORES_SIGMOID } RouterScores;
 
 // clang-format off
 #define ROUTER_TABLE(ROW)                                                                                    \
-    /*                 has      has      has      its loss is  a token alone  k warms  number   gradient     \
-          method name  experts  weights  softmax  weighed by   goes by        up       is open  is sparse */ \
-    ROW(RELU,  "relu",   1,       1,       0,     LAMBDA,      RELU,          0,       1,       1)           \
-    ROW(TOPK,  "topk",   1,       1,       1,     AUX_COEFF,   TOPK,          1,       0,       0)           \
-    ROW(EC,    "ec",     1,       1,       1,     NOTHING,     TOPK,          0,       0,       0)           \
-    ROW(HASH,  "hash",   1,       0,       0,     NOTHING,     HASH,          0,       0,       0)           \
-    ROW(DENSE, "dense",  0,       0,       0,     NOTHING,     DENSE,         0,       0,       0)
+    /*                             has     has     has  logits   its loss  a token      k warms number  gradient\
+      method       name           experts weights bias become  is weighed alone is     up      is open sparse */\
+    ROW(RELU,        "relu",        1,     1,      0,   LOGITS,  LAMBDA,    RELU,        0,      1,      1)  \
+    ROW(TOPK,        "topk",        1,     1,      0,   SOFTMAX, AUX_COEFF, TOPK,        1,      0,      0)  \
+    ROW(AUXFREE,     "auxfree",     1,     1,      1,   SIGMOID, NOTHING,   AUXFREE,     0,      0,      1)  \
+    ROW(SPARSEMIXER, "sparsemixer", 1,     1,      0,   LOGITS,  AUX_COEFF, SPARSEMIXER, 0,      0,      0)  \
+    ROW(EC,          "ec",          1,     1,      0,   SOFTMAX, NOTHING,   TOPK,        0,      0,      0)  \
+    ROW(HASH,        "hash",        1,     0,      0,   LOGITS,  NOTHING,   HASH,        0,      0,      0)  \
+    ROW(DENSE,       "dense",       0,     0,      0,   LOGITS,  NOTHING,   DENSE,       0,      0,      0)
 // clang-format on
 
 #define ROUTER_METHOD(method, ...) ROUTER_##method,
@@ -54,7 +60,8 @@ typedef struct {
     const char *name;
     int has_experts;              // 0: one feed-forward layer for all tokens
     int has_weights;              // W [E, d]
-    int has_softmax;              // the logits become softmax(z)
+    int has_bias;                 // b [E], which balances the load
+    RouterScores scores;          // what the logits become in place
     RouterLossWeight loss_weight; // of `reg` in the loss
     RouterMethod for_one_token;   // how a token without a batch around it is routed (sampling)
     int k_warms_up;               // the first steps may be nearly dense
@@ -62,8 +69,8 @@ typedef struct {
     int gradient_is_sparse;       // only the logits of active pairs have one
 } RouterRow;
 
-#define ROUTER_ROW(method, name, experts, weights, softmax, weight, one, warms, open, sparse)                \
-    {name, experts, weights, softmax, WEIGHS_##weight, ROUTER_##one, warms, open, sparse},
+#define ROUTER_ROW(method, name, experts, weights, bias, scores, weight, one, warms, open, sparse)           \
+    {name, experts, weights, bias, SCORES_##scores, WEIGHS_##weight, ROUTER_##one, warms, open, sparse},
 
 static inline const RouterRow *router_row(RouterMethod method) {
     static const RouterRow rows[] = {ROUTER_TABLE(ROUTER_ROW)};
@@ -74,8 +81,17 @@ typedef struct {
     RouterMethod method;
     int experts;      // E_tot = E G
     int active;       // k_tot = k G (for topk: the k in force)
-    int load_balance; // f_le (1) or 1 (0) for relu; auxiliary loss (1) or none (0) for topk
+    int load_balance; // relu: f_le (1) or 1 (0); topk: auxiliary loss or none; auxfree: biases move or not
+    double jitter;    // r, sparsemixer's
 } Router;
+
+// what a layer's router is told beside its logits; NULL where its method does not ask for it
+typedef struct {
+    const int *ids;      // [N] of the tokens
+    const float *bias;   // [E]
+    const float *forced; // [N, E] an active set, or NULL for the method's own
+    RouterDraws draws;
+} RouterInputs;
 
 static inline const char *router_name(RouterMethod method) {
     return router_row(method)->name;
@@ -104,29 +120,42 @@ static inline int router_has_lambda(RouterMethod method) {
     return router_row(method)->loss_weight == WEIGHS_LAMBDA;
 }
 
+// does it draw experts by chance, and is its forced set one of draws?
+static inline int router_draws(RouterMethod method) {
+    return method == ROUTER_SPARSEMIXER;
+}
+
 // weight of `reg` in the loss (Eq. 6)
 static inline double router_loss_weight(RouterMethod method, double lambda, double aux_coeff) {
     RouterLossWeight weight = router_row(method)->loss_weight;
     return weight == WEIGHS_LAMBDA ? lambda : weight == WEIGHS_AUX_COEFF ? aux_coeff : 0.0;
 }
 
-// logits [N, E] (becomes the softmax for topk and ec), ids [N], forced [N, E] or NULL
-static inline void router_forward(PairList *pairs, float *logits, const int *ids, const float *forced,
-                                  Router router, int64_t N) {
-    int E = router.experts;
-    if (router_row(router.method)->has_softmax) {
-        router_softmax(logits, N, E);
+// logits [N, E] become what the table says
+static inline void router_forward(PairList *pairs, float *logits, RouterInputs in, Router router, int64_t N) {
+    int E = router.experts, k = router.active;
+    switch (router_row(router.method)->scores) {
+    case SCORES_SOFTMAX: router_softmax(logits, N, E); break;
+    case SCORES_SIGMOID: router_auxfree_scores(logits, N, E); break;
+    default: break;
     }
-    if (forced != NULL && router_has_weights(router.method)) {
-        pairs_from_mask(pairs, logits, forced, N, E);
+    if (in.forced != NULL && router_has_weights(router.method) && !router_draws(router.method)) {
+        pairs_from_mask(pairs, logits, in.forced, N, E);
     } else {
         switch (router.method) {
         case ROUTER_RELU: router_relu_forward(pairs, logits, N, E); break;
-        case ROUTER_TOPK: router_topk_forward(pairs, logits, N, E, router.active); break;
-        case ROUTER_EC: router_ec_forward(pairs, logits, N, E, router.active); break;
-        case ROUTER_HASH: router_hash_forward(pairs, ids, N, E, router.active); break;
+        case ROUTER_TOPK: router_topk_forward(pairs, logits, N, E, k); break;
+        case ROUTER_AUXFREE: router_auxfree_forward(pairs, logits, in.bias, N, E, k); break;
+        case ROUTER_SPARSEMIXER:
+            router_sparsemixer_forward(pairs, logits, in.draws, in.forced, N, E, k, (float)router.jitter);
+            break;
+        case ROUTER_EC: router_ec_forward(pairs, logits, N, E, k); break;
+        case ROUTER_HASH: router_hash_forward(pairs, in.ids, N, E, k); break;
         default: router_dense_forward(pairs, N); break;
         }
+    }
+    if (router.method == ROUTER_AUXFREE) {
+        router_auxfree_gates(pairs, logits, E, k);
     }
 }
 
@@ -138,6 +167,9 @@ static inline double router_loss(const PairList *pairs, const float *logits, con
     case ROUTER_RELU: return router_relu_loss(pairs, counts, tokens, E, k, router.load_balance) / layers;
     case ROUTER_TOPK:
         return router.load_balance ? router_topk_loss(logits, counts, pairs->tokens, tokens, E, k) : 0.0;
+    case ROUTER_SPARSEMIXER:
+        return router.load_balance ? router_sparsemixer_loss(logits, counts, pairs->tokens, tokens, E, k)
+                                   : 0.0;
     default: return 0.0;
     }
 }
@@ -154,6 +186,11 @@ static inline void router_backward(float *dlogits, const float *dgate, const Pai
     case ROUTER_TOPK:
         router_topk_backward(dlogits, dgate, pairs, logits, counts, tokens, E, k, balance ? weight : 0.0);
         break;
+    case ROUTER_SPARSEMIXER:
+        router_sparsemixer_backward(dlogits, dgate, pairs, logits, counts, tokens, E, k, (float)router.jitter,
+                                    balance ? weight : 0.0);
+        break;
+    case ROUTER_AUXFREE: router_auxfree_backward(dlogits, dgate, pairs, logits, E, k); break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, E); break;
     default: break;
     }

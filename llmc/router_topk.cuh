@@ -59,31 +59,39 @@ static inline void router_softmax(float *z, int N, int E, cudaStream_t stream) {
 // ----------------------------------------------------------------------------
 // the k largest
 
-enum { SCORE_BITS = 30 }; // score_key() < 2^30
-
 // 1 .. 0x3f800001, ordered as the scores in [0, 1] are; what is no number counts as 1
 __device__ __forceinline__ uint32_t score_key(float s) {
     uint32_t bits = __float_as_uint(s);
     return (bits < 0x3f800000u ? bits : 0x3f800000u) + 1;
 }
 
+struct ScoreKeys {
+    enum { BITS = 30 }; // score_key() < 2^30
+    const float *row;
+    __device__ __forceinline__ uint32_t operator()(int e) const {
+        return score_key(row[e]);
+    }
+};
+
 // by a group: how many keys are at least `least`
-__device__ __forceinline__ int group_count(const float *row, int experts, uint32_t least, int lanes) {
+template <class Keys>
+__device__ __forceinline__ int group_count(Keys keys, int experts, uint32_t least, int lanes) {
     int count = 0;
 #pragma unroll 8
     for (int e = group_lane(lanes); e < experts; e += lanes) {
-        count += score_key(row[e]) >= least;
+        count += keys(e) >= least;
     }
     return group_sum(count, lanes);
 }
 
 // the largest T that at least k keys reach; fewer than k are above it, or all that reach it are wanted
-__device__ __forceinline__ uint32_t group_kth_largest(const float *row, int experts, int k, int lanes) {
+template <class Keys>
+__device__ __forceinline__ uint32_t group_kth_largest(Keys keys, int experts, int k, int lanes) {
     uint32_t T = 0;
     int reached = experts > 0 ? experts : k; // a group without a token lets its neighbours in the warp decide
-    for (int bit = SCORE_BITS - 1; bit >= 0 && !__all_sync(0xffffffffu, reached == k); bit--) {
+    for (int bit = Keys::BITS - 1; bit >= 0 && !__all_sync(0xffffffffu, reached == k); bit--) {
         uint32_t candidate = T | 1u << bit;
-        int count = group_count(row, experts, candidate, lanes);
+        int count = group_count(keys, experts, candidate, lanes);
         if (count >= k) {
             T = candidate;
             reached = count;
@@ -92,25 +100,33 @@ __device__ __forceinline__ uint32_t group_kth_largest(const float *row, int expe
     return T;
 }
 
-static __global__ void __launch_bounds__(GROUP_BLOCK)
-    router_topk_kernel(uint32_t *mask, float *z, int N, int E, int k, int lanes) {
-    int t = group_token(lanes), lane = group_lane(lanes), W = mask_words(E);
-    int experts = t < N ? E : 0;
-    float *row = z + (int64_t)t * E;
-    group_softmax(row, experts, lanes);
-    uint32_t T = group_kth_largest(row, experts, k, lanes);
-    int missing = k - group_count(row, experts, T + 1, lanes); // to be taken among the ties
+// by a group: its token's words of the mask = the k largest keys; experts: E, or 0 without a token
+template <class Keys>
+__device__ __forceinline__ void group_mask_largest(uint32_t *words, Keys keys, int experts, int E, int k,
+                                                   int lanes) {
+    int lane = group_lane(lanes), W = mask_words(E);
+    uint32_t T = group_kth_largest(keys, experts, k, lanes);
+    int missing = k - group_count(keys, experts, T + 1, lanes); // to be taken among the ties
     for (int w = 0; w < W; w++) {
         int e = 32 * w + lane;
-        uint32_t key = e < experts ? score_key(row[e]) : 0;
+        uint32_t key = e < experts ? keys(e) : 0;
         uint32_t ties = group_ballot(e < experts && key == T, lanes);
         bool taken = ties >> lane & 1 && __popc(ties & bits_below(lane)) < missing;
         uint32_t word = group_ballot(e < experts && (key > T || taken), lanes); // (Eq. 2, 3)
-        if (lane == 0 && t < N) {
-            mask[(int64_t)t * W + w] = word;
+        if (lane == 0 && experts > 0) {
+            words[w] = word;
         }
         missing -= __popc(ties);
     }
+}
+
+static __global__ void __launch_bounds__(GROUP_BLOCK)
+    router_topk_kernel(uint32_t *mask, float *z, int N, int E, int k, int lanes) {
+    int t = group_token(lanes), experts = t < N ? E : 0;
+    float *row = z + (int64_t)t * E;
+    group_softmax(row, experts, lanes);
+    ScoreKeys keys = {row};
+    group_mask_largest(mask + (int64_t)t * mask_words(E), keys, experts, E, k, lanes);
 }
 
 // z [N, E] becomes the softmax, mask the k largest of each token

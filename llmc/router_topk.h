@@ -54,7 +54,9 @@ static inline void router_softmax_backward(float *dlogits, const float *s, int64
 
 // TopK: chosen[e] = 1 for the k largest of score[E], ties to the lower index
 static inline void router_topk_choose(unsigned char *chosen, const float *score, int E, int k) {
-    memset(chosen, 0, (size_t)E);
+    for (int e = 0; e < E; e++) {
+        chosen[e] = 0;
+    }
     for (int i = 0; i < k; i++) {
         int best = 0;
         while (chosen[best]) {
@@ -69,6 +71,20 @@ static inline void router_topk_choose(unsigned char *chosen, const float *score,
     }
 }
 
+// token t's pairs: the k chosen of its E experts, with the gates s[E]
+static inline void router_topk_emit(PairList *pairs, int64_t t, const unsigned char *chosen, const float *s,
+                                    int E, int k) {
+    int64_t p = t * k;
+    pairs->row_start[t] = p;
+    for (int e = 0; e < E; e++) {
+        if (chosen[e]) {
+            pairs->expert[p] = e;
+            pairs->gate[p] = s[e];
+            p++;
+        }
+    }
+}
+
 static inline void router_topk_forward(PairList *pairs, const float *s, int64_t N, int E, int k) {
     pairs_reserve(pairs, N, N * k);
 #pragma omp parallel
@@ -76,16 +92,8 @@ static inline void router_topk_forward(PairList *pairs, const float *s, int64_t 
         unsigned char *chosen = NEW(unsigned char, E);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < N; t++) {
-            int64_t p = t * k;
-            pairs->row_start[t] = p;
             router_topk_choose(chosen, s + t * E, E, k);
-            for (int e = 0; e < E; e++) {
-                if (chosen[e]) {
-                    pairs->expert[p] = e;
-                    pairs->gate[p] = s[t * E + e];
-                    p++;
-                }
-            }
+            router_topk_emit(pairs, t, chosen, s + t * E, E, k);
         }
         free(chosen);
     }

@@ -7,8 +7,9 @@ One optimizer step of ReMoE, whole. This is what training repeats.
     S_i    = 1 - active pairs / (L N E)   what the routers did meanwhile                 (Eq. 8)
     lambda_{i+1} = lambda_i alpha^sign((1 - k/E) - S_i)                                  (Eq. 7)
 
-Other routers have another weight before reg, or none (router.h), and no lambda to steer. A step whose losses
-or norm are not finite updates nothing, lambda neither: it only moves on in the data.
+Other routers have another weight before reg, or none (router.h), and no lambda to steer; auxfree steers a
+bias for each expert instead (router_auxfree.h). A step whose losses or norm are not finite updates nothing,
+lambda and biases neither: it only moves on in the data.
 
 Forward and backward are the model's (trainer.h). Letters: B sequences of T tokens a micro-batch, N tokens of
 the step, L layers, E = E_tot experts, k = k_tot of them active.
@@ -30,7 +31,8 @@ typedef struct {
     int ranks;
     Schedule schedule;
     double weight_decay, grad_clip;
-    double aux_coeff;     // topk's
+    double aux_coeff;     // topk's and sparsemixer's
+    double bias_rate;     // auxfree's
     int64_t warmup_steps; // of topk's k: so many steps with warmup_k
     int64_t warmup_k;
 } StepSettings;
@@ -65,8 +67,12 @@ static inline int train_step(Model *m, Prefetcher *ahead, const Config *c, const
     Router router = c->router;
     double reg_weight = router_loss_weight(router.method, state->sparsity.lambda, s->aux_coeff);
     model_route(m, router.method, step_k(s, router, state->step));
-    model_gradients(m, ahead, s->micro_batches, s->B, s->T, reg_weight, stats); // of lm + lambda reg (Eq. 6)
+    model_gradients(m, ahead, state->step, s->micro_batches, s->B, s->T, reg_weight,
+                    stats); // of lm + lambda reg (Eq. 6)
     int finite = stats_are_finite(stats);
+    if (finite && router_row(router.method)->has_bias && router.load_balance) {
+        model_balance(m, (float)s->bias_rate, stats->counts);
+    }
     if (finite) {
         float scale = clip_scale(stats->grad_norm, s->grad_clip);
         model_update(m, schedule_lr(s->schedule, state->step), s->weight_decay, scale,

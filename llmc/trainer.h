@@ -8,6 +8,7 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     get, set, publish     their values, to and from the host
     route                 the routing method and k in force
     gradients, update     an optimizer step, in two halves
+    balance               between them: the routers' state that no gradient moves
     loss, next_logits     forward alone: validation, sampling
     examine               one micro-batch with all that can be compared (dump)
     memory, peak, profile what it costs; takes_ranks: whether several processes can share the work
@@ -23,19 +24,18 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 #include "llmc/ranges.h"
 #include "llmc/router.h"
 #include "llmc/run/ranks.h"
-// defines: Config, Prefetcher, TensorTable, Range, RouterMethod, Ranks
+// defines: Config, Prefetcher, TensorTable, Range, ModelBuffer, RouterMethod, Ranks
 
 typedef struct Model Model; // each trainer's own
 
 typedef enum { FOR_INFERENCE, FOR_GRADIENTS, FOR_TRAINING } Purpose;
-typedef enum { BUFFER_PARAMS, BUFFER_GRADS, BUFFER_EXP_AVG, BUFFER_EXP_AVG_SQ } ModelBuffer;
-
 typedef enum { RANGES_KEPT, RANGES_OWNED } Holding;
 
 // what a model is opened for; the last six lines are the CUDA trainer's
 typedef struct {
     Purpose purpose;
     int B, T;          // the largest micro-batch
+    uint64_t seed;     // of the routers' draws
     int micro_batches; // of a step
     int most_k;        // the largest k that model_route will ask for
     int starts_dense;  // a router that may switch on any number of experts, with weights that are just drawn
@@ -89,9 +89,12 @@ void model_publish(Model *m);
 void model_route(Model *m, RouterMethod method, int k);
 
 // Gradients of a step's mean over micro_batches batches of B x T, of each rank, taken from `ahead`, into the
-// gradient buffer; losses, routing and the gradient's norm into s
-void model_gradients(Model *m, Prefetcher *ahead, int micro_batches, int B, int T, double reg_weight,
-                     StepStats *s);
+// gradient buffer; losses, routing and the gradient's norm into s. `step` says which random numbers are drawn
+void model_gradients(Model *m, Prefetcher *ahead, int64_t step, int micro_batches, int B, int T,
+                     double reg_weight, StepStats *s);
+// Moves the routers' biases by `rate` towards an even load, from counts [L, E] of the step (router_auxfree.h).
+// Before model_update, which tells the other ranks
+void model_balance(Model *m, float rate, const int64_t *counts);
 // AdamW's step t (from 1) with the gradients times grad_scale
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t);
 // mean over the B x T targets, no gradient
@@ -99,9 +102,11 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
 // [V] on the host: logits of position n - 1 of one sequence; the positions before start are in the cache
 const float *model_next_logits(Model *m, const int *ids, int n, int start);
 // One micro-batch forward and backward, its gradient into the gradient buffer. forced: NULL, or L active sets
-// [N, E] that replace the router's own; logits: NULL, or [N, V]; gates: NULL, or L matrices [N, E]
+// [N, E] that replace the router's own; logits: NULL, or [N, V]; gates, draws: NULL, or L matrices [N, E]. Random
+// numbers are step 0's
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
-                   const float *const *forced, float *logits, float *const *gates, StepStats *s);
+                   const float *const *forced, float *logits, float *const *gates, float *const *draws,
+                   StepStats *s);
 
 int model_takes_ranks(void);            // can several processes compute a step together?
 double model_memory_gb(const Model *m); // largest use so far

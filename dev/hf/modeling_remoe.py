@@ -15,6 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from .configuration_remoe import RemoeConfig
 
 
+ROUTERS = "relu", "topk", "auxfree", "sparsemixer", "ec", "hash"
+
+
 class RemoeExperts(nn.Module):
     """SwiGLU experts; gate rows first, then up rows."""
 
@@ -39,10 +42,14 @@ class RemoeMoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.router, self.E, self.k = config.router, config.num_experts, config.num_experts_per_tok
-        if config.router not in ("relu", "topk", "ec", "hash"):
-            raise ValueError(f"unknown router {config.router!r}: relu, topk, ec or hash expected")
+        self.jitter = config.router_jitter
+        if config.router not in ROUTERS:
+            raise ValueError(f"unknown router {config.router!r}: expected one of {', '.join(ROUTERS)}")
         if config.router != "hash":
             self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        if config.router == "auxfree":  # DeepSeek-V3's name for it
+            bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+            self.gate.e_score_correction_bias = bias
         self.experts = RemoeExperts(config)
         self.input_ids, self.alone = None, False  # set by RemoeModel before each forward
 
@@ -59,10 +66,28 @@ class RemoeMoE(nn.Module):
         if self.router == "relu":
             active = (z > 0) | ~z.isfinite()  # a router that has broken shows, instead of looking sparse
             return z.where(active, 0), active
+        if self.router == "auxfree":  # the bias chooses, the scores weigh
+            s = z.sigmoid()
+            active = largest(s + self.gate.e_score_correction_bias, self.k)
+            s = s.where(active, 0)
+            return s / s.sum(-1, keepdim=True) if self.k > 1 else s, active
+        if self.router == "sparsemixer":
+            return self.best_of_rounds(z)
         p = z.softmax(-1)
         if self.router == "topk" or self.alone:
             return p, largest(z, self.k)
         return p, largest(p.T, p.shape[0] * self.k // self.E).T
+
+    def best_of_rounds(self, z):
+        """What training draws: each round its likeliest expert, among the candidates near it"""
+        free, gates = torch.ones_like(z, dtype=torch.bool), torch.zeros_like(z)
+        for _ in range(self.k):
+            left = z.masked_fill(~free, float("-inf"))
+            best, chosen = left.amax(-1, keepdim=True), largest(left, 1)
+            candidate = best - left <= 2 * self.jitter * torch.maximum(left.abs(), best)
+            p = left.masked_fill(~candidate, float("-inf")).softmax(-1)
+            gates, free = p.where(chosen, gates), free & ~chosen
+        return gates, ~free
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])  # [N, d]
@@ -100,6 +125,8 @@ class RemoeForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.model = RemoeModel(config)
+        if config.router == "auxfree":  # as in the file, whatever the weights are loaded as
+            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
         self.post_init()
 
     def prepare_inputs_for_generation(self, *args, **kwargs):

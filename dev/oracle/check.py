@@ -38,7 +38,7 @@ MARGIN = 3e-5  # routing decisions closer than this to tipping are not asked of 
 
 def random_case(r):
     """A fixtures.case: any shape that the design allows, small."""
-    router = r.choice(["relu"] * 4 + ["topk"] * 2 + ["ec", "hash", "dense"])
+    router = r.choice(["relu"] * 4 + ["topk"] * 2 + ["auxfree"] * 2 + ["sparsemixer"] * 2 + ["ec", "hash", "dense"])
     H = r.choice([1, 2, 3, 4, 6])
     KV = r.choice([n for n in range(1, H + 1) if H % n == 0])
     d = H * r.choice([2, 4, 6, 8, 24])
@@ -47,7 +47,7 @@ def random_case(r):
     return fixtures.case(
         router, E=E, k=r.randint(1, min(E, 3)), G=G, B=r.randint(1, 4), T=r.choice([1, 2, 5, 16, 17, 33]),
         load_balance=r.random() < 0.7, dtype=r.choice(["BF16", "F32", "mixed"]), lam=10 ** r.uniform(-3, 0.5),
-        aux=10 ** r.uniform(-2, 0), route=router in ("relu", "topk", "ec") and r.random() < 0.2,
+        aux=10 ** r.uniform(-2, 0), route=router in ("relu", "topk", "auxfree", "sparsemixer", "ec") and r.random() < 0.2,
         vocab_size=r.choice([5, 67, 130]), rms_norm_eps=r.choice([1e-5, 1e-6, 1e-3]),
         rope_theta=r.choice([1e6, 1e4]), **shape)
 
@@ -58,7 +58,8 @@ def random_replay(r, x):
     return {"batch": B, "seq_len": r.choice([1, 4, 9, 17]), "global_batch": B * parts, "steps": steps,
             "lr": 10 ** r.uniform(-4, -2), "lr_min": 1e-5, "warmup_steps": r.randint(0, steps // 2),
             "weight_decay": r.choice([0.0, 0.01, 0.1]), "grad_clip": r.choice([0.1, 1.0]),
-            "lambda_init": 10 ** r.uniform(-4, -1), "alpha": r.choice([1.2, 1.05, 2.0]), "aux_coeff": 0.05}
+            "lambda_init": 10 ** r.uniform(-4, -1), "alpha": r.choice([1.2, 1.05, 2.0]), "aux_coeff": 0.05,
+            "bias_rate": 10 ** r.uniform(-3, -1)}
 
 
 def write_case(folder, x, args, seed):
@@ -74,9 +75,8 @@ def write_case(folder, x, args, seed):
     if "route_from" in args:
         params = {n: t.double() for n, t in stored.items()}
         out, _ = dump_of(folder, c, params, {n: a for n, a in args.items() if n != "route_from"})
-        routes = fixtures.forced_routes(x, c, [out[f"gates.{l}"] for l in range(c.L)], rng)
-        gates = {f"gates.{l}": active.to(torch.float32) for l, active in enumerate(routes)}
-        oracle.write_safetensors(folder / args["route_from"], gates)
+        routes = fixtures.forced_routes(x, c, out, rng)
+        oracle.write_safetensors(folder / args["route_from"], fixtures.route_tensors(x, routes))
     (folder / "args.json").write_text(json.dumps(args, indent=1))
 
 

@@ -34,9 +34,9 @@ BASE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "nu
 
 
 def case(router, E=4, k=1, G=1, B=2, T=17, load_balance=True, dtype="BF16", bend=None, route=False,
-         replay=None, lam=0.37, aux=0.25, **config):
+         replay=None, lam=0.37, aux=0.25, jitter=0.3, **config):
     return dict(router=router, E=E, k=k, G=G, B=B, T=T, load_balance=load_balance, dtype=dtype, bend=bend,
-                route=route, replay=replay, lam=lam, aux=aux, config={**BASE, **config})
+                route=route, replay=replay, lam=lam, aux=aux, jitter=jitter, config={**BASE, **config})
 
 
 def dims(d, H, KV, F, L):
@@ -64,6 +64,18 @@ CASES = {
     "topk_g3_k2": case("topk", E=3, k=2, G=3, B=2, T=8, rms_norm_eps=1e-2, **dims(12, 6, 1, 3, 2)),
     "topk_e1": case("topk", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
     "topk_route": case("topk", E=4, k=2, B=2, T=8, route=True, **dims(16, 4, 2, 7, 1)),
+    "auxfree": case("auxfree", k=2, replay={**REPLAY, "bias_rate": 0.02}, **dims(12, 2, 1, 7, 2)),
+    "auxfree_k1": case("auxfree", E=5, B=1, replay={**REPLAY, "steps": 4, "warmup_steps": 0, "bias_rate": 0.1},
+                       load_balance=False, **dims(12, 3, 3, 7, 1)),
+    "auxfree_g3_k2": case("auxfree", E=3, k=2, G=3, B=2, T=8, dtype="F32", **dims(12, 6, 1, 3, 2)),
+    "auxfree_e1": case("auxfree", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
+    "auxfree_route": case("auxfree", E=4, k=2, B=2, T=8, route=True, **dims(16, 4, 2, 7, 1)),
+    "sparsemixer": case("sparsemixer", replay=REPLAY, **dims(12, 2, 1, 7, 2)),
+    "sparsemixer_k2": case("sparsemixer", E=5, k=2, B=1, load_balance=False, jitter=0.4,
+                           replay={**REPLAY, "steps": 4, "warmup_steps": 0}, **dims(12, 3, 3, 7, 1)),
+    "sparsemixer_g3_k2": case("sparsemixer", E=3, k=2, G=3, B=2, T=8, dtype="F32", **dims(12, 6, 1, 3, 2)),
+    "sparsemixer_e1": case("sparsemixer", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
+    "sparsemixer_route": case("sparsemixer", E=4, k=2, B=2, T=8, route=True, jitter=0.6, **dims(16, 4, 2, 7, 1)),
     "ec": case("ec", B=2, replay={**REPLAY, "steps": 4, "warmup_steps": 0}, **dims(8, 2, 1, 7, 1)),
     "ec_g3_k2": case("ec", E=3, k=2, G=3, B=1, T=17, **dims(12, 2, 1, 3, 2)),
     "ec_none": case("ec", E=3, B=1, T=1, **dims(8, 2, 2, 5, 1)),
@@ -82,6 +94,8 @@ def config_json(x):
     if moe:
         out.update(num_experts=x["E"] * x["G"], num_experts_per_tok=x["k"] * x["G"], granularity=x["G"],
                    router=x["router"], load_balance=x["load_balance"])
+    if x["router"] == "sparsemixer":
+        out["router_jitter"] = x["jitter"]
     return out
 
 
@@ -99,6 +113,8 @@ def tensor_shapes(c, moe, router):
             shapes[name + "mlp.experts.down_proj"] = (c.E, c.d, c.F)
             if router != "hash":
                 shapes[name + "mlp.gate.weight"] = (c.E, c.d)
+            if router == "auxfree":
+                shapes[name + "mlp.gate.e_score_correction_bias"] = (c.E,)
         else:
             shapes |= {name + f"mlp.{n}_proj.weight": (c.F, c.d) for n in ["gate", "up"]}
             shapes[name + "mlp.down_proj.weight"] = (c.d, c.F)
@@ -137,10 +153,13 @@ def bend(w, name, how, rng):
         w[:, 0] = -3
 
 
-def forced_routes(x, c, own, rng):
-    """Active sets that are not the router's own: relu drops a third of it; topk takes any k experts."""
+def forced_routes(x, c, out, rng):
+    """Active sets that are not the router's own: relu drops a third of it; topk takes any k experts. sparsemixer's
+    draws are other tokens', with M = 1: there the gates' slope is that of their values."""
     active = []
-    for g in own:
+    if x["router"] == "sparsemixer":
+        return [out[f"draws.{l}"].roll(1, 0).abs() for l in range(c.L)]
+    for g in [out[f"gates.{l}"] for l in range(c.L)]:
         noise = torch.rand(g.shape, generator=rng)
         keep = (g != 0) & (noise < 0.67) if x["router"] == "relu" else oracle.largest(noise, c.k)
         active.append(keep)
@@ -154,6 +173,8 @@ def shows_its_point(x, c, out):
         return all(not f[:, 0].any() and bool(f[:, -1].all()) for f in fired)
     if x["bend"] == "layer_off":
         return not fired[1].any() and fired[0].any() and fired[2].any()
+    if x["router"] == "sparsemixer" and c.E > 1 and not x["route"]:  # all kinds of draws
+        return all(bool((out[f"draws.{l}"] < 0).any() and (out[f"draws.{l}"] > 0).any()) for l in range(c.L))
     if x["router"] == "relu" and x["route"]:
         return all(bool((out[f"gates.{l}"] >= 0).all()) for l in range(c.L))  # as relu has it
     if x["router"] == "relu":
@@ -186,7 +207,7 @@ def attempt(x, seed, folder):
     dump = lambda p: oracle.dump(c, p, ids, targets, x["lam"], x["aux"], routes)
     out, margin = dump(params)
     if x["route"]:
-        routes = forced_routes(x, c, [out[f"gates.{l}"] for l in range(c.L)], rng)
+        routes = forced_routes(x, c, out, rng)
         out, margin = dump(params)
     if margin < MARGIN or not shows_its_point(x, c, out) or not well_posed(lambda p: dump(p)[0], params, out):
         return False
@@ -206,6 +227,11 @@ def attempt(x, seed, folder):
     return True
 
 
+def route_tensors(x, routes):
+    what = "draws" if x["router"] == "sparsemixer" else "gates"
+    return {f"{what}.{l}": active.to(torch.float32) for l, active in enumerate(routes)}
+
+
 def write_fixture(folder, x, stored, tokens, out, routes):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -215,8 +241,7 @@ def write_fixture(folder, x, stored, tokens, out, routes):
     oracle.write_safetensors(folder / "expected.safetensors", oracle.f32(out))
     args = {"batch": x["B"], "seq_len": x["T"], "lambda": x["lam"], "aux_coeff": x["aux"]}
     if routes:
-        gates = {f"gates.{l}": active.to(torch.float32) for l, active in enumerate(routes)}
-        oracle.write_safetensors(folder / "route.safetensors", gates)
+        oracle.write_safetensors(folder / "route.safetensors", route_tensors(x, routes))
         args["route_from"] = "route.safetensors"
     (folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
 

@@ -81,6 +81,16 @@ class Config:
         self.router = c["router"] if self.E else "dense"
         self.k, self.G = c.get("num_experts_per_tok", 0), c.get("granularity", 1)
         self.load_balance = c.get("load_balance", True)
+        self.jitter = c.get("router_jitter", 0.1)
+
+
+def is_state(name):
+    """Whether a tensor is no parameter: it has no gradient and no moments, and moves by a rule of its own."""
+    return name.endswith("e_score_correction_bias")
+
+
+def trained(tensors):
+    return {name: t for name, t in tensors.items() if not is_state(name)}
 
 
 def load_checkpoint(folder, dtype=torch.float64):
@@ -90,8 +100,10 @@ def load_checkpoint(folder, dtype=torch.float64):
 
 
 def read_gates(path, config):
-    """The gates of an earlier dump, whose nonzero places are the active sets for --route-from."""
+    """The gates of an earlier dump, whose nonzero places are the active sets for --route-from, or its draws."""
     tensors = load_file(str(path))
+    if config.router == "sparsemixer":
+        return [tensors[f"draws.{l}"] for l in range(config.L)]
     return [tensors[f"gates.{l}"] != 0 for l in range(config.L)]
 
 
@@ -139,14 +151,66 @@ def gap(scores, count):
     return float((s[:, count - 1] - s[:, count]).min()) if 0 < count < s.shape[1] else math.inf
 
 
+def rng_mix(x):
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def rng_bits(seed, stream, counter):
+    return rng_mix(rng_mix(rng_mix(seed) ^ stream) ^ counter)
+
+
+def uniforms(key, layer, first_token, N, k):
+    """u, v [N, k] in (0, 1), by counters: whatever the ranks, the micro-batches or the order"""
+    counters = range(2 * k * first_token, 2 * k * (first_token + N))
+    drawn = [((rng_bits(key, layer, n) >> 41) + 0.5) * 2**-23 for n in counters]
+    return torch.tensor(drawn, dtype=torch.float64).view(N, k, 2).unbind(-1)
+
+
 class Routing:
     """What the routers of a micro-batch decided, layer after layer."""
 
-    def __init__(self):
+    def __init__(self, seed=1234, step=0, first_token=0):
+        self.key, self.first_token = rng_bits(seed, 0x64726177, step), first_token
+        self.draws = []  # sparsemixer: [N, E] a layer, +-(j+1) for round j's expert, minus where M = 1/3
         self.gates = []  # [N, E] a layer, 0 where not active
         self.active = []  # [N, E] bool a layer
         self.reg = 0.0  # the table's column `reg`, summed over the layers so far
         self.margin = math.inf  # distance of the nearest decision from tipping over
+
+
+def sparsemixer(z, layer, c, routing, forced):
+    """z [N, E] -> gates M p, whose slope is that of p; records the draws"""
+    N, lone = z.shape[0], torch.arange(z.shape[0])
+    u, v = uniforms(routing.key, layer, routing.first_token, N, c.k)
+    free = torch.ones_like(z, dtype=torch.bool)
+    gates, draws = torch.zeros_like(z), torch.zeros_like(z)
+    for j in range(c.k):
+        left = z.detach().masked_fill(~free, -math.inf)
+        best = left.max(-1, keepdim=True).values
+        slack = 2 * c.jitter * torch.maximum(left.abs(), best) - (best - left)
+        candidate = free & (slack >= 0)
+        p = z.masked_fill(~candidate, -math.inf).softmax(-1)
+        others = free.clone().scatter(1, left.argmax(-1, keepdim=True), False)
+        routing.margin = min(routing.margin, float(slack.abs().masked_fill(~others, math.inf).min()))
+        if forced is None:
+            reached = p.detach().cumsum(-1)
+            nearest = (reached - u[:, j, None]).abs().masked_fill(~candidate, math.inf)
+            routing.margin = min(routing.margin, float(nearest.min()), gap(left, 1) if c.E - j > 1 else math.inf)
+            drawn = (candidate & (reached > u[:, j, None])).to(torch.int8).argmax(-1)
+            third = (drawn != largest(left, 1).to(torch.int8).argmax(-1)) & (v[:, j] >= 0.25)
+        else:
+            drawn = (forced.abs() == j + 1).to(torch.int8).argmax(-1)
+            third = forced[lone, drawn] < 0
+        M = torch.where(third, 1 / 3, 1.0).to(z.dtype)
+        mine = p[lone, drawn]
+        gates = gates.index_put((lone, drawn), mine + ((M - 1) * mine).detach())
+        draws[lone, drawn] = torch.where(third, -(j + 1.0), j + 1.0).to(z.dtype)
+        free[lone, drawn] = False
+    routing.draws.append(draws)
+    return gates, draws != 0
 
 
 def route(x, ids, p, layer, c, routing, forced):
@@ -158,11 +222,17 @@ def route(x, ids, p, layer, c, routing, forced):
         value = torch.ones(N, c.E, dtype=x.dtype)
     else:
         z = x @ p[f"model.layers.{layer}.mlp.gate.weight"].T  # [N, E]
-        value = z if c.router == "relu" else z.softmax(-1)
-        if c.router == "relu":
+        value = {"relu": lambda: z, "auxfree": z.sigmoid}.get(c.router, lambda: z.softmax(-1))()
+        if c.router == "sparsemixer":
+            drawn, active = sparsemixer(z, layer, c, routing, forced)
+            forced, margin = None, math.inf  # what was forced are the draws
+        elif c.router == "relu":
             active, margin = z.detach() > 0, float(z.detach().abs().min())
         elif c.router == "topk":
             active, margin = largest(z, c.k), gap(z, c.k)
+        elif c.router == "auxfree":
+            score = value.detach() + p[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
+            active, margin = largest(score, c.k), gap(score, c.k)
         else:  # ec: each expert takes its C tokens
             C = N * c.k // c.E
             active, margin = largest(value.T, C).T, gap(value.T, C)
@@ -170,11 +240,15 @@ def route(x, ids, p, layer, c, routing, forced):
     if forced is not None:
         active = forced
     gates = torch.where(active, value, torch.zeros_like(value))  # relu: on the active set relu(z) = z
+    if c.router == "auxfree" and c.k > 1:
+        gates = gates / gates.sum(-1, keepdim=True)
+    if c.router == "sparsemixer":
+        gates = drawn
     f = c.E / (c.k * N) * active.sum(0).to(x.dtype)  # (Eq. 11), counts: no gradient passes
     if c.router == "relu":
         f = f if c.load_balance else torch.ones_like(f)
         routing.reg = routing.reg + (f * gates.mean(0)).sum() / c.L  # (Eq. 9, 10)
-    elif c.router == "topk" and c.load_balance:
+    elif c.router in ("topk", "sparsemixer") and c.load_balance:
         routing.reg = routing.reg + (f * value.mean(0)).sum()
     routing.gates.append(gates)
     routing.active.append(active)
@@ -202,10 +276,10 @@ def feed_forward(x, ids, p, layer, c, routing, forced):
     return y
 
 
-def forward(p, c, ids, forced=None):
-    """ids [B, T] -> logits [N, V], Routing"""
+def forward(p, c, ids, forced=None, **draws):
+    """ids [B, T] -> logits [N, V], Routing; draws: Routing's"""
     B, T = ids.shape
-    routing = Routing()
+    routing = Routing(**draws)
     x = p["model.embed_tokens.weight"][ids]  # [B, T, d]
     for l in range(c.L):
         name = f"model.layers.{l}."
@@ -217,19 +291,19 @@ def forward(p, c, ids, forced=None):
     return x.view(B * T, c.d) @ p["lm_head.weight"].T, routing
 
 
-def loss_of(p, c, ids, targets, weight, forced=None):
+def loss_of(p, c, ids, targets, weight, forced=None, **draws):
     """-> lm, reg, loss = lm + weight * reg, logits, Routing; weight: lambda (relu), the coefficient (topk)"""
-    logits, routing = forward(p, c, ids, forced)
+    logits, routing = forward(p, c, ids, forced, **draws)
     lm = torch.nn.functional.cross_entropy(logits, targets.reshape(-1))
     return lm, routing.reg, lm + weight * routing.reg, logits, routing
 
 
 def reg_weight(c, lam, aux_coeff):
-    return {"relu": float(np.float32(lam)), "topk": aux_coeff}.get(c.router, 0.0)
+    return {"relu": float(np.float32(lam)), "topk": aux_coeff, "sparsemixer": aux_coeff}.get(c.router, 0.0)
 
 
 def with_grad(params):
-    return {name: t.detach().clone().requires_grad_() for name, t in params.items()}
+    return {name: t.detach().clone().requires_grad_(not is_state(name)) for name, t in params.items()}
 
 
 def number(x):
@@ -258,7 +332,9 @@ def dump(c, params, ids, targets, lam, aux_coeff, forced=None):
         out["logits"] = logits.detach()
     for l, gates in enumerate(routing.gates):
         out[f"gates.{l}"] = gates.detach()
-    for name, t in p.items():
+    for l, draws in enumerate(routing.draws):
+        out[f"draws.{l}"] = draws
+    for name, t in trained(p).items():
         out["grad." + name] = grad_of(t)
     return out, routing.margin
 
@@ -267,7 +343,7 @@ def dump(c, params, ids, targets, lam, aux_coeff, forced=None):
 # replay: n steps of training in shard order
 
 REPLAY_DEFAULTS = {"lr": 5e-4, "lr_min": 5e-5, "warmup_steps": None, "weight_decay": 0.01, "grad_clip": 1.0,
-                   "lambda_init": 1e-8, "alpha": 1.2, "aux_coeff": 0.01}
+                   "lambda_init": 1e-8, "alpha": 1.2, "aux_coeff": 0.01, "bias_rate": 0.001}
 
 
 def learning_rate(i, o):
@@ -298,32 +374,43 @@ def next_lambda(lam, alpha, active, c, n_step):
     return min(max(lam, np.float32(1e-30)), np.float32(1e30))
 
 
+def balance(p, loads, rate, c):
+    """In place: an expert with less than its share of the step's tokens gets a larger bias. loads: [E] a layer"""
+    for l, load in enumerate(loads):
+        error = (load.sum() - load * c.E).sign()  # of the mean load less the expert's: integers
+        p[f"model.layers.{l}.mlp.gate.e_score_correction_bias"] += rate * error
+
+
 def replay(c, params, tokens, o):
     """o: batch, seq_len, global_batch, steps, any of REPLAY_DEFAULTS -> params, m, v, state, margin"""
     o = REPLAY_DEFAULTS | o
     p = with_grad(params)
-    m = {name: torch.zeros_like(t) for name, t in params.items()}
-    v = {name: torch.zeros_like(t) for name, t in params.items()}
+    m = {name: torch.zeros_like(t) for name, t in trained(params).items()}
+    v = {name: torch.zeros_like(t) for name, t in trained(params).items()}
     B, T, M = o["batch"], o["seq_len"], o["global_batch"]
     assert M % B == 0, "global batch must be whole micro-batches"
     lam, alpha, margin, log = np.float32(o["lambda_init"]), np.float32(o["alpha"]), math.inf, []
     for i in range(o["steps"]):
-        active, losses = 0, []
+        active, losses, loads = 0, [], [0] * c.L
         for t in p.values():
             t.grad = None
         for first in range(i * M, (i + 1) * M, B):
             ids, targets = rows(tokens, first, B, T)
-            lm, reg, loss, _, routing = loss_of(p, c, ids, targets, reg_weight(c, lam, o["aux_coeff"]))
+            lm, reg, loss, _, routing = loss_of(p, c, ids, targets, reg_weight(c, lam, o["aux_coeff"]),
+                                                 step=i, first_token=(first - i * M) * T)
             (loss / (M // B)).backward()
             active += sum(int(a.sum()) for a in routing.active)
+            loads = [load + a.sum(0) for load, a in zip(loads, routing.active)]
             losses.append([number(lm), number(reg)])
             margin = min(margin, routing.margin)
         norm = math.sqrt(sum(float(grad_of(t).square().sum()) for t in p.values()))
         scale = min(1.0, o["grad_clip"] / (norm + 1e-6))
         lr = learning_rate(i, o)
         with torch.no_grad():
-            for name, t in p.items():
+            for name, t in trained(p).items():
                 adamw(t, m[name], v[name], scale * grad_of(t), i, lr, o["weight_decay"])
+            if c.router == "auxfree" and c.load_balance:
+                balance(p, loads, o["bias_rate"], c)
         lm, reg = np.mean(losses, 0)
         sparsity = 1 - active / (c.L * M * T * c.E) if c.E else 0.0
         log.append({"step": i, "lm_loss": lm, "reg_loss": reg, "lambda": float(lam), "sparsity": sparsity,
@@ -365,7 +452,7 @@ def main():
     a.add_argument("--shuffle", type=int, default=0)
     a.add_argument("--global-batch", type=int)
     a.add_argument("--steps", type=int)
-    for name in ["lr", "lr_min", "weight_decay", "grad_clip", "lambda_init", "alpha"]:
+    for name in ["lr", "lr_min", "weight_decay", "grad_clip", "lambda_init", "alpha", "bias_rate"]:
         a.add_argument("--" + name.replace("_", "-"), type=float, default=REPLAY_DEFAULTS[name])
     a.add_argument("--warmup-steps", type=int)
     o = a.parse_args()

@@ -21,7 +21,14 @@ static inline void host_buffer_set(void *values, int which, int64_t first, int64
 }
 
 static inline FlatBuffer host_buffer(const TensorTable *table, float *values) {
-    FlatBuffer buffer = {table, &everything_there_is, 1, values, 0, host_buffer_get, host_buffer_set};
+    FlatBuffer buffer = {table,           &everything_there_is, 1, values, BUFFER_PARAMS,
+                         host_buffer_get, host_buffer_set};
+    return buffer;
+}
+
+static inline FlatBuffer host_moments(const TensorTable *table, float *values) {
+    FlatBuffer buffer = host_buffer(table, values);
+    buffer.which = BUFFER_EXP_AVG;
     return buffer;
 }
 

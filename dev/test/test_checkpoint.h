@@ -30,8 +30,8 @@ static void checkpoint_clean(void) {
 }
 
 // what lies between the tensors is in no file: zeros, as in a model
-static void checkpoint_fill(float *x, const TensorTable *table, unsigned seed, float scale) {
-    for (int i = 0; i < table->count; i++) {
+static void checkpoint_fill(float *x, const TensorTable *table, int count, unsigned seed, float scale) {
+    for (int i = 0; i < count; i++) {
         const Tensor *t = &table->tensors[i];
         fill_uniform(x + t->offset, (size_t)t->size, seed + 97u * (unsigned)i, scale);
     }
@@ -51,9 +51,9 @@ static CheckpointCase checkpoint_case(const char *line, unsigned seed) {
     m.params = NEW(float, n);
     m.exp_avg = NEW(float, n);
     m.exp_avg_sq = NEW(float, n);
-    checkpoint_fill(m.params, &m.table, seed, 1.0f);
-    checkpoint_fill(m.exp_avg, &m.table, seed + 1, 1e-3f);
-    checkpoint_fill(m.exp_avg_sq, &m.table, seed + 2,
+    checkpoint_fill(m.params, &m.table, m.table.count, seed, 1.0f);
+    checkpoint_fill(m.exp_avg, &m.table, m.table.trained_count, seed + 1, 1e-3f);
+    checkpoint_fill(m.exp_avg_sq, &m.table, m.table.trained_count, seed + 2,
                     1e-40f); // numbers that a careless reader would flush to 0
     m.params[3] = -0.0f;
     m.params[4] = INFINITY;
@@ -78,8 +78,8 @@ static void checkpoint_case_free(CheckpointCase *m) {
 
 static void checkpoint_save_to(const char *out, const CheckpointCase *m, const RunState *state) {
     Ranks alone = silent_rank(0, 1);
-    FlatBuffer buffers[] = {host_buffer(&m->table, m->params), host_buffer(&m->table, m->exp_avg),
-                            host_buffer(&m->table, m->exp_avg_sq)};
+    FlatBuffer buffers[] = {host_buffer(&m->table, m->params), host_moments(&m->table, m->exp_avg),
+                            host_moments(&m->table, m->exp_avg_sq)};
     checkpoint_save(&alone, out, &m->config, buffers, state, &m->provenance, &m->options, NULL);
 }
 
@@ -121,7 +121,7 @@ static int checkpoint_weights_equal(const CheckpointCase *m, const char *folder)
 static int checkpoint_moments_equal(const CheckpointCase *m, const char *folder) {
     size_t n = (size_t)m->table.flat_size;
     float *a = NEW(float, n), *b = NEW(float, n);
-    FlatBuffer moments[] = {host_buffer(&m->table, a), host_buffer(&m->table, b)};
+    FlatBuffer moments[] = {host_moments(&m->table, a), host_moments(&m->table, b)};
     int found = checkpoint_load_moments(moments, folder);
     int equal =
         memcmp(a, m->exp_avg, n * sizeof(float)) == 0 && memcmp(b, m->exp_avg_sq, n * sizeof(float)) == 0;
@@ -162,19 +162,24 @@ static void test_checkpoint_round_trip(void) {
     checkpoint_check_round_trip("--router relu --granularity 2");
     checkpoint_check_round_trip("--router hash");
     checkpoint_check_round_trip("--router dense");
+    checkpoint_check_round_trip("--router auxfree --active 2");
 }
 
-// weights alone, rounded to bf16: an export, not a state to go on from
+// weights alone, rounded to bf16: an export, not a state to go on from. Biases are kept exactly
 static void test_checkpoint_bf16(void) {
-    CheckpointCase m = checkpoint_case("", 1);
+    CheckpointCase m = checkpoint_case("--router auxfree", 1);
     FlatBuffer buffer = host_buffer(&m.table, m.params);
     Ranks alone = silent_rank(0, 1);
     RunState state;
     checkpoint_clean();
     save_buffers(&alone, CHECKPOINT_OUT, "model.safetensors", &buffer, weight_prefix, 1, "BF16");
-    for (int64_t i = 0; i < m.table.flat_size; i++) {
-        m.params[i] = bf16_to_float(float_to_bf16(m.params[i]));
+    for (int i = 0; i < m.table.trained_count; i++) {
+        const Tensor *tensor = &m.table.tensors[i];
+        for (int64_t j = tensor->offset; j < tensor->offset + tensor->size; j++) {
+            m.params[j] = bf16_to_float(float_to_bf16(m.params[j]));
+        }
     }
+    CHECK(m.table.count == m.table.trained_count + 2);
     CHECK(checkpoint_weights_equal(&m, CHECKPOINT_OUT));
     CHECK(checkpoint_load_state(&state, NULL, CHECKPOINT_OUT) == 0 &&
           !checkpoint_moments_equal(&m, CHECKPOINT_OUT));
@@ -638,7 +643,8 @@ static uint64_t checkpoint_save_divided(const char *path, const Division *d, con
     for (int rank = 0; rank < d->count; rank++) {
         safetensors_writer_open(&w[rank], path);
         for (int b = 0; b < count; b++) {
-            declare_buffer(&w[rank], table, count == 1 ? weight_prefix[0] : moment_prefixes[b], "F32");
+            FlatBuffer buffer = division_buffer(d, rank, table, values[b]);
+            declare_buffer(&w[rank], &buffer, count == 1 ? weight_prefix[0] : moment_prefixes[b], "F32");
         }
         if (rank == 0) {
             safetensors_create(&w[rank]);
@@ -778,8 +784,8 @@ static void test_checkpoint_dump_divided(void) {
         for (int64_t l = 0; l < L; l++) {
             gates[rank][l] = rows + 2 * N * V + (2 * l + rank) * N * E;
         }
-        Dump dump = {N, scalars, rows + rank * N * V, gates[rank],
-                     division_buffer(d, rank, &m.table, m.params)};
+        Dump dump = {N,           scalars,     rows + rank * N * V,
+                     gates[rank], gates[rank], division_buffer(d, rank, &m.table, m.params)};
         safetensors_writer_open(&w[rank], "build/test/divided.dump");
         dump_declare(&w[rank], &m.config, &dump, 2);
         if (rank == 0) {
@@ -796,7 +802,7 @@ static void test_checkpoint_dump_divided(void) {
     for (int64_t l = 0; l < L; l++) {
         gates[0][l] = rows + 2 * N * V + 2 * l * N * E;
     }
-    Dump together = {2 * N, scalars, rows, gates[0], host_buffer(&m.table, m.params)};
+    Dump together = {2 * N, scalars, rows, gates[0], gates[0], host_buffer(&m.table, m.params)};
     dump_write(&alone, "build/test/together.dump", &m.config, &together);
     CHECK(system("cmp build/test/divided.dump build/test/together.dump") == 0);
     for (int rank = 0; rank < 2; rank++) {
@@ -893,7 +899,7 @@ static void checkpoint_write_little(void *m) {
     FlatBuffer buffer = host_buffer(&c->table, c->params);
     SafetensorsWriter w;
     safetensors_writer_open(&w, CHECKPOINT_OUT "/model.safetensors");
-    declare_buffer(&w, &c->table, "", "F32");
+    declare_buffer(&w, &buffer, "", "F32");
     safetensors_join(&w);
     setrlimit(RLIMIT_FSIZE, &limit);
     signal(SIGXFSZ, SIG_IGN);
@@ -904,10 +910,11 @@ static void checkpoint_write_little(void *m) {
 
 static void test_checkpoint_second_disk_full(void) {
     CheckpointCase m = checkpoint_case("", 1);
+    FlatBuffer buffer = host_buffer(&m.table, m.params);
     SafetensorsWriter w;
     checkpoint_clean();
     safetensors_writer_open(&w, CHECKPOINT_OUT "/model.safetensors");
-    declare_buffer(&w, &m.table, "", "F32");
+    declare_buffer(&w, &buffer, "", "F32");
     safetensors_create(&w);
     struct stat status;
     CHECK(stat(CHECKPOINT_OUT "/model.safetensors.tmp", &status) == 0);

@@ -125,12 +125,12 @@ static void config_other_value(char *text, size_t capacity, const OptionRow *row
 static void test_config_scopes(void) {
     int count;
     const OptionRow *rows = option_rows(&count);
-    Config plain = config_of(NULL, "--heads 8"); // a multiple of twice the default KV
+    Config plain = config_of(NULL, "--heads 8 --router sparsemixer"); // a multiple of twice the default KV
     for (int i = 0; i < count; i++) {
         char text[OPTION_TEXT_SIZE];
         Options o;
         options_defaults(&o, NULL);
-        options_parse_line(&o, "--heads 8");
+        options_parse_line(&o, "--heads 8 --router sparsemixer");
         config_other_value(text, sizeof(text), &rows[i]);
         option_set(&o, &rows[i], text, "");
         Config c = config_from_options(&o);
@@ -145,7 +145,11 @@ static void test_config_scopes(void) {
 
 static void test_config_round_trip(void) {
     static const char *const lines[] = {"--router relu --granularity 2 --active 2",
-                                        "--router topk --load-balance 0", "--router ec", "--router hash",
+                                        "--router topk --load-balance 0",
+                                        "--router auxfree",
+                                        "--router sparsemixer --router-jitter 0.25",
+                                        "--router ec",
+                                        "--router hash",
                                         "--router dense --ffn-mult 3"};
     for (size_t i = 0; i < sizeof(lines) / sizeof(lines[0]); i++) {
         Config c = config_of(NULL, lines[i]);

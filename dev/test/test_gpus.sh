@@ -19,7 +19,8 @@ tiny='--layers 2 --hidden 32 --heads 4 --kv-heads 2 --ffn-mult 2 --vocab-size 25
 
 # one chunk of pairs a layer, so that each launch adds to a gradient once, and no count over all ranks
 declare -A alike=([dense]='--router dense' [hash]='--router hash' [topk]='--router topk --active 2 --load-balance 0'
-    [relu]='--router relu --active 8 --load-balance 0')
+    [auxfree]='--router auxfree --active 2 --bias-rate 0.02'
+    [sparsemixer]='--router sparsemixer --active 2 --load-balance 0 --router-jitter 0.4' [relu]='--router relu --active 8 --load-balance 0')
 
 run() { # run NAME OPTIONS...: a training run; its status
     local name=$1

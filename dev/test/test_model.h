@@ -99,13 +99,14 @@ static int model_wrong_places(const ModelCase *m) {
     return wrong;
 }
 
-static void model_check_table(const char *router, const ModelRow *rows, int count, int experts) {
+// the last `state` rows are no parameters
+static void model_check_table(const char *router, const ModelRow *rows, int count, int state, int experts) {
     char line[256];
     check_format(line, sizeof(line), MODEL_LINE "%s", router);
     ModelCase m = model_case(NULL, line);
     int64_t params = 0;
     int wrong = 0;
-    CHECK(m.table.count == count);
+    CHECK(m.table.count == count && m.table.trained_count == count - state);
     for (int i = 0; i < count && i < m.table.count; i++) {
         const Tensor *t = &m.table.tensors[i];
         int64_t size = 1;
@@ -116,7 +117,7 @@ static void model_check_table(const char *router, const ModelRow *rows, int coun
         }
         wrong += strcmp(t->name, rows[i].name) != 0 || t->ndim != ndim || t->size != size;
         wrong += t->deviation != (float)rows[i].deviation || t->decay != (ndim >= 2);
-        params += size;
+        params += i < count - state ? size : 0;
     }
     wrong += model_wrong_places(&m);
     if (!CHECK(wrong == 0 && m.table.num_params == params && config_params(&m.config, experts) == params)) {
@@ -126,10 +127,17 @@ static void model_check_table(const char *router, const ModelRow *rows, int coun
 }
 
 static void test_model_table(void) {
-    static const ModelRow routed[] = {
-        MODEL_FIRST,        MODEL_LAYER("0"), {"model.layers.0.mlp.gate.weight", {6, 24}, 0.01},
-        MODEL_EXPERTS("0"), MODEL_LAYER("1"), {"model.layers.1.mlp.gate.weight", {6, 24}, 0.01},
-        MODEL_EXPERTS("1"), MODEL_LAST};
+    static const ModelRow biased[] = {MODEL_FIRST,
+                                      MODEL_LAYER("0"),
+                                      {"model.layers.0.mlp.gate.weight", {6, 24}, 0.01},
+                                      MODEL_EXPERTS("0"),
+                                      MODEL_LAYER("1"),
+                                      {"model.layers.1.mlp.gate.weight", {6, 24}, 0.01},
+                                      MODEL_EXPERTS("1"),
+                                      MODEL_LAST,
+                                      {"model.layers.0.mlp.gate.e_score_correction_bias", {6}, 0},
+                                      {"model.layers.1.mlp.gate.e_score_correction_bias", {6}, 0}};
+    const int routed = sizeof(biased) / sizeof(biased[0]) - 2; // the other learned routers have no bias
     static const ModelRow hash[] = {MODEL_FIRST,      MODEL_LAYER("0"),   MODEL_EXPERTS("0"),
                                     MODEL_LAYER("1"), MODEL_EXPERTS("1"), MODEL_LAST};
     static const ModelRow dense[] = {MODEL_FIRST,
@@ -142,11 +150,12 @@ static void test_model_table(void) {
                                      {"model.layers.1.mlp.up_proj.weight", {96, 24}, 0.01},
                                      {"model.layers.1.mlp.down_proj.weight", {24, 96}, 0.005},
                                      MODEL_LAST};
-    model_check_table("relu", routed, sizeof(routed) / sizeof(routed[0]), 6);
-    model_check_table("topk", routed, sizeof(routed) / sizeof(routed[0]), 6);
-    model_check_table("ec", routed, sizeof(routed) / sizeof(routed[0]), 6);
-    model_check_table("hash", hash, sizeof(hash) / sizeof(hash[0]), 6);
-    model_check_table("dense", dense, sizeof(dense) / sizeof(dense[0]), 1);
+    model_check_table("relu", biased, routed, 0, 6);
+    model_check_table("topk", biased, routed, 0, 6);
+    model_check_table("ec", biased, routed, 0, 6);
+    model_check_table("auxfree", biased, routed + 2, 2, 6);
+    model_check_table("hash", hash, sizeof(hash) / sizeof(hash[0]), 0, 6);
+    model_check_table("dense", dense, sizeof(dense) / sizeof(dense[0]), 0, 1);
 }
 
 // element `row` of the tensor of that name
@@ -185,7 +194,10 @@ static void test_model_pointers(void) {
     m = model_case(NULL, MODEL_LINE "hash");
     m.weights.layers[0].router = m.params; // of an earlier walk
     model_tensors(&m.table, &m.weights, &m.config, m.params);
-    CHECK(m.weights.layers[0].router == NULL);
+    CHECK(m.weights.layers[0].router == NULL && m.weights.layers[0].bias == NULL);
+    model_case_free(&m);
+    m = model_case(NULL, MODEL_LINE "auxfree");
+    CHECK(m.weights.layers[1].bias == model_at(&m, "model.layers.1.mlp.gate.e_score_correction_bias"));
     model_case_free(&m);
 }
 
@@ -216,9 +228,16 @@ static void model_draw(const ModelCase *m, float *params, uint64_t seed) {
 
 // the small preset's tensors, in 3 layers of narrow experts
 static void test_model_init(void) {
-    ModelCase m = model_case("small", "--layers 3 --vocab-size 1024 --experts 2 --ffn-mult 1");
+    ModelCase m =
+        model_case("small", "--layers 3 --vocab-size 1024 --experts 2 --ffn-mult 1 --router auxfree");
+    for (int64_t i = 0; i < m.table.flat_size; i++) {
+        m.params[i] = 7.0f;
+    }
     model_draw(&m, m.params, 1234);
-    for (int i = 0; i < m.table.count; i++) {
+    for (int l = 0; l < 3; l++) {
+        CHECK(m.weights.layers[l].bias[0] == 0.0f && m.weights.layers[l].bias[1] == 0.0f);
+    }
+    for (int i = 0; i < m.table.trained_count; i++) {
         const Tensor *t = &m.table.tensors[i];
         int norm = strstr(t->name, "norm") != NULL;
         int residual = strstr(t->name, "o_proj") != NULL || strstr(t->name, "down_proj") != NULL;

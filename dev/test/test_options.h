@@ -24,6 +24,7 @@ static void test_options_defaults(void) {
     int count;
     const OptionRow *rows = option_rows(&count);
     CHECK(o.experts == 8 && o.active == 1 && o.granularity == 1 && o.load_balance == 1 && o.eval == 0);
+    CHECK(o.bias_rate == 0.001 && o.router_jitter == 0.1);
     CHECK(o.lambda_init == 1e-8 && o.alpha == 1.2 && o.aux_coeff == 0.01 && o.lr == 5e-4 && o.lr_min == 5e-5);
     CHECK(o.weight_decay == 0.01 && o.grad_clip == 1.0 && o.warmup_steps == -1 && o.topk_warmup_k == 6);
     CHECK(o.pair_budget == 0.0 && o.recompute == 0);

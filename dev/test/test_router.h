@@ -18,12 +18,17 @@ typedef struct {
     PairList pairs;
 } RouterRun;
 
+static const float router_bias[ROUTER_E] = {0.3f, -0.2f, 0.0f, 0.1f};
+
+static const uint64_t router_key = 99;
+
 static Router router_of(RouterMethod method, int load_balance) {
     Router router;
     router.method = method;
     router.experts = method == ROUTER_DENSE ? 1 : ROUTER_E;
     router.active = method == ROUTER_DENSE ? 1 : ROUTER_K;
     router.load_balance = load_balance;
+    router.jitter = 0.3;
     return router;
 }
 
@@ -39,8 +44,8 @@ static void router_run(RouterRun *run, Router router, const float *forced, int l
         dgate[i] = 0.01f;
     }
     fill_uniform(run->logits, ROUTER_CELLS, 1, 1.0f);
-    router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, ids, forced, router,
-                   ROUTER_TOKENS);
+    RouterInputs in = {ids, router_bias, forced, {&router_key, 0, 1}};
+    router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, in, router, ROUTER_TOKENS);
     pairs_to_dense(run->gates, &run->pairs, router.experts);
     run->loss = router_loss(&run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router, layers);
     router_backward(run->dlogits, dgate, &run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router,
@@ -67,7 +72,8 @@ static void test_router_names(void) {
     }
     CHECK(router_from_name("relu") == ROUTER_RELU && router_from_name("topk") == ROUTER_TOPK);
     CHECK(router_from_name("ec") == ROUTER_EC && router_from_name("hash") == ROUTER_HASH);
-    CHECK(router_from_name("dense") == ROUTER_DENSE);
+    CHECK(router_from_name("dense") == ROUTER_DENSE && router_from_name("auxfree") == ROUTER_AUXFREE);
+    CHECK(router_from_name("sparsemixer") == ROUTER_SPARSEMIXER);
     CHECK(router_loss_weight(ROUTER_RELU, 3.0, 0.5) == 3.0 &&
           router_loss_weight(ROUTER_TOPK, 3.0, 0.5) == 0.5);
     CHECK(router_loss_weight(ROUTER_EC, 3.0, 0.5) == 0.0 && router_loss_weight(ROUTER_HASH, 3.0, 0.5) == 0.0);
@@ -108,6 +114,32 @@ static void test_router_topk_switch(void) {
     CHECK(many.loss == run.loss && memcmp(many.dlogits, run.dlogits, sizeof(run.dlogits)) == 0);
     CHECK(run.loss > 0.9 && plain.loss == 0.0); // about 1 when the load is even
     CHECK(relative_error(plain.dlogits, run.dlogits, ROUTER_CELLS) > 1e-2);
+}
+
+// the bias moves the choice, not the gates, which are shares; no loss, and one more expert is one more gate
+static void test_router_auxfree_switch(void) {
+    RouterRun run, forced;
+    float all[ROUTER_CELLS];
+    router_run(&run, router_of(ROUTER_AUXFREE, 1), NULL, 2, 0.5);
+    CHECK(run.loss == 0.0);
+    for (int t = 0; t < ROUTER_TOKENS; t++) {
+        const float *gates = run.gates + t * ROUTER_E, *s = run.logits + t * ROUTER_E;
+        float sum = 0.0f, least = 2.0f, most = 0.0f;
+        for (int e = 0; e < ROUTER_E; e++) {
+            sum += gates[e];
+            least = gates[e] != 0.0f ? fminf(least, s[e] + router_bias[e]) : least;
+            most = gates[e] == 0.0f ? fmaxf(most, s[e] + router_bias[e]) : most;
+        }
+        CHECK(fabsf(sum - 1.0f) < 1e-6f && least >= most);
+    }
+    for (int i = 0; i < ROUTER_CELLS; i++) {
+        all[i] = 1.0f;
+    }
+    router_run(&forced, router_of(ROUTER_AUXFREE, 1), all, 2, 0.5);
+    for (int t = 0; t < ROUTER_TOKENS; t++) {
+        const float *s = forced.logits + t * ROUTER_E;
+        CHECK(fabsf(forced.gates[t * ROUTER_E] - s[0] / (s[0] + s[1] + s[2] + s[3])) < 1e-6f);
+    }
 }
 
 static void test_router_others(void) {
@@ -158,14 +190,15 @@ static void test_router_forced(void) {
 // one logit of one token that is no number: whatever the method, some gate is none either, so that the loss
 // shows it
 static void test_router_not_a_number(void) {
-    const RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_EC};
-    for (int m = 0; m < 3; m++) {
+    const RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_AUXFREE, ROUTER_SPARSEMIXER, ROUTER_EC};
+    for (int m = 0; m < 5; m++) {
         float logits[ROUTER_CELLS];
         int broken = 0;
         PairList pairs = pairs_empty();
         fill_uniform(logits, ROUTER_CELLS, 1, 1.0f);
         logits[7 * ROUTER_E + 2] = NAN;
-        router_forward(&pairs, logits, NULL, NULL, router_of(methods[m], 1), ROUTER_TOKENS);
+        RouterInputs in = {NULL, router_bias, NULL, {&router_key, 0, 1}};
+        router_forward(&pairs, logits, in, router_of(methods[m], 1), ROUTER_TOKENS);
         for (int64_t p = pairs.row_start[7]; p < pairs.row_start[8]; p++) {
             broken += isnan(pairs.gate[p]);
         }
@@ -179,6 +212,7 @@ static void test_router(void) {
     test_router_names();
     test_router_relu_switch();
     test_router_topk_switch();
+    test_router_auxfree_switch();
     test_router_others();
     test_router_forced();
 }

@@ -403,7 +403,7 @@ static void trainer_cached_sampling(void) {
         ids[t] = (t * 37 + 11) % V;
     }
     float *full = NEW(float, T *V);
-    model_forward(m, ids, 1, T, 0, NULL);
+    model_forward(m, ids, 1, T, 0, no_draws, NULL);
     matmul_forward(full, m->acts.normed, m->params.weights.head, T, c.hidden, V);
     int equal = 1;
     for (int n = 5, cached = 0; n <= T; cached = n, n += 1 + n % 3) {
@@ -570,6 +570,8 @@ static void test_trainer(void) {
     trainer_fixtures();
     trainer_resume("relu");
     trainer_resume("topk --topk-warmup-steps 8 --topk-warmup-k 3");
+    trainer_resume("auxfree --active 2");
+    trainer_resume("sparsemixer --active 2 --router-jitter 0.4");
     trainer_resume("dense --experts 1");
     trainer_resume_stopped_in_the_middle();
     trainer_ctrl_c();

@@ -16,19 +16,22 @@ enum { TENSOR_NAME_SIZE = 128 };
 static_assert(sizeof(((Tensor *)0)->shape) / sizeof(int64_t) <= SAFETENSORS_MAX_DIMS,
               "the format takes our shapes");
 
-static inline void declare_buffer(SafetensorsWriter *w, const TensorTable *table, const char *prefix,
+// dtype: of the parameters; state is small, and kept exactly
+static inline void declare_buffer(SafetensorsWriter *w, const FlatBuffer *buffer, const char *prefix,
                                   const char *dtype) {
-    for (int i = 0; i < table->count; i++) {
+    for (int i = 0; i < buffer_tensors(buffer); i++) {
+        const Tensor *tensor = &buffer->table->tensors[i];
         char name[TENSOR_NAME_SIZE];
-        check_format(name, sizeof(name), "%s%s", prefix, table->tensors[i].name);
-        safetensors_declare(w, name, dtype, table->tensors[i].ndim, table->tensors[i].shape);
+        check_format(name, sizeof(name), "%s%s", prefix, tensor->name);
+        safetensors_declare(w, name, i < buffer->table->trained_count ? dtype : "F32", tensor->ndim,
+                            tensor->shape);
     }
 }
 
 // what is kept here of a buffer whose first tensor has that number in the file
 static inline void write_buffer(SafetensorsWriter *w, size_t first_tensor, const FlatBuffer *buffer) {
     float *values = NEW(float, MOST_IN_PIECE);
-    for (int i = 0; i < buffer->table->count; i++) {
+    for (int i = 0; i < buffer_tensors(buffer); i++) {
         for (Piece p = before_first_piece; next_piece(&p, &buffer->table->tensors[i], buffer);) {
             buffer->get(buffer->owner, buffer->which, p.first, p.n, values);
             safetensors_write_at(w, first_tensor + (size_t)i, (uint64_t)p.element, values, (uint64_t)p.n);
@@ -47,11 +50,11 @@ static inline void save_buffers(Ranks *ranks, const char *folder, const char *fi
     safetensors_writer_open(&writer, path);
     writer.folder = folder;
     for (int b = 0; b < count; b++) {
-        declare_buffer(&writer, buffers[b].table, prefixes[b], dtype);
+        declare_buffer(&writer, &buffers[b], prefixes[b], dtype);
     }
     safetensors_begin(&writer, ranks);
-    for (int b = 0; b < count; b++) {
-        write_buffer(&writer, (size_t)b * (size_t)buffers[b].table->count, &buffers[b]);
+    for (int b = 0, first = 0; b < count; first += buffer_tensors(&buffers[b++])) {
+        write_buffer(&writer, (size_t)first, &buffers[b]);
     }
     safetensors_finish(&writer, ranks);
 }
@@ -59,7 +62,7 @@ static inline void save_buffers(Ranks *ranks, const char *folder, const char *fi
 // what is kept here of one buffer
 static inline void load_buffer(const FlatBuffer *buffer, const Safetensors *st, const char *prefix) {
     float *values = NEW(float, MOST_IN_PIECE);
-    for (int i = 0; i < buffer->table->count; i++) {
+    for (int i = 0; i < buffer_tensors(buffer); i++) {
         const Tensor *tensor = &buffer->table->tensors[i];
         char name[TENSOR_NAME_SIZE];
         check_format(name, sizeof(name), "%s%s", prefix, tensor->name);

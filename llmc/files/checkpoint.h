@@ -208,12 +208,14 @@ static inline void checkpoint_find(char *folder, const char *named, const char *
     }
 }
 
-// names what a file has beyond `expected` tensors of the table: a model that ignored it would be another one
-static inline void refuse_unused_tensors(const Safetensors *st, const TensorTable *table,
+// names what a file has beyond the tensors of so many buffers like this one: a model that ignored it would be
+// another one
+static inline void refuse_unused_tensors(const Safetensors *st, const FlatBuffer *buffer,
                                          const char *const *prefixes, int count) {
     char names[512] = "";
     size_t used = 0, unused = 0;
-    if (st->count == (size_t)count * (size_t)table->count) {
+    int tensors = buffer_tensors(buffer);
+    if (st->count == (size_t)count * (size_t)tensors) {
         return; // all of these were found
     }
     for (size_t e = 0; e < st->count; e++) {
@@ -221,8 +223,8 @@ static inline void refuse_unused_tensors(const Safetensors *st, const TensorTabl
         int known = suffix != NULL && strcmp(suffix, ".rotary_emb.inv_freq") == 0; // follows from rope_theta
         for (int b = 0; b < count && !known; b++) {
             size_t size = strlen(prefixes[b]);
-            for (int i = 0; i < table->count && strncmp(name, prefixes[b], size) == 0 && !known; i++) {
-                known = strcmp(name + size, table->tensors[i].name) == 0;
+            for (int i = 0; i < tensors && strncmp(name, prefixes[b], size) == 0 && !known; i++) {
+                known = strcmp(name + size, buffer->table->tensors[i].name) == 0;
             }
         }
         if (!known && unused++ < 4 && used < sizeof(names)) {
@@ -245,7 +247,7 @@ static inline Safetensors *open_weights(const char *folder) {
 static inline void checkpoint_load_weights(const FlatBuffer *params, const char *folder) {
     Safetensors *st = open_weights(folder);
     load_buffer(params, st, weight_prefix[0]);
-    refuse_unused_tensors(st, params->table, weight_prefix, 1);
+    refuse_unused_tensors(st, params, weight_prefix, 1);
     safetensors_close(st);
 }
 
@@ -259,7 +261,7 @@ static inline int checkpoint_load_moments(const FlatBuffer *moments, const char 
     Safetensors *st = safetensors_open(path, "remove the file to start with zero moments");
     load_buffer(&moments[0], st, moment_prefixes[0]);
     load_buffer(&moments[1], st, moment_prefixes[1]);
-    refuse_unused_tensors(st, moments[0].table, moment_prefixes, 2);
+    refuse_unused_tensors(st, &moments[0], moment_prefixes, 2);
     safetensors_close(st);
     return 1;
 }

@@ -22,6 +22,7 @@ Errors: exit 1 with the file's name, the key, what was expected and the remedy.
 #define EVERY KEY_EVERY_MODEL
 #define DENSE (1u << ROUTER_DENSE)
 #define ROUTED (~DENSE)
+#define MIXER (1u << ROUTER_SPARSEMIXER)
 static_assert(ROUTER_COUNT <= 8 * sizeof(unsigned), "a bit per router");
 
 #define FIELD(kind, models, name, field, least, most, absent)                                                \
@@ -52,6 +53,7 @@ static inline const Key *config_keys(int *count) {
         FIELD(INTEGER,  ROUTED, "granularity",             granularity,         1,     65536,   1),
         TEXT(NAME,      ROUTED, "router",                  NULL),
         FIELD(FLAG,     ROUTED, "load_balance",            router.load_balance, 0,     1,       1),
+        FIELD(REAL,     MIXER,  "router_jitter",           router.jitter,       0,     1e3,     0.1),
         TEXT(CONSTANT,  EVERY,  "attention_bias",          "false"),
         TEXT(CONSTANT,  EVERY,  "mlp_bias",                "false"),
         TEXT(CONSTANT,  EVERY,  "tie_word_embeddings",     "false"),
@@ -66,6 +68,7 @@ static inline const Key *config_keys(int *count) {
 #undef EVERY
 #undef DENSE
 #undef ROUTED
+#undef MIXER
 #undef FIELD
 #undef TEXT
 

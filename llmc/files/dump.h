@@ -4,11 +4,12 @@ The dump: one micro-batch's losses, gates and gradients in a safetensors file, f
 
     lm_loss, reg_loss, loss = lm_loss + weight reg_loss, sparsity       [1] each
     logits [B*T, V] when B*T <= 256;  gates.N [B*T, E] of layer N, 0 where not active (none when dense)
+    draws.N [B*T, E] where the router draws: +-(j + 1) in round j's expert, minus where M = 1/3, else 0
     grad.NAME for every tensor NAME of the checkpoint, in its shape
 
 With several ranks B is that of all together; each writes its own rows, and of the gradients what it keeps.
-A dump's gates can be the next one's routes (--route-from): gates != 0 is the active set. Errors: as in
-safetensors.h.
+A dump's gates, or its draws, can be the next one's routes (--route-from): gates != 0 is the active set.
+Errors: as in safetensors.h.
 */
 #ifndef DUMP_H
 #define DUMP_H
@@ -24,8 +25,19 @@ typedef struct {
     const float *scalars;      // [DUMP_SCALARS], the same on all ranks
     const float *logits;       // [N, V], or NULL
     const float *const *gates; // L matrices [N, E], or NULL when dense
+    const float *const *draws; // the same, or NULL where the router draws nothing
     FlatBuffer grads;
 } Dump;
+
+// L matrices, or none
+static inline void dump_declare_layers(SafetensorsWriter *w, const Config *c, const char *what,
+                                       const float *const *matrices, const int64_t *shape) {
+    for (int l = 0; l < c->layers && matrices != NULL; l++) {
+        char name[64];
+        check_format(name, sizeof(name), "%s.%d", what, l);
+        safetensors_declare(w, name, "F32", 2, shape);
+    }
+}
 
 static inline void dump_declare(SafetensorsWriter *w, const Config *c, const Dump *dump, int ranks) {
     static const char *const scalar_names[DUMP_SCALARS] = {"lm_loss", "reg_loss", "loss", "sparsity"};
@@ -37,12 +49,9 @@ static inline void dump_declare(SafetensorsWriter *w, const Config *c, const Dum
     if (dump->logits != NULL) {
         safetensors_declare(w, "logits", "F32", 2, logit_shape);
     }
-    for (int l = 0; l < c->layers && dump->gates != NULL; l++) {
-        char name[64];
-        check_format(name, sizeof(name), "gates.%d", l);
-        safetensors_declare(w, name, "F32", 2, gate_shape);
-    }
-    declare_buffer(w, dump->grads.table, "grad.", "F32");
+    dump_declare_layers(w, c, "gates", dump->gates, gate_shape);
+    dump_declare_layers(w, c, "draws", dump->draws, gate_shape);
+    declare_buffer(w, &dump->grads, "grad.", "F32");
 }
 
 // rank r's rows are those from r N on; size: of N rows
@@ -62,6 +71,9 @@ static inline void dump_put(SafetensorsWriter *w, const Config *c, const Dump *d
     }
     for (int l = 0; l < c->layers && dump->gates != NULL; l++) {
         dump_put_rows(w, tensor++, rank, dump->gates[l], dump->N * c->router.experts);
+    }
+    for (int l = 0; l < c->layers && dump->draws != NULL; l++) {
+        dump_put_rows(w, tensor++, rank, dump->draws[l], dump->N * c->router.experts);
     }
     write_buffer(w, tensor, &dump->grads);
 }
@@ -93,14 +105,14 @@ static inline void free_layer_matrices(float **layers) {
     }
 }
 
-// this rank's rows of the gates of an earlier dump of the same micro-batch; N tokens on each rank
+// this rank's rows of the gates, or draws, of an earlier dump of the same micro-batch; N tokens on each rank
 static inline float **dump_read_routes(const Ranks *ranks, const char *path, const Config *c, int64_t N) {
     Safetensors *st = safetensors_open(path, "make it with --dump");
     float **routes = layer_matrices(c, N);
     int64_t shape[] = {N * ranks->count, c->router.experts}, size = N * c->router.experts;
     for (int l = 0; l < c->layers; l++) {
         char name[64];
-        check_format(name, sizeof(name), "gates.%d", l);
+        check_format(name, sizeof(name), router_draws(c->router.method) ? "draws.%d" : "gates.%d", l);
         safetensors_read_f32_range(st, safetensors_require(st, name, 2, shape),
                                    (uint64_t)(ranks->rank * size), (uint64_t)size, routes[l]);
     }

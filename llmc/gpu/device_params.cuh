@@ -20,9 +20,9 @@ Elements are counted as in a flat buffer (model.h). Errors: what the device cann
 #include "llmc/trainer.h"
 // defines: adamw_update, round_copy; Comm, Region; take; Purpose, ModelBuffer, Range
 
-// a layer's weights as the kernels read them: norms and the router in fp32, matrices rounded
+// a layer's weights as the kernels read them: norms, the router and its bias in fp32, matrices rounded
 typedef struct {
-    const float *attn_norm, *ffn_norm, *router; // router NULL without a learned one
+    const float *attn_norm, *ffn_norm, *router, *bias; // router, bias NULL without one
     const floatX *qkv, *o, *router_x, *gate_up, *down;
 } LayerReads;
 
@@ -131,6 +131,7 @@ static inline void point_reads(DeviceParams *p, const Config *config) {
         to->ffn_norm = fp32 + from->ffn_norm;
         to->router = learned ? fp32 + from->router : NULL;
         to->router_x = learned ? x + from->router : NULL;
+        to->bias = from->bias >= 0 ? fp32 + from->bias : NULL;
         to->qkv = x + from->qkv;
         to->o = x + from->o;
         to->gate_up = x + from->gate_up;

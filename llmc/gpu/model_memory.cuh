@@ -46,7 +46,7 @@ typedef struct {
     floatX *mid; // [N, d] the residual stream between attention and experts
     floatX *ffn_normed;      // [N, d], or of all layers together with --recompute
     float *ffn_rstd;         // [N]
-    float *router_logits;    // [N, E] (the softmax for topk and ec)
+    float *router_logits;    // [N, E], or what the router makes of them
     DevicePairs pairs;       // who goes where, with which gate
     DeviceDispatch dispatch; // the same, sorted by expert
 } LayerActs;
@@ -70,6 +70,7 @@ static_assert(sizeof(Vote) % sizeof(int64_t) == 0, "counts stand behind it");
 // a micro-batch on the device
 typedef struct {
     int *inputs, *targets;   // [N]
+    int64_t first_token;     // in the step of all ranks
     EmbeddingPlan positions; // where each id stands, for the embedding's gradient
 } Batch;
 
@@ -104,6 +105,7 @@ typedef struct {
     StepSums *sums;       // one
     int64_t *counts;      // [L, E] of the step
     double *grad_squares; // one: of all gradients
+    uint64_t *draw_key;   // one: of the routers' draws
     Batch *batches;       // [micro-batches], kept until the step is done
     int *staging;         // the same on the host, pinned
     int *id_places;       // [V] scratch of the host
@@ -162,6 +164,9 @@ static inline void routing_allocate(Model *m, DevicePairs *pairs, DeviceDispatch
     pairs->row_start = take<int>(memory, SEGMENT_ACTIVATIONS, N + 1);
     pairs->expert = take<int>(memory, SEGMENT_ACTIVATIONS, P);
     pairs->gate = take<float>(memory, SEGMENT_ACTIVATIONS, P);
+    if (router_draws(m->config.router.method)) {
+        pairs->rounds = take<RouterRound>(memory, SEGMENT_ACTIVATIONS, (int64_t)N * m->config.router.active);
+    }
     dispatch->offsets = take<int>(memory, SEGMENT_ACTIVATIONS, E + 1);
     dispatch->row_of_pair = take<int>(memory, SEGMENT_ACTIVATIONS, P);
     dispatch->token_of_row = take<int>(memory, SEGMENT_ACTIVATIONS, rows);
@@ -246,6 +251,7 @@ static inline void allocate_activations(Model *m) {
     m->step.sums = take<StepSums>(memory, SEGMENT_WORKSPACE, 1);
     m->step.counts = take<int64_t>(memory, SEGMENT_WORKSPACE, c->layers * E);
     m->step.grad_squares = take<double>(memory, SEGMENT_WORKSPACE, 1);
+    m->step.draw_key = take<uint64_t>(memory, SEGMENT_WORKSPACE, 1);
     if (m->settings.purpose != FOR_INFERENCE) {
         m->back.dx = take<floatX>(memory, SEGMENT_WORKSPACE, N * d);
         m->back.dnormed = take<floatX>(memory, SEGMENT_WORKSPACE, N * d);

@@ -144,6 +144,7 @@ static inline void dump(Run *run) {
     float **routes =
         o->route_from[0] != '\0' && !dense ? dump_read_routes(&run->ranks, o->route_from, c, N) : NULL;
     float **gates = dense ? NULL : layer_matrices(c, N);
+    float **draws = router_draws(c->router.method) ? layer_matrices(c, N) : NULL;
     float *logits = N * run->ranks.count <= DUMP_MOST_LOGIT_ROWS ? NEW(float, N * c->vocab_size) : NULL;
     for (int b = 0; b < B; b++) {
         dataloader_sequence(&run->train, (int64_t)run->ranks.rank * B + b, c->vocab_size, run->inputs + b * T,
@@ -151,19 +152,24 @@ static inline void dump(Run *run) {
     }
     stats_reset(&run->stats, c);
     model_examine(m, run->inputs, run->targets, B, T, weight, (const float *const *)routes, logits, gates,
-                  &run->stats);
+                  draws, &run->stats);
     double lm_loss = run->stats.lm_loss, reg = run->stats.reg_loss;
     double loss = lm_loss + weight * reg;
     double sparsity =
         dense ? 0.0 : sparsity_of(run->stats.active, run->stats.tokens * c->layers * c->router.experts);
     float scalars[DUMP_SCALARS] = {(float)lm_loss, (float)reg, (float)loss, (float)sparsity};
-    Dump dump = {N, scalars, logits, (const float *const *)gates,
+    Dump dump = {N,
+                 scalars,
+                 logits,
+                 (const float *const *)gates,
+                 (const float *const *)draws,
                  model_buffer(m, BUFFER_GRADS, RANGES_OWNED)};
     dump_write(&run->ranks, o->dump, c, &dump);
     printf("lm_loss %.7f reg_loss %.7f loss %.7f sparsity %.7f -> %s\n", lm_loss, reg, loss, sparsity,
            o->dump);
     free_layer_matrices(routes);
     free_layer_matrices(gates);
+    free_layer_matrices(draws);
     free(logits);
 }
 

@@ -165,11 +165,11 @@ static inline void export_get(void *of, int unused, int64_t first, int64_t n, fl
 // from file to file, piece by piece
 static inline void export_weights(Export *e) {
     Range everything = {0, e->table.flat_size};
-    FlatBuffer weights = {&e->table, &everything, 1, e, 0, export_get, NULL};
+    FlatBuffer weights = {&e->table, &everything, 1, e, BUFFER_PARAMS, export_get, NULL};
     e->saved = open_weights(export_source(e));
     save_buffers(&e->alone, e->temporary, "model.safetensors", &weights, weight_prefix, 1,
                  export_is_bf16(e) ? "BF16" : "F32");
-    refuse_unused_tensors(e->saved, &e->table, weight_prefix, 1);
+    refuse_unused_tensors(e->saved, &weights, weight_prefix, 1);
     safetensors_close(e->saved);
 }
 

@@ -33,6 +33,7 @@ static inline StepSettings step_settings(const Options *o, const Config *c, int 
     s.weight_decay = o->weight_decay;
     s.grad_clip = o->grad_clip;
     s.aux_coeff = o->aux_coeff;
+    s.bias_rate = o->bias_rate;
     s.warmup_steps = o->topk_warmup_steps;
     s.warmup_k = o->topk_warmup_k * c->granularity;
     return s;
@@ -64,6 +65,7 @@ static inline ModelSettings model_settings(const Options *o, const Config *c, Pu
     s.purpose = purpose;
     s.B = step.B;
     s.T = step.T;
+    s.seed = (uint64_t)o->seed;
     s.micro_batches = step.micro_batches;
     s.most_k = step_most_k(&step, c->router);
     s.starts_dense = router_row(c->router.method)->leaves_number_open && !loaded;

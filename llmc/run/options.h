@@ -43,8 +43,11 @@ enum { OPTION_TEXT_SIZE = 16384, OPTION_NAME_SIZE = 64 }; // with the 0 at the e
     OPTION(INT, SHAPE, vocab_size, "2048", 1, 65536,                                                         \
            "V, rows of the embedding; at least the tokenizer's ids")                                         \
     OPTION(FLAG, ROUTING, load_balance, "1", 0, 1,                                                           \
-           "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk)")                            \
-    OPTION(REAL, RUN, aux_coeff, "0.01", 0, 1e6, "weight of topk's auxiliary loss")                          \
+           "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk); the biases (auxfree)")      \
+    OPTION(REAL, ROUTING, router_jitter, "0.1", 0, 1e3,                                                      \
+           "sparsemixer: r, how far below the best a candidate may be")                                      \
+    OPTION(REAL, RUN, aux_coeff, "0.01", 0, 1e6, "weight of the auxiliary loss (topk, sparsemixer)")         \
+    OPTION(REAL, RUN, bias_rate, "0.001", 0, 1e3, "auxfree: what a step adds to an expert's bias, or takes") \
     OPTION(REAL, RUN, lambda_init, "1e-8", 0, 1e30,                                                          \
            "lambda_0, the regulariser's first weight (also --lambda)")                                       \
     OPTION(REAL, RUN, alpha, "1.2", 1, 1e3, "lambda's factor per step (Eq. 7)")                              \

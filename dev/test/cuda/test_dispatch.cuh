@@ -63,6 +63,7 @@ static inline PairList host_pairs(PairLoad load, int N, int E) {
 // room for all pairs, as in the trainer; what lies beyond the list stays a NaN pattern
 static inline DevicePairs device_pairs(const PairList *host, int N, int E) {
     DevicePairs pairs;
+    pairs.rounds = NULL;
     int *row_start = NEW(int, N + 1), *counts = NEW(int, E);
     for (int t = 0; t <= N; t++) {
         row_start[t] = (int)host->row_start[t];

@@ -4,7 +4,8 @@ micro-batch on the same weights and tokens; ten optimizer steps; and what must n
 repeat, the pair budget, recomputation, a plan that was too small, a CUDA graph.
 
 In bf16 the active set is the CPU's (forced), so that a gate near zero cannot flip; one case compares the free
-routes too. Tolerances: dev/doc/design.md, Tests.
+routes too. Draws are forced likewise, among all experts: who is a candidate could flip. Tolerances:
+dev/doc/design.md, Tests.
 */
 #ifndef TEST_MODEL_CUH
 #define TEST_MODEL_CUH
@@ -32,6 +33,12 @@ static const ModelCase model_cases[] = {
     {"relu, router off", "relu", 4, 1, 1, 2, 32, 2, 1, 4, 67, 1, 17, 1, 4, 8.0f},
     {"topk, k = 2", "topk", 4, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"topk, no aux", "topk", 8, 1, 2, 1, 32, 4, 2, 4, 67, 1, 17, 0, 0, 8.0f},
+    {"auxfree, k = 2", "auxfree", 4, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
+    {"auxfree, G = 3", "auxfree", 3, 1, 3, 1, 72, 3, 1, 4, 67, 1, 17, 1, 0, 1.0f},
+    {"auxfree, k = 1", "auxfree", 8, 1, 1, 1, 32, 4, 2, 4, 67, 1, 19, 1, 0, 8.0f},
+    {"sparsemixer, k = 1", "sparsemixer", 8, 1, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
+    {"sparsemixer, k = 2", "sparsemixer", 4, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 1.0f},
+    {"sparsemixer, G = 3", "sparsemixer", 3, 2, 3, 1, 72, 3, 1, 4, 67, 1, 17, 0, 0, 1.0f},
     {"expert choice", "ec", 4, 1, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"hash, k = 2", "hash", 5, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"dense", "dense", 1, 1, 1, 2, 64, 4, 2, 4, 67, 2, 17, 1, 0, 8.0f},
@@ -41,6 +48,8 @@ static const ModelCase model_cases[] = {
 static const ModelCase few_model_cases[] = {
     {"relu", "relu", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"topk", "topk", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
+    {"auxfree", "auxfree", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
+    {"sparsemixer", "sparsemixer", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"ec", "ec", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"hash", "hash", 5, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"dense", "dense", 1, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
@@ -74,6 +83,7 @@ static Options model_options(const ModelCase *t) {
     o.batch = o.global_batch = t->B;
     o.seq_len = t->T;
     o.load_balance = t->load_balance;
+    o.router_jitter = is_fp32() ? 0.3 : 1.0; // 1: all experts are candidates
     check_format(o.kernels, sizeof(o.kernels), "%s", test_kernels == KERNELS_HOPPER ? "hopper" : "portable");
     return o;
 }
@@ -88,6 +98,7 @@ typedef struct {
     StepStats stats;
     float *grads;  // [flat_size]
     float **gates; // L matrices [N, E], or NULL
+    float **draws; // the same, NULL where the router draws nothing
     float *logits; // [N, V]
 } Examination;
 
@@ -104,6 +115,7 @@ static void examination_init(Examination *x, const ModelCase *t) {
     }
     x->stats.counts = NEW(int64_t, x->config.layers * x->config.router.experts);
     x->gates = router_has_experts(x->config.router.method) ? layer_matrices(&x->config, x->N) : NULL;
+    x->draws = router_draws(x->config.router.method) ? layer_matrices(&x->config, x->N) : NULL;
     x->logits = NEW(float, (int64_t)x->N * t->V);
 }
 
@@ -114,6 +126,7 @@ static void examination_free(Examination *x) {
     free(x->stats.counts);
     free(x->grads);
     free_layer_matrices(x->gates);
+    free_layer_matrices(x->draws);
     free(x->logits);
 }
 
@@ -142,7 +155,8 @@ static float *draw_weights(const ModelCase *t, const Config *c) {
     for (int i = 0; i < table.count; i++) {
         for (int64_t j = 0; j < table.tensors[i].size; j++) {
             float *w = params + table.tensors[i].offset + j;
-            *w = table.tensors[i].decay ? *w * t->gain : 1.0f + 0.1f * (float)(j % 7 - 3) * (t->gain > 1.0f);
+            float uneven = 0.1f * (float)(j % 7 - 3) * (t->gain > 1.0f); // of norms and biases
+            *w = table.tensors[i].decay ? *w * t->gain : *w + uneven;
         }
     }
     if (t->dead > 0) { // in all layers but the first, unless all are dead
@@ -156,7 +170,9 @@ static float *draw_weights(const ModelCase *t, const Config *c) {
 }
 
 static double regulariser_weight_of(const ModelCase *t) {
-    return strcmp(t->router, "relu") == 0 ? 0.03 : strcmp(t->router, "topk") == 0 ? 0.01 : 0.0;
+    return strcmp(t->router, "relu") == 0                                            ? 0.03
+           : strcmp(t->router, "topk") == 0 || strcmp(t->router, "sparsemixer") == 0 ? 0.01
+                                                                                     : 0.0;
 }
 
 // the reference's answer
@@ -166,7 +182,7 @@ static void examine_on_cpu(Examination *x, const ModelCase *t) {
     x->params = draw_weights(t, &x->config);
     cpu::model_set(m, BUFFER_PARAMS, 0, n, x->params);
     cpu::model_examine(m, x->inputs, x->targets, t->B, t->T, regulariser_weight_of(t), NULL, x->logits,
-                       x->gates, &x->stats);
+                       x->gates, x->draws, &x->stats);
     x->grads = NEW(float, n);
     cpu::model_get(m, BUFFER_GRADS, 0, n, x->grads);
     cpu::model_close(m);
@@ -196,7 +212,7 @@ static void examine_on_device(Examination *x, Model *m, const ModelCase *t, cons
                               const float *const *forced) {
     set_device_weights(m, params);
     model_examine(m, x->inputs, x->targets, t->B, t->T, regulariser_weight_of(t), forced, x->logits, x->gates,
-                  &x->stats);
+                  x->draws, &x->stats);
     x->grads = copy_of(m, BUFFER_GRADS);
 }
 
@@ -234,7 +250,8 @@ static void model_case(const ModelCase *t, int show) {
     Model *m = open_for(&got, FOR_GRADIENTS);
     const TensorTable *table = model_table(m);
     int forced = !is_fp32() && got.gates != NULL;
-    examine_on_device(&got, m, t, want.params, forced ? (const float *const *)want.gates : NULL);
+    examine_on_device(&got, m, t, want.params,
+                      forced ? (const float *const *)(want.draws != NULL ? want.draws : want.gates) : NULL);
     if (show) {
         printf("  %-52s %10s %12s\n", t->name, "rel error", "cosine");
     }
@@ -453,7 +470,7 @@ static void broken_router_case(const char *router, float value) {
     cpu::model_set(reference, BUFFER_PARAMS, 0, table.flat_size, want.params);
     want.stats.lm_loss = 0.0;
     cpu::model_examine(reference, want.inputs, want.targets, t.B, t.T, 0.03, NULL, want.logits, want.gates,
-                       &want.stats);
+                       want.draws, &want.stats);
     Model *m = open_for(&got, FOR_GRADIENTS);
     examine_on_device(&got, m, &t, want.params, NULL);
     CHECK(!isfinite(want.stats.lm_loss) && !isfinite(got.stats.lm_loss));
@@ -469,15 +486,19 @@ static void broken_routers_case(void) {
     broken_router_case("relu", NAN);
     broken_router_case("relu", INFINITY);
     broken_router_case("topk", NAN);
+    broken_router_case("auxfree", NAN);
+    broken_router_case("auxfree", INFINITY);
+    broken_router_case("sparsemixer", NAN);
+    broken_router_case("sparsemixer", INFINITY);
     broken_router_case("ec", NAN);
 }
 
 // ----------------------------------------------------------------------------
 // steps and sampling
 
-// three updates on both sides: weights and moments
-static void update_case(void) {
-    const ModelCase t = {"update", "relu", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 1.0f};
+// three updates on both sides: weights, biases and moments
+static void update_case_of(const char *router) {
+    const ModelCase t = {"update", router, 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 1.0f};
     Examination want, got;
     examination_init(&want, &t);
     examination_init(&got, &t);
@@ -490,9 +511,13 @@ static void update_case(void) {
     set_device_weights(m, params);
     for (int step = 1; step <= 3; step++) {
         cpu::model_examine(reference, want.inputs, want.targets, t.B, t.T, 0.03, NULL, want.logits,
-                           want.gates, &want.stats);
+                           want.gates, want.draws, &want.stats);
         cpu::model_get(reference, BUFFER_GRADS, 0, n, grads); // the same: the update alone is compared
         model_set(m, BUFFER_GRADS, 0, n, grads);
+        if (router_row(want.config.router.method)->has_bias) {
+            cpu::model_balance(reference, 0.03f, want.stats.counts);
+            model_balance(m, 0.03f, want.stats.counts);
+        }
         cpu::model_update(reference, 1e-3, 0.01, 0.7f, step);
         model_update(m, 1e-3, 0.01, 0.7f, step);
     }
@@ -512,6 +537,11 @@ static void update_case(void) {
     free(params);
     examination_free(&got);
     examination_free(&want);
+}
+
+static void update_case(void) {
+    update_case_of("relu");
+    update_case_of("auxfree");
 }
 
 // logits with the key/value cache, position by position, are the full forward's

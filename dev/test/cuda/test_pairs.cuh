@@ -16,6 +16,7 @@ static DevicePairs device_pairs_new(int N, int E) {
     pairs.expert = device_new<int>((int64_t)N * E);
     pairs.gate = device_new<float>((int64_t)N * E);
     pairs.counts = device_new<int>(E);
+    pairs.rounds = device_new<RouterRound>((int64_t)N * E);
     return pairs;
 }
 
@@ -24,6 +25,7 @@ static void device_pairs_release(DevicePairs pairs) {
     device_release(pairs.expert);
     device_release(pairs.gate);
     device_release(pairs.counts);
+    device_release(pairs.rounds);
 }
 
 // same rows, same experts, same counts; gates to the tolerance (0: the same bits); nothing written behind

@@ -2,10 +2,10 @@
 router.cuh and the methods below it, against router.h on the same logits: active sets, gates, losses,
 gradients.
 
-relu, hash, dense and every list of a forced set are exact. The softmax is compared to 1e-6 with one
-in double; the choices of topk and ec then are those that the C functions make from the device's own scores,
-exactly, ties included: a rounding cannot excuse a wrong choice. Logits lie on a grid of 1/1024, so for topk
-the C functions' own scores must give the same choice too. Gradients: 1e-5 in fp32; in bf16 one rounding of
+relu, hash, dense and every list of a forced set are exact. Softmax and sigmoid are compared to 1e-6 with
+those in double; the choices of topk, auxfree and ec then are those that the C functions make from the device's
+own scores, exactly, ties included: a rounding cannot excuse a wrong choice. Logits lie on a grid of 1/1024, so
+for topk the C functions' own scores must give the same choice too. Gradients: 1e-5 in fp32; in bf16 one rounding of
 each element, at most 2^-8 of it.
 */
 #ifndef TEST_ROUTER_CUH
@@ -39,6 +39,17 @@ typedef struct {
     const float *forced; // [N, E] or NULL
 } RouterCase;
 
+// of all experts; negative ones too
+static float *sample_bias(int E) {
+    float *bias = NEW(float, E);
+    fill_uniform(bias, (size_t)E, 17, 0.1f);
+    return bias;
+}
+
+// the draws of a micro-batch that is not the step's first
+static const uint64_t sample_key = 0x123456789abcdefu;
+enum { SAMPLE_FIRST = 1000, SAMPLE_LAYER = 3 };
+
 typedef struct { // one run on the device
     DevicePairs pairs;
     float *logits;
@@ -61,14 +72,20 @@ static DeviceRouting device_routing(RouterCase c, const float *logits) {
     DeviceRouting r;
     int *host_ids = sample_ids(c.N), *ids = device_i(host_ids, c.N);
     float *forced = c.forced != NULL ? device_f(c.forced, cells) : NULL;
+    float *host_bias = sample_bias(c.router.experts), *bias = device_f(host_bias, c.router.experts);
+    uint64_t *key = device_copy(&sample_key, 1);
+    RouterInputs in = {ids, bias, forced, {key, SAMPLE_FIRST, SAMPLE_LAYER}};
     r.pairs = device_pairs_new(c.N, c.router.experts);
     r.logits = device_f(logits, cells);
     r.dlogits = device_new<floatX>(cells);
     r.loss = device_copy(&loss, 1);
     r.scratch = device_new<char>((int64_t)router_scratch_bytes(c.router, c.N));
-    router_forward(r.pairs, r.logits, ids, forced, c.router, c.N, r.scratch, NULL);
+    router_forward(r.pairs, r.logits, in, c.router, c.N, r.scratch, NULL);
     CUDA_CHECK(cudaDeviceSynchronize());
     free(host_ids);
+    free(host_bias);
+    device_release(key);
+    device_release(bias);
     device_release(ids);
     device_release(forced);
     return r;
@@ -82,20 +99,28 @@ static void device_routing_release(DeviceRouting r) {
     device_release(r.scratch);
 }
 
-// the list that the C functions make from scores s: logits for relu, the softmax for topk and ec
+// the list that the C functions make from scores s: what the logits have become
 static void choose_in_c(PairList *want, const float *s, RouterCase c) {
     int N = c.N, E = c.router.experts, k = c.router.active;
     int *ids = sample_ids(N);
-    if (c.forced != NULL && router_has_weights(c.router.method)) {
+    float *bias = sample_bias(E);
+    RouterInputs in = {ids, bias, c.forced, {&sample_key, SAMPLE_FIRST, SAMPLE_LAYER}};
+    if (c.forced != NULL && router_has_weights(c.router.method) && !router_draws(c.router.method)) {
         pairs_from_mask(want, s, c.forced, (int64_t)N, E);
     } else if (c.router.method == ROUTER_TOPK) {
         router_topk_forward(want, s, N, E, k);
+    } else if (c.router.method == ROUTER_AUXFREE) {
+        router_auxfree_forward(want, s, bias, N, E, k);
     } else if (c.router.method == ROUTER_EC) {
         router_ec_forward(want, s, N, E, k);
     } else {
-        router_forward(want, (float *)s, ids, NULL, c.router, (int64_t)N);
+        router_forward(want, (float *)s, in, c.router, (int64_t)N);
+    }
+    if (c.router.method == ROUTER_AUXFREE) {
+        router_auxfree_gates(want, s, E, k);
     }
     free(ids);
+    free(bias);
 }
 
 // softmax of each row, in double
@@ -117,12 +142,25 @@ static double *exact_softmax(const float *logits, int N, int E) {
     return s;
 }
 
+static double *exact_sigmoid(const float *logits, int64_t n) {
+    double *s = NEW(double, n);
+    for (int64_t i = 0; i < n; i++) {
+        s[i] = 1.0 / (1.0 + exp(-fmax((double)logits[i], -40.0)));
+    }
+    return s;
+}
+
 static void check_forward(PairList *want, DeviceRouting r, const float *logits, RouterCase c) {
     int N = c.N, E = c.router.experts;
     int64_t cells = (int64_t)N * E;
     float *device_s = fetch(r.logits, cells), *s = NEW(float, cells);
     memcpy(s, logits, (size_t)cells * sizeof(float));
-    if (router_row(c.router.method)->has_softmax) {
+    RouterScores scores = router_row(c.router.method)->scores;
+    if (scores == SCORES_SIGMOID) {
+        double *exact = exact_sigmoid(logits, cells);
+        check_close_to("router sigmoid", device_s, exact, (size_t)cells, 1e-6);
+        free(exact);
+    } else if (scores == SCORES_SOFTMAX) {
         router_softmax(s, (int64_t)N, E);
         double *exact = exact_softmax(logits, N, E);
         check_close_to("router softmax", device_s, exact, (size_t)cells, 1e-6);
@@ -136,7 +174,9 @@ static void check_forward(PairList *want, DeviceRouting r, const float *logits, 
         CHECK(memcmp(device_s, s, (size_t)cells * sizeof(float)) == 0); // left alone
     }
     choose_in_c(want, device_s, c);
-    check_pairs(router_name(c.router.method), r.pairs, want, N, E, 0.0);
+    double limit =
+        scores == SCORES_SIGMOID || router_draws(c.router.method) ? 1e-6 : 0.0; // quotients of sums
+    check_pairs(router_name(c.router.method), r.pairs, want, N, E, limit);
     free(device_s);
     free(s);
 }
@@ -168,7 +208,8 @@ static void check_loss_and_backward(const PairList *want, DeviceRouting r, Route
     router_loss(r.loss, r.pairs, r.logits, device_counts, all, c.router, c.N, LAYERS, 0.25, r.scratch, NULL);
     double want_loss = router_loss(want, s, counts, all, c.router, LAYERS);
     double *loss = fetch_raw(r.loss, 1);
-    CHECK(fabs(loss[0] - (0.5 + 0.25 * want_loss)) <= 1e-12 + 1e-7 * fabs(want_loss));
+    double limit = router_draws(c.router.method) ? 1e-6 : 1e-7; // each has its own softmax
+    CHECK(fabs(loss[0] - (0.5 + 0.25 * want_loss)) <= 1e-12 + limit * fabs(want_loss));
     free(loss);
 
     router_backward(dlogits, dgate, want, s, counts, all, c.router, LAYERS, weight);
@@ -217,7 +258,7 @@ static uint64_t router_case_once(RouterCase c) {
 }
 
 static void router_case(RouterMethod method, int E, int k, int N, int kind) {
-    Router router = {method, E, k, (N + E + k) % 3 != 0};
+    Router router = {method, E, k, (N + E + k) % 3 != 0, 0.3};
     RouterCase c = {router, N, kind, 1, NULL};
     router_case_once(c);
 }
@@ -228,7 +269,7 @@ static void test_router_not_finite(void) {
     const float values[] = {NAN, INFINITY, -INFINITY};
     for (int method = ROUTER_RELU; method <= ROUTER_EC; method++) {
         for (int i = 0; i < 3; i++) {
-            RouterCase c = {{(RouterMethod)method, E, 2, 1}, N, LOGITS_RANDOM, 1, NULL};
+            RouterCase c = {{(RouterMethod)method, E, 2, 1, 0.3}, N, LOGITS_RANDOM, 1, NULL};
             if (method != ROUTER_RELU && i == 2) { // a probability of 0, which is a number
                 continue;
             }
@@ -236,7 +277,10 @@ static void test_router_not_finite(void) {
             logits[AT] = values[i];
             PairList want = pairs_empty();
             DeviceRouting r = device_routing(c, logits);
-            router_forward(&want, logits, NULL, NULL, c.router, N);
+            float *bias = sample_bias(E);
+            RouterInputs in = {NULL, bias, NULL, {NULL, 0, 0}};
+            router_forward(&want, logits, in, c.router, N);
+            free(bias);
             int *row_start = fetch(r.pairs.row_start, N + 1), broken = 0, wrong = 0;
             int *expert = fetch(r.pairs.expert, want.num_pairs);
             float *gate = fetch(r.pairs.gate, want.num_pairs);
@@ -257,14 +301,14 @@ static void test_router_not_finite(void) {
 
 // what a forced set must do for every method that has weights: hash and dense ignore it
 static void test_router_sets(void) {
-    RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_EC, ROUTER_HASH};
+    RouterMethod methods[] = {ROUTER_RELU, ROUTER_TOPK, ROUTER_AUXFREE, ROUTER_EC, ROUTER_HASH};
     int shapes[][2] = {{19, 3}, {33, 8}, {12, 40}};
-    for (int m = 0; m < 4; m++) {
+    for (int m = 0; m < 5; m++) {
         for (int i = 0; i < 3; i++) {
             for (int kind = 0; kind < MASK_KINDS; kind++) {
                 int N = shapes[i][0], E = shapes[i][1];
                 float *forced = sample_mask(kind, N, E, 9);
-                Router router = {methods[m], E, 2, 1};
+                Router router = {methods[m], E, 2, 1, 0.3};
                 RouterCase c = {router, N, LOGITS_RANDOM, 1 + kind % 3, forced};
                 router_case_once(c);
                 free(forced);
@@ -276,7 +320,7 @@ static void test_router_sets(void) {
 static void test_router_repeats(void) {
     for (int method = 0; method < ROUTER_COUNT; method++) {
         Router router = {(RouterMethod)method, method == ROUTER_DENSE ? 1 : 33,
-                         method == ROUTER_DENSE ? 1 : 5, 1};
+                         method == ROUTER_DENSE ? 1 : 5, 1, 0.3};
         RouterCase c = {router, emulated() ? 100 : 50000, LOGITS_FEW, 1, NULL};
         CHECK(router_case_once(c) == router_case_once(c));
     }
@@ -316,6 +360,11 @@ static void test_router_large(void) {
     router_case(ROUTER_TOPK, 512, 64, 1001, LOGITS_FEW);
     router_case(ROUTER_TOPK, 3000, 7, 300, LOGITS_FEW);
     router_case(ROUTER_TOPK, 65536, 2, 20, LOGITS_FEW);
+    router_case(ROUTER_AUXFREE, 8, 2, 65536, LOGITS_RANDOM);
+    router_case(ROUTER_SPARSEMIXER, 8, 2, 6553, LOGITS_RANDOM);
+    router_case(ROUTER_SPARSEMIXER, 512, 64, 101, LOGITS_RANDOM);
+    router_case(ROUTER_AUXFREE, 512, 64, 1001, LOGITS_FEW);
+    router_case(ROUTER_AUXFREE, 3000, 7, 300, LOGITS_FEW);
     router_case(ROUTER_EC, 8, 1, 1000003, LOGITS_RANDOM);
     router_case(ROUTER_EC, 8, 2, 1000003, LOGITS_EQUAL);
     router_case(ROUTER_EC, 512, 64, 5003, LOGITS_FEW);
@@ -326,7 +375,7 @@ static void test_router_large(void) {
 static void test_router_few(void) {
     for (int method = ROUTER_RELU; method <= ROUTER_HASH; method++) {
         float *forced = sample_mask(MASK_MIXED, 33, 8, 9);
-        RouterCase c = {{(RouterMethod)method, 8, 2, 1}, 33, LOGITS_RANDOM, 2, forced};
+        RouterCase c = {{(RouterMethod)method, 8, 2, 1, 0.3}, 33, LOGITS_RANDOM, 2, forced};
         router_case_once(c);
         router_case((RouterMethod)method, 3, 2, 300, LOGITS_RANDOM);
         router_case((RouterMethod)method, 33, 2, 37, LOGITS_FEW);
@@ -335,7 +384,39 @@ static void test_router_few(void) {
     router_case(ROUTER_DENSE, 1, 1, 300, LOGITS_RANDOM);
 }
 
+// a step of the biases, whole and in the parts that ranks own: C's bits
+static void test_router_balance(void) {
+    const int shapes[] = {1, 5, 300};
+    for (int i = 0; i < 3; i++) {
+        int E = shapes[i];
+        float *bias = sample_bias(E);
+        int64_t *counts = NEW(int64_t, E);
+        for (int e = 0; e < E; e++) {
+            counts[e] = ((int64_t)1 << 33) + (e * 7 + 3) % 11 - 5;
+        }
+        for (int parts = 1; parts <= 2; parts++) {
+            float *device = device_f(bias, E);
+            int64_t *device_counts = device_copy(counts, E);
+            for (int part = 0; part < parts; part++) {
+                router_auxfree_balance(device, device_counts, E * part / parts, E * (part + 1) / parts, E,
+                                       0.01f, NULL);
+            }
+            float *got = fetch(device, E), *want = NEW(float, E);
+            memcpy(want, bias, (size_t)E * sizeof(float));
+            router_auxfree_balance(want, counts, E, 0.01f);
+            CHECK(memcmp(got, want, (size_t)E * sizeof(float)) == 0);
+            free(got);
+            free(want);
+            device_release(device);
+            device_release(device_counts);
+        }
+        free(bias);
+        free(counts);
+    }
+}
+
 static void test_cuda_router(void) {
+    test_router_balance();
     if (few_cases) {
         test_router_few();
         return;
@@ -354,7 +435,7 @@ static void test_cuda_router(void) {
 
 static void bench_router_of(RouterMethod method, int E, int k, float shift) {
     enum { N = 65536, LAYERS = 12 };
-    Router router = {method, E, k, 1};
+    Router router = {method, E, k, 1, 0.1};
     RouterCase c = {router, N, LOGITS_RANDOM, 1, NULL};
     int64_t cells = (int64_t)N * E;
     float *logits = host_random(cells, 3, 2.0f);
@@ -363,6 +444,9 @@ static void bench_router_of(RouterMethod method, int E, int k, float shift) {
     }
     DeviceRouting r = device_routing(c, logits);
     int *host_ids = sample_ids(N), *ids = device_i(host_ids, N), *row_start = fetch(r.pairs.row_start, N + 1);
+    float *host_bias = sample_bias(E), *bias = device_f(host_bias, E);
+    uint64_t *key = device_copy(&sample_key, 1);
+    RouterInputs in = {ids, bias, NULL, {key, SAMPLE_FIRST, SAMPLE_LAYER}};
     float *given = device_f(logits, cells), *dgate = device_new<float>(cells);
     RoutingStats *stats = device_new<RoutingStats>(1);
     int64_t *counts = device_new<int64_t>(E);
@@ -372,8 +456,8 @@ static void bench_router_of(RouterMethod method, int E, int k, float shift) {
         CUDA_CHECK(cudaMemcpyAsync(r.logits, given, bytes, cudaMemcpyDeviceToDevice, NULL));
     };
     auto forward = [&] {
-        restore(); // topk and ec overwrite it
-        router_forward(r.pairs, r.logits, ids, NULL, router, N, r.scratch, NULL);
+        restore(); // some overwrite it
+        router_forward(r.pairs, r.logits, in, router, N, r.scratch, NULL);
     };
     auto rows = [&] {
         Scratch s = {(unsigned char *)r.scratch, 0};
@@ -389,7 +473,7 @@ static void bench_router_of(RouterMethod method, int E, int k, float shift) {
     auto count = [&] { routing_stats(stats, r.pairs, counts, N, E, NULL); };
     double copy_ms = device_ms(restore), forward_ms = device_ms(forward) - copy_ms, rows_ms = device_ms(rows);
     printf(
-        "  %-5s N %d E %3d k %2d, %.2f active a token | us: forward %.1f (rows from mask %.1f, a copy of the "
+        "  %-7s N %d E %3d k %2d, %.2f active a token | us: forward %.1f (rows from mask %.1f, a copy of the "
         "logits %.1f)",
         router_name(method), N, E, k, (double)row_start[N] / N, 1e3 * forward_ms, 1e3 * rows_ms,
         1e3 * copy_ms);
@@ -402,7 +486,10 @@ static void bench_router_of(RouterMethod method, int E, int k, float shift) {
     device_routing_release(r);
     free(logits);
     free(host_ids);
+    free(host_bias);
     free(row_start);
+    device_release(key);
+    device_release(bias);
     device_release(ids);
     device_release(given);
     device_release(dgate);
@@ -414,10 +501,14 @@ static void bench_cuda_router(void) {
     bench_router_of(ROUTER_RELU, 8, 1, 1.5f); // one in eight above 0
     bench_router_of(ROUTER_RELU, 8, 1, 0.0f); // one in two: the dense stage
     bench_router_of(ROUTER_TOPK, 8, 1, 0.0f);
+    bench_router_of(ROUTER_AUXFREE, 8, 1, 0.0f);
+    bench_router_of(ROUTER_SPARSEMIXER, 8, 1, 0.0f);
     bench_router_of(ROUTER_EC, 8, 1, 0.0f);
     bench_router_of(ROUTER_HASH, 8, 1, 0.0f);
     bench_router_of(ROUTER_RELU, 512, 64, 1.5f);
     bench_router_of(ROUTER_TOPK, 512, 64, 0.0f);
+    bench_router_of(ROUTER_AUXFREE, 512, 64, 0.0f);
+    bench_router_of(ROUTER_SPARSEMIXER, 512, 64, 0.0f);
     bench_router_of(ROUTER_EC, 512, 64, 0.0f);
 }
 
