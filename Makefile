@@ -102,7 +102,7 @@ need_nvcc = $(if $(NVCC),,$(error $@ needs nvcc, of the CUDA Toolkit: make $@ NV
 # it is: PyTorch's package has libnccl.so.2 alone
 NCCL ?= $(shell dev/nccl.sh)
 nccl_library = $(firstword $(wildcard $(foreach lib,lib lib64 lib/x86_64-linux-gnu lib/aarch64-linux-gnu,$(NCCL)/$(lib)/libnccl.so $(NCCL)/$(lib)/libnccl.so.2)))
-nccl_flags = $(if $(NCCL),-DREMOE_NCCL -I$(NCCL)/include $(nccl_library) -Xlinker -rpath,$(dir $(nccl_library)))
+nccl_flags = $(if $(NCCL),-DREMOE_NCCL -I$(NCCL)/include $(nccl_library) -Xlinker -rpath=$(dir $(nccl_library)))
 nvcc_build = $(need_nvcc)dev/nvcc.sh $(NVCC) $(foreach arch,$(CUDA_ARCHS),$(call gencode,$(arch))) $(NVCCFLAGS) $(PRECISION_FLAG) \
 	$< -o $@ -lcublas -lcublasLt $(nccl_flags) $(LDLIBS)
 emulated_build = $(CXX) $(EMULATED) $(PRECISION_FLAG) -x c++ $< -o $@ $(LDLIBS)
