@@ -3,7 +3,7 @@
 #     data/make_sample.sh [FILE]          (default: data/sample.jsonl)
 #     data/make_sample.sh --check         is data/sample.jsonl stale? Exit 1 if a quarter of it is no longer in the sources
 # Long files are cut at blank lines before unindented ones, that is between functions or sections. What would
-# exceed 400 KB is thinned out evenly. Made files ("do not edit") and what is no source or doc are left out.
+# exceed 400 KB is thinned out evenly, domain by domain. Made files ("do not edit") and what is no source or doc are left out.
 set -eu
 case ${1:-} in
 --check) ;;
@@ -76,10 +76,11 @@ if [ $check = 1 ]; then
 fi
 
 awk -v limit=$limit '
-    { line[NR] = $0; total += length($0) + 1 }
+    { line[NR] = $0; total += length($0) + 1; match($0, /"pile_set_name": "[^"]*"/); domain[NR] = substr($0, RSTART) }
     END {
         for (i = 1; i <= NR; i++) {
-            if (limit >= total || int(i * limit / total) > int((i - 1) * limit / total)) {
+            k = seen[domain[i]]++ # the first of each domain stays
+            if (limit >= total || k == 0 || int(k * limit / total) > int((k - 1) * limit / total)) {
                 size += length(line[i]) + 1
                 if (size <= limit) { print line[i] }
             }
