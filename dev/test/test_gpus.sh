@@ -312,6 +312,7 @@ test_launch() { # by somebody else's variables
     wait ${pids[1]}
     WORLD_SIZE=8 timeout 60 "$gpu" --help >$here/help.txt
     check "--help, whatever a launcher has left behind" $?
+    rm -rf $here/full
     timeout 60 "$gpu" $tiny --gpus 2 --steps 1 --val-data '' --out $here/full >/dev/full 2>$here/full.txt
     [ $? = 1 ] && [ "$(grep -c error $here/full.txt)" = 1 ]
     check 'a full standard output, said once' $?
