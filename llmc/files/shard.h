@@ -16,6 +16,7 @@ Shapes: tokens [ntok]. Errors: a file that is no whole shard dies, named with wh
 #include <unistd.h>
 // defines: open, mmap, munmap, fstat, close
 #include "llmc/check.h"
+#include "llmc/files/fnv.h"
 #include "llmc/files/newfile.h"
 
 #define SHARD_MAGIC 20240520
@@ -152,15 +153,12 @@ static inline void shard_close(TokenShard *shard) {
 // FNV-1a of the header and of the first and last 4 KB of tokens: what tells shards apart without reading them
 static inline uint64_t shard_hash(const TokenShard *shard) {
     enum { END_BYTES = 4096 };
-    uint64_t hash = 0xcbf29ce484222325;
+    size_t first =
+        shard->size < SHARD_HEADER_BYTES + END_BYTES ? shard->size : SHARD_HEADER_BYTES + END_BYTES;
     size_t last = shard->size > END_BYTES ? shard->size - END_BYTES : 0;
-    for (size_t i = 0; i < shard->size; i++) {
-        if (i == SHARD_HEADER_BYTES + END_BYTES && i < last) {
-            i = last;
-        }
-        hash = (hash ^ shard->data[i]) * 0x100000001b3;
-    }
-    return hash;
+    last = last > first ? last : first;
+    uint64_t hash = fnv_add(FNV_START, shard->data, first);
+    return fnv_add(hash, shard->data + last, shard->size - last);
 }
 
 #endif

@@ -128,12 +128,6 @@ static T *take_region(Comm *c, RegionName name, DeviceMemory *memory, MemorySegm
 // ----------------------------------------------------------------------------
 // moves
 
-static inline void comm_mark(Comm *c, const char *part, cudaStream_t stream) {
-    if (c->ranks > 1) {
-        profile_mark(c->profile, part, stream);
-    }
-}
-
 static inline void comm_flag(Comm *c, StreamValue operation, const uint32_t *flag, unsigned how) {
     if (operation(c->stream, (CUdeviceptr)flag, c->turn, how) != CUDA_SUCCESS) {
         die("the CUDA driver refuses a stream's memory operation\n  ---> --comm nccl");
@@ -227,7 +221,7 @@ static inline void comm_move(Comm *c, RegionName name, const void *from, const c
 
 // `stream` goes on when what was moved is here
 static inline void comm_await(Comm *c, cudaEvent_t here, cudaStream_t stream) {
-    comm_mark(c, PROFILE_WAITING, stream);
+    profile_mark(c->profile, PROFILE_WAITING, stream);
     CUDA_CHECK(cudaStreamWaitEvent(stream, here, 0));
 }
 

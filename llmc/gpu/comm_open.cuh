@@ -2,9 +2,8 @@
 How the ranks' GPUs find each other before training (comm.cuh has what they do then), and how they part.
 
     comm_open      who is where, and who carries moves: copy engines, where each GPU of one machine can write
-                   into the memory of every other, else NCCL
-    comm_connect   once the regions are taken and cleared: everyone learns where everyone's are (cudaIpc), or
-                   NCCL connects
+                   into the memory of every other, else NCCL, which connects
+    comm_connect   once the regions are taken and cleared: everyone learns where everyone's are (cudaIpc)
     comm_close     nobody's memory goes while another may still write into it
 
 All ranks call these alike; what they tell each other goes through rank 0 (run/ranks.h). Errors: two ranks on
@@ -14,12 +13,12 @@ one GPU, GPUs that do not reach each other where that was asked for, no NCCL whe
 #define COMM_OPEN_CUH
 
 #include "llmc/gpu/comm.cuh"
-// defines: Comm, Region, comm_*; Ranks, ranks_gather
+#include "llmc/gpu/driver.cuh"
+// defines: Comm, Region, comm_*; driver_function; Ranks, ranks_gather
 
 // what a rank tells the others of itself
 typedef struct {
     char host[64], bus[32];
-    int rank;
 } CommCard;
 
 static inline void comm_refuse_shared_card(const CommCard *cards, const Ranks *star) {
@@ -54,7 +53,7 @@ static inline int comm_reaches_all(const CommCard *cards, const Ranks *star, int
 // --comm auto, copies or nccl: who carries moves. All ranks decide alike
 static inline int comm_choose_copies(Ranks *star, const char *wanted, int device) {
     CommCard *cards = NEW(CommCard, star->count);
-    CommCard mine = {"", "", star->rank};
+    CommCard mine = {"", ""};
     gethostname(mine.host, sizeof(mine.host) - 1);
     CUDA_CHECK(cudaDeviceGetPCIBusId(mine.bus, sizeof(mine.bus), device));
     ranks_gather(star, &mine, sizeof(mine), cards);
@@ -68,17 +67,7 @@ static inline int comm_choose_copies(Ranks *star, const char *wanted, int device
 }
 
 static inline StreamValue comm_driver_function(const char *name) {
-    void *function = NULL;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found));
-#else
-    CUDA_CHECK(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found));
-#endif
-    if (found != cudaDriverEntryPointSuccess) {
-        die("the CUDA driver has no %s\n  ---> --comm nccl, or a driver of CUDA 12 or newer", name);
-    }
-    return (StreamValue)function;
+    return (StreamValue)driver_function(name, "--comm nccl, or a driver of CUDA 12 or newer");
 }
 
 typedef struct {

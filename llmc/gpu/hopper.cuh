@@ -33,6 +33,7 @@ it in C++. Errors: a tensor map that the driver refuses ends the program.
 #ifndef HOPPER_CUH
 #define HOPPER_CUH
 
+#include "llmc/gpu/driver.cuh"
 #include "llmc/gpu/mma.cuh"
 #include <cuda.h>
 // defines: CUtensorMap, cuTensorMapEncodeTiled's types (the function itself is looked up when needed)
@@ -56,21 +57,10 @@ typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, 
                                 CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                                 CUtensorMapFloatOOBfill);
 
-// the driver's function, found through the runtime so that programs need not link the driver's library
 static inline EncodeTiled tensor_map_encoder(void) {
-    void *function = NULL;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                                &found));
-#else
-    CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
-#endif
-    if (found != cudaDriverEntryPointSuccess) {
-        die("the CUDA driver has no cuTensorMapEncodeTiled\n  ---> install a driver of CUDA 12 or newer");
-    }
-    return (EncodeTiled)function;
+    return (EncodeTiled)driver_function("cuTensorMapEncodeTiled", "install a driver of CUDA 12 or newer");
 }
+
 // Innermost dimension first; strides in bytes, that of the first dimension is an element. A row of a box has
 // 128 or 64 bytes (swizzled) or 256 (not swizzled). L2 promotion is off: fetching more than was asked for
 // slows down_backward by 2 to 6 %, the others by up to 3 %. were asked for, brought to L2, cost down_backward

@@ -204,12 +204,11 @@ static inline void allocate_exchange(Model *m) {
     int64_t cells = (int64_t)m->config.layers * E;
     comm_allocate(c, &m->memory, m->settings.purpose != FOR_INFERENCE, cells, vote_bytes(m));
     c->grad = m->params.grad;
-    m->routing.counts_all = take<int>(&m->memory, SEGMENT_EXCHANGE, c->ranks > 1 ? cells : 0);
     int *counts = (int *)c->regions[REGION_COUNTS].own;
+    m->routing.counts_all = c->ranks > 1 ? take<int>(&m->memory, SEGMENT_EXCHANGE, cells) : counts;
     for (int l = 0; l < m->config.layers; l++) { // the routers write the own row
         m->acts.layers[l].pairs.counts = counts + c->rank * cells + (int64_t)l * E;
     }
-    m->routing.counts_all = c->ranks > 1 ? m->routing.counts_all : counts;
 }
 
 static inline int64_t larger(int64_t a, int64_t b) {

@@ -11,7 +11,27 @@ Errors: exit 1, naming the first rank and file that differ.
 #define AGREE_H
 
 #include "llmc/run/run.h"
-// defines: Run; DataLoader, shard_hash; ranks_agree
+// defines: Run; DataLoader, record_shards, fnv_add; ranks_agree
+
+// what a rank reads, a file a line
+typedef struct {
+    char *text;
+    size_t size;
+    FILE *out;
+} Listing;
+
+static inline void listing_open(Listing *l) {
+    l->out = open_memstream(&l->text, &l->size);
+    if (l->out == NULL) {
+        die("out of memory for the list of files");
+    }
+}
+
+static inline void listing_compare(Listing *l, Ranks *ranks, const char *what) {
+    fclose(l->out);
+    ranks_agree(ranks, what, l->text);
+    free(l->text);
+}
 
 // a line for each shard
 static inline void list_shards(FILE *out, const char *use, const DataLoader *loader) {
@@ -25,29 +45,24 @@ static inline void list_shards(FILE *out, const char *use, const DataLoader *loa
     provenance_free(&p);
 }
 
-// Ranks that read other data than the others would train on something that nobody asked for, and validate
-// more or fewer domains than they
+// training shards, of which there are none where nothing is trained, and every domain's: ranks that lacked one
+// would validate less than the others
 static inline void agree_on_data(Run *run) {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *out = open_memstream(&text, &size);
-    if (out == NULL) {
-        die("out of memory for the list of shards");
+    Listing l;
+    if (run->ranks.count == 1) {
+        return;
     }
-    list_shards(out, "training", &run->train); // none where nothing is trained
+    listing_open(&l);
+    list_shards(l.out, "training", &run->train);
     for (int i = 0; i < run->num_domains; i++) {
-        list_shards(out, "validation", &run->domains[i].loader);
+        list_shards(l.out, "validation", &run->domains[i].loader);
     }
-    fclose(out);
-    ranks_agree(&run->ranks, "the data", text);
-    free(text);
+    listing_compare(&l, &run->ranks, "the data");
 }
 
-// a line of a file that all ranks read: its name, size, and a hash of its ends
 static inline void list_file(FILE *out, const char *folder, const char *name) {
-    char path[PATH_SIZE], ends[2][4096];
+    char path[PATH_SIZE], end[4096];
     struct stat status;
-    uint64_t hash = 0xcbf29ce484222325;
     check_format(path, sizeof(path), "%s/%s", folder, name);
     int regular = stat(path, &status) == 0 && S_ISREG(status.st_mode); // a FIFO would be waited for
     FILE *file = regular ? fopen(path, "rb") : NULL;
@@ -55,33 +70,25 @@ static inline void list_file(FILE *out, const char *folder, const char *name) {
         fprintf(out, "no %s\n", path);
         return;
     }
-    size_t first = fread(ends[0], 1, sizeof(ends[0]), file);
-    int64_t behind = (int64_t)status.st_size - (int64_t)sizeof(ends[1]);
+    uint64_t hash = fnv_add(FNV_START, end, fread(end, 1, sizeof(end), file));
+    int64_t behind = (int64_t)status.st_size - (int64_t)sizeof(end);
     fseek(file, behind > 0 ? (long)behind : 0, SEEK_SET);
-    size_t last = fread(ends[1], 1, sizeof(ends[1]), file);
+    hash = fnv_add(hash, end, fread(end, 1, sizeof(end), file));
     fclose(file);
-    for (size_t i = 0; i < first + last; i++) { // FNV-1a
-        hash = (hash ^ (unsigned char)(i < first ? ends[0][i] : ends[1][i - first])) * 0x100000001b3;
-    }
     fprintf(out, "%s, %lld bytes, hash %016llx\n", path, (long long)status.st_size, (unsigned long long)hash);
 }
 
-// ranks that began with other weights than the others would train on a mixture. folder: "" where none is loaded
+// folder: "" where no checkpoint is loaded
 static inline void agree_on_model(Run *run, const char *folder) {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *out = open_memstream(&text, &size);
-    if (out == NULL) {
-        die("out of memory for the list of a checkpoint's files");
+    Listing l;
+    if (run->ranks.count == 1 || folder[0] == '\0') {
+        return;
     }
-    if (folder[0] != '\0') {
-        list_file(out, folder, "config.json");
-        list_file(out, folder, "model.safetensors");
-        list_file(out, folder, "optimizer.safetensors");
-    }
-    fclose(out);
-    ranks_agree(&run->ranks, "the checkpoint", text);
-    free(text);
+    listing_open(&l);
+    list_file(l.out, folder, "config.json");
+    list_file(l.out, folder, "model.safetensors");
+    list_file(l.out, folder, "optimizer.safetensors");
+    listing_compare(&l, &run->ranks, "the checkpoint");
 }
 
 #endif

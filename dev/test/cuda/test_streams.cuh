@@ -83,8 +83,8 @@ static void streams_release(StreamsCase *c) {
     emulator::set_streams(NULL);
 }
 
-// y on stream b, of x that stream a fills with 7
-static int value_across(const char *mode, bool with_event) {
+// y on stream b, of x that stream a fills with 7; wait_for_a: the host does, before it looks at stream b
+static int value_across(const char *mode, bool with_event, bool wait_for_a) {
     StreamsCase c = streams_case(mode);
     fill_on(c.a, c.x, 7);
     if (with_event) {
@@ -92,21 +92,9 @@ static int value_across(const char *mode, bool with_event) {
         CUDA_CHECK(cudaStreamWaitEvent(c.b, c.event));
     }
     launch(streams_add, 1, 128, 0, c.b, c.y, c.x);
-    int value = value_on(c.b, c.y);
-    streams_release(&c);
-    return value;
-}
-
-// the same, while the host waits for stream a
-static int value_beside(const char *mode, bool with_event) {
-    StreamsCase c = streams_case(mode);
-    fill_on(c.a, c.x, 7);
-    if (with_event) {
-        CUDA_CHECK(cudaEventRecord(c.event, c.a));
-        CUDA_CHECK(cudaStreamWaitEvent(c.b, c.event));
+    if (wait_for_a) {
+        CUDA_CHECK(cudaStreamSynchronize(c.a));
     }
-    launch(streams_add, 1, 128, 0, c.b, c.y, c.x);
-    CUDA_CHECK(cudaStreamSynchronize(c.a));
     int value = value_on(c.b, c.y);
     streams_release(&c);
     return value;
@@ -114,12 +102,12 @@ static int value_beside(const char *mode, bool with_event) {
 
 static void streams_missing_event(void) {
     for (const char *mode : stream_modes) {
-        CHECK(value_across(mode, true) == 7);
+        CHECK(value_across(mode, true, false) == 7);
     }
-    CHECK(value_across("early", false) == 7);
-    CHECK(value_across("late", false) == 0);
-    CHECK(value_beside("late", false) == 7); // which only this finds:
-    CHECK(value_beside("ahead", false) == 0);
+    CHECK(value_across("early", false, false) == 7);
+    CHECK(value_across("late", false, false) == 0);
+    CHECK(value_across("late", false, true) == 7); // which only this finds:
+    CHECK(value_across("ahead", false, true) == 0);
 }
 
 // a wait is for the record before it, not for a later one, and none for an event without any
