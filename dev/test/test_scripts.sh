@@ -95,9 +95,9 @@ refused 1 'holds another run' $pretrain medium relu
 check "of a resumed run's options the shape's go, no others" $?
 
 # ... those are the trainer's: rows of SHAPE and ROUTING, and --load
-decided=$(sed -nE 's/^ *OPTION\([A-Z]+, (SHAPE|ROUTING), ([a-z_]+),.*/\2/p' llmc/run/options.h | tr _ -)
+decided=$(sed -nE 's/^ *OPTION\([A-Z]+, (SHAPE|ROUTING), ([a-z_]+),.*/\2/p' llmc/run/option_table.h | tr _ -)
 [ "$(printf '%s\n' $decided load)" = "$(sed -nE "s/^SHAPE='(.*)'/\1/p" $pretrain | xargs -n 1)" ]
-check "pretrain.sh's SHAPE is options.h's" $?
+check "pretrain.sh's SHAPE is option_table.h's" $?
 
 # a log without a checkpoint, of a run that was killed early, is put aside
 OUT=$here/early
