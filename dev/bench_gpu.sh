@@ -20,6 +20,13 @@ portable|small, 8 experts, portable kernels|40|64|small|--preset small --kernels
 medium|medium, 8 experts|75|32||--preset medium|--size medium --router relu --E 8 --G 1
 large|large, 8 experts|130|32||--preset large|--size large --router relu --E 8 --G 1
 dense|small, dense|40|64|small|--preset small --router dense|--size small --router dense
+topk|small, topk|40|64|small|--preset small --router topk|
+auxfree|small, auxfree|40|64|topk|--preset small --router auxfree|
+sparsemixer|small, sparsemixer|40|64|topk|--preset small --router sparsemixer|
+lory|small, lory|40|64|topk|--preset small --router lory|
+ec|small, ec|40|64|topk|--preset small --router ec|
+hash|small, hash|40|64|topk|--preset small --router hash|
+x8|small, dense x8|40|16|topk|--preset small --router dense --ffn-mult 32|
 g8|small, granularity 8: 64 experts, 8 active|40|64|small|--preset small --granularity 8|--size small --router relu --E 8 --G 8
 e32|small, 32 experts|75|64|small|--preset small --experts 32|--size small --router relu --E 32 --G 1
 e64|small, 64 experts|130|64|small|--preset small --experts 64|--size small --router relu --E 64 --G 1
