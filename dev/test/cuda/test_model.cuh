@@ -407,10 +407,21 @@ static void overflow_case(void) {
     free(params);
 }
 
-// nothing in a micro-step waits for the host or allocates: a capture would fail; its replay gives the same
-// bits
-static void graph_case(void) {
-    const ModelCase t = narrow_if_few({"graph", "relu", 8, 1, 1, 2, 64, 4, 2, 4, 256, 2, 33, 1, 0, 8.0f});
+// hash of what a step left, and of its gradients
+static uint64_t hash_of_step(Model *m, Examination *x) {
+    x->stats.lm_loss = 0.0;
+    plan_worst(m, x->N);
+    CHECK(read_step(m, x->N, &x->stats));
+    plan_worst(m, x->N);
+    free(x->grads);
+    x->grads = copy_of(m, BUFFER_GRADS);
+    return hash_of(x, model_table(m)->flat_size);
+}
+
+// Nothing in a micro-step waits for the host or allocates: a capture would fail. Its replay gives the same
+// bits, and draws what the step in the device's memory says
+static void graph_case(const char *router) {
+    const ModelCase t = narrow_if_few({"graph", router, 8, 1, 1, 2, 64, 4, 2, 4, 256, 2, 33, 1, 0, 8.0f});
     cudaGraph_t graph;
     cudaGraphExec_t replay;
     Examination x;
@@ -425,6 +436,7 @@ static void graph_case(void) {
     set_device_weights(m, params);
     upload_batch(m, 0, x.inputs, x.targets, x.N);
     for (int captured = 0; captured < 2; captured++) { // the first makes cuBLASLt's plans
+        begin_draws(m, 0);
         begin_step(m);
         if (captured) {
             CUDA_CHECK(cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeGlobal));
@@ -436,20 +448,25 @@ static void graph_case(void) {
             CUDA_CHECK(cudaGraphInstantiate(&replay, graph, 0));
             CUDA_CHECK(cudaGraphLaunch(replay, m->stream));
         }
-        x.stats.lm_loss = 0.0;
-        plan_worst(m, x.N);
-        CHECK(read_step(m, x.N, &x.stats));
-        plan_worst(m, x.N);
-        free(x.grads);
-        x.grads = copy_of(m, BUFFER_GRADS);
-        hashes[captured] = hash_of(&x, model_table(m)->flat_size);
+        hashes[captured] = hash_of_step(m, &x);
     }
     CHECK(hashes[0] == hashes[1]);
+    if (router_draws(x.config.router.method)) {
+        begin_draws(m, 1);
+        begin_step(m);
+        CUDA_CHECK(cudaGraphLaunch(replay, m->stream));
+        CHECK(hash_of_step(m, &x) != hashes[0]);
+    }
     CUDA_CHECK(cudaGraphExecDestroy(replay));
     CUDA_CHECK(cudaGraphDestroy(graph));
     model_close(m);
     free(params);
     examination_free(&x);
+}
+
+static void graph_cases(void) {
+    graph_case("relu");
+    graph_case("sparsemixer");
 }
 
 // a router that has broken is no router that is sparse: the loss is not finite, on either side
@@ -588,7 +605,7 @@ static void test_cuda_model(void) {
         const char *name;
         void (*run)(void);
     } others[] = {{"free routes", free_routes_case}, {"bits", same_bits_case},
-                  {"overflow", overflow_case},       {"graph", graph_case},
+                  {"overflow", overflow_case},       {"graph", graph_cases},
                   {"update", update_case},           {"sampling", sampling_case},
                   {"broken", broken_routers_case}};
     model_table_cases();
