@@ -403,7 +403,7 @@ static void trainer_cached_sampling(void) {
         ids[t] = (t * 37 + 11) % V;
     }
     float *full = NEW(float, T *V);
-    model_forward(m, ids, 1, T, 0, no_draws, NULL);
+    model_forward(m, ids, 1, T, 0, no_draws, NULL, NULL);
     matmul_forward(full, m->acts.normed, m->params.weights.head, T, c.hidden, V);
     int equal = 1;
     for (int n = 5, cached = 0; n <= T; cached = n, n += 1 + n % 3) {
