@@ -76,7 +76,7 @@ CASES = {
     "sparsemixer_g3_k2": case("sparsemixer", E=3, k=2, G=3, B=2, T=8, dtype="F32", **dims(12, 6, 1, 3, 2)),
     "sparsemixer_e1": case("sparsemixer", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
     "sparsemixer_route": case("sparsemixer", E=4, k=2, B=2, T=8, route=True, jitter=0.6, **dims(16, 4, 2, 7, 1)),
-    "lory": case("lory", T=16, S=8, replay={**REPLAY, "seq_len": 10, "steps": 6}, **dims(12, 2, 1, 7, 2)),
+    "lory": case("lory", T=16, S=8, replay={**REPLAY, "seq_len": 10, "steps": 6, "lr": 0.003}, **dims(8, 2, 1, 7, 2)),
     "lory_4": case("lory", E=5, B=3, T=12, S=3, **dims(12, 3, 3, 7, 2)),
     "lory_short": case("lory", E=3, T=17, S=5, dtype="F32", replay={**REPLAY, "steps": 4, "warmup_steps": 0},
                        **dims(8, 2, 1, 5, 2)),
