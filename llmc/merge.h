@@ -21,8 +21,6 @@ a: [N, E] by token, as router_lory_forward leaves it; bank and bank' [., 2F, d],
 #include "llmc/experts.h"
 #include "llmc/router_lory.h"
 
-enum { MERGE_CHUNK = 32 }; // segments whose experts are in memory at once
-
 typedef struct {
     int64_t experts;         // that there is room for
     float *gate_up, *down;   // [experts, 2F, d], [experts, d, F]
@@ -33,12 +31,6 @@ typedef struct {
     PairList pairs;          // of a chunk: token t has the chunk's segment that it lies in
     Dispatch dispatch;       // the same: rows are tokens
 } Merged;
-
-// merged experts in memory: a chunk's, or one per layer
-static inline int64_t merged_experts(int layers, int64_t segments) {
-    int64_t chunk = segments < MERGE_CHUNK ? segments : (int64_t)MERGE_CHUNK;
-    return chunk > layers ? chunk : layers;
-}
 
 // floats of all that merged_open takes, but the lists
 static inline double merged_floats(int layers, int64_t segments, int E, int d, int F, int training) {

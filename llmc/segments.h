@@ -63,4 +63,12 @@ HOST_AND_DEVICE static inline int segment_next(Segments s, int c) {
     return (c + 1) % segments_each(s) > 0 ? c + 1 : -1;
 }
 
+enum { MERGE_CHUNK = 32 }; // segments whose experts are in memory at once
+
+// merged experts in memory: a chunk's, or one per layer
+static inline int64_t merged_experts(int layers, int64_t segments) {
+    int64_t chunk = segments < MERGE_CHUNK ? segments : (int64_t)MERGE_CHUNK;
+    return chunk > layers ? chunk : layers;
+}
+
 #endif
