@@ -50,16 +50,16 @@ static_assert(MERGE_CHUNK % MERGE_SEGMENTS == 0, "a chunk's segments are shared 
 typedef struct {
     Segments all;
     int first, count;
-} SegmentChunk;
+} DeviceSegments;
 
 // a of the chunk's segment c for expert e, 0 where there is none
-__device__ __forceinline__ float chunk_weight(const float *a, const SegmentChunk &chunk, int c, int e, int E) {
+__device__ __forceinline__ float chunk_weight(const float *a, const DeviceSegments &chunk, int c, int e, int E) {
     return c < chunk.count && e < E ? lory_weights(a, chunk.all, chunk.first + c, E)[e] : 0.0f;
 }
 
 // to [count][size] = a bank, bank [E][size]
 static __global__ void __launch_bounds__(MERGE_THREADS)
-    merge_forward_kernel(floatX *to, const float *a, const floatX *bank, SegmentChunk chunk, int E,
+    merge_forward_kernel(floatX *to, const float *a, const floatX *bank, DeviceSegments chunk, int E,
                          int64_t size) {
     __shared__ float weights[MERGE_EXPERTS][MERGE_CHUNK];
     int thread = (int)threadIdx.x, c0 = thread / MERGE_PACKS * MERGE_SEGMENTS;
@@ -89,14 +89,14 @@ static __global__ void __launch_bounds__(MERGE_THREADS)
     }
 }
 
-static inline void merge_matrix(floatX *to, const float *a, const floatX *bank, SegmentChunk chunk, int E,
+static inline void merge_matrix(floatX *to, const float *a, const floatX *bank, DeviceSegments chunk, int E,
                                 int64_t size, cudaStream_t stream) {
     unsigned blocks = (unsigned)ceil_div<int64_t>(size, MERGE_PACKS * PACK_X);
     launch(merge_forward_kernel, blocks, MERGE_THREADS, 0, stream, to, a, bank, chunk, E, size);
 }
 
 // bank' of the chunk's segments
-static inline void merge_forward(DeviceBank to, const float *a, DeviceBank bank, SegmentChunk chunk,
+static inline void merge_forward(DeviceBank to, const float *a, DeviceBank bank, DeviceSegments chunk,
                                  cudaStream_t stream) {
     int64_t down = (int64_t)bank.F * bank.d;
     merge_matrix((floatX *)to.gate_up, a, bank.gate_up, chunk, bank.E, 2 * down, stream);
@@ -161,7 +161,7 @@ __device__ __forceinline__ void load_dmerged(UnmergeTile &tile, const float *dme
 
 // the same columns of experts e0 .., and what they are merged with
 __device__ __forceinline__ void load_unmerge_group(UnmergeTile &tile, const floatX *bank, const float *a,
-                                                   const SegmentChunk &chunk, int e0, int E, int64_t first,
+                                                   const DeviceSegments &chunk, int e0, int E, int64_t first,
                                                    int64_t size) {
     const int packs = UNMERGE_COLUMNS / PACK_X;
     for (int i = (int)threadIdx.x; i < UNMERGE_GROUP * packs; i += UNMERGE_THREADS) {
@@ -235,7 +235,7 @@ __device__ __forceinline__ void unmerge_da(UnmergeTile &tile, int row) {
 // parts [MERGE_CHUNK, E, MERGE_BLOCKS]: a block's are set, or added to where another matrix has set them; set: dbank
 static __global__ void __launch_bounds__(UNMERGE_THREADS)
     merge_backward_kernel(float *dbank, float *parts, const float *a, const float *dmerged,
-                          const floatX *bank, SegmentChunk chunk, int E, int64_t size, int set, int add_parts) {
+                          const floatX *bank, DeviceSegments chunk, int E, int64_t size, int set, int add_parts) {
     UnmergeTile &tile = *(UnmergeTile *)shared_memory();
     int first_expert = (int)blockIdx.y * UNMERGE_EXPERTS, warp = (int)threadIdx.x / 32;
     int experts = min(ceil_div<int>(E - first_expert, UNMERGE_GROUP) * UNMERGE_GROUP, (int)UNMERGE_EXPERTS);
@@ -277,7 +277,7 @@ static inline int unmerge_blocks(int64_t size) {
 }
 
 static inline void unmerge_matrix(float *dbank, float *parts, const float *a, const float *dmerged,
-                                  const floatX *bank, SegmentChunk chunk, int E, int64_t size, int set,
+                                  const floatX *bank, DeviceSegments chunk, int E, int64_t size, int set,
                                   int add_parts, cudaStream_t stream) {
     dim3 grid((unsigned)unmerge_blocks(size), (unsigned)ceil_div<int>(E, UNMERGE_EXPERTS));
     launch(merge_backward_kernel, grid, UNMERGE_THREADS, unmerge_shared_bytes(E), stream, dbank, parts, a, dmerged,
@@ -300,7 +300,7 @@ static __global__ void __launch_bounds__(MERGE_THREADS)
 }
 
 // the bank's gradients += ..., fresh: = ...; da [count, E] of the chunk's segments is overwritten
-static inline void merge_backward(DeviceBank bank, float *da, const float *a, DeviceBank to, SegmentChunk chunk,
+static inline void merge_backward(DeviceBank bank, float *da, const float *a, DeviceBank to, DeviceSegments chunk,
                                   float *parts, int fresh, cudaStream_t stream) {
     int E = bank.E, elements = chunk.count * E;
     int64_t down = (int64_t)bank.F * bank.d;

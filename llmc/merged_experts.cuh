@@ -85,14 +85,14 @@ static inline void merged_place(Arena *arena, int layer, DeviceDispatch dispatch
     arena_place_chunks(arena, layer, dispatch.offsets + C, per_chunk * R, ceil_div(C, per_chunk), stream);
 }
 
-static inline SegmentChunk segment_chunk(const Arena *arena, Segments s, int number) {
+static inline DeviceSegments device_segments(const Arena *arena, Segments s, int number) {
     int per_chunk = chunk_segments(arena, s), first = number * per_chunk;
-    SegmentChunk chunk = {s, first, std::min(segments_count(s) - first, per_chunk)};
+    DeviceSegments chunk = {s, first, std::min(segments_count(s) - first, per_chunk)};
     return chunk;
 }
 
 // its rows, whose experts are numbered from the chunk's first segment on
-static inline RowChunk segment_chunk_rows(const Arena *arena, DeviceDispatch dispatch, SegmentChunk chunk) {
+static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch dispatch, DeviceSegments chunk) {
     int R = segment_rows(chunk.all);
     RowChunk rows = {dispatch.offsets + chunk.first,
                      dispatch.token_of_row,
@@ -106,7 +106,7 @@ static inline RowChunk segment_chunk_rows(const Arena *arena, DeviceDispatch dis
 }
 
 // A layer's own place serves a prompt, whose experts stay; the first ones serve all else
-static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, SegmentChunk chunk, int layer) {
+static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, DeviceSegments chunk, int layer) {
     Segments s = chunk.all;
     int64_t down = (int64_t)bank.F * bank.d;
     int64_t place = s.kept || (s.contexts != NULL && s.sequences == 1) ? layer : 0;
@@ -118,7 +118,7 @@ static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, Seg
 // ----------------------------------------------------------------------------
 // forward, backward
 
-static inline int segment_chunks(const Arena *arena, Segments s) {
+static inline int device_segment_chunks(const Arena *arena, Segments s) {
     return ceil_div(segments_count(s), chunk_segments(arena, s));
 }
 
@@ -139,9 +139,9 @@ static inline CombineChunk merged_forward(const floatX *x, DeviceBank bank, cons
                                           int layer, cudaStream_t stream) {
     Segments s = pairs.segments;
     merged_place(arena, layer, dispatch, s, stream);
-    for (int i = 0; i < segment_chunks(arena, s); i++) {
-        SegmentChunk chunk = segment_chunk(arena, s, i);
-        RowChunk rows = segment_chunk_rows(arena, dispatch, chunk);
+    for (int i = 0; i < device_segment_chunks(arena, s); i++) {
+        DeviceSegments chunk = device_segments(arena, s, i);
+        RowChunk rows = device_segment_rows(arena, dispatch, chunk);
         DeviceBank to = merged_bank(merged, bank, chunk, layer);
         if (!s.kept) {
             merge_forward(to, a, bank, chunk, stream);
@@ -158,9 +158,9 @@ static inline CombineChunk merged_backward(float *da, const floatX *dy, const fl
                                            DeviceDispatch dispatch, const DeviceMerged *merged, Arena *arena,
                                            int layer, cudaStream_t stream) {
     Segments s = pairs.segments;
-    for (int i = 0; i < segment_chunks(arena, s); i++) {
-        SegmentChunk chunk = segment_chunk(arena, s, i);
-        RowChunk rows = segment_chunk_rows(arena, dispatch, chunk);
+    for (int i = 0; i < device_segment_chunks(arena, s); i++) {
+        DeviceSegments chunk = device_segments(arena, s, i);
+        RowChunk rows = device_segment_rows(arena, dispatch, chunk);
         DeviceBank to = merged_bank(merged, bank, chunk, layer);
         merge_forward(to, a, bank, chunk, stream);
         experts_chunk_backward(merged_results(arena, rows, bank.d), arena->dgate_partial,
