@@ -32,6 +32,7 @@ the tests that watch it from outside.
 #include "dev/test/test_logger.h"
 #include "dev/test/test_machine.h"
 #include "dev/test/test_matmul.h"
+#include "dev/test/test_merge.h"
 #include "dev/test/test_model.h"
 #include "dev/test/test_options.h"
 #include "dev/test/test_pairs.h"
@@ -43,6 +44,7 @@ the tests that watch it from outside.
 #include "dev/test/test_router_auxfree.h"
 #include "dev/test/test_router_ec.h"
 #include "dev/test/test_router_hash.h"
+#include "dev/test/test_router_lory.h"
 #include "dev/test/test_router_relu.h"
 #include "dev/test/test_router_sparsemixer.h"
 #include "dev/test/test_router_topk.h"
@@ -80,11 +82,13 @@ static const TestRow test_rows[] = {
     {"router_topk", test_router_topk},
     {"router_auxfree", test_router_auxfree},
     {"router_sparsemixer", test_router_sparsemixer},
+    {"router_lory", test_router_lory},
     {"router_ec", test_router_ec},
     {"router_hash", test_router_hash},
     {"router", test_router},
     {"dispatch", test_dispatch},
     {"experts", test_experts},
+    {"merge", test_merge},
     {"crossentropy", test_crossentropy},
     {"adamw", test_adamw},
     {"schedule", test_schedule},

@@ -41,6 +41,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/dispatch.h"
 #include "llmc/experts.h"
 #include "llmc/router.h"
+// defines: Segments; Merged, merged_forward, merged_backward (lory)
+#include "llmc/merge.h"
 // defines: crossentropy_forward_backward
 #include "llmc/crossentropy.h"
 // defines: adamw_update, sum_of_squares
@@ -116,6 +118,7 @@ struct Model {
     Range everything; // of a flat buffer: one rank keeps all of it
     Activations acts;
     ActivationGradients back;
+    Merged merged;  // lory's experts of some segments
     float *scratch; // the experts' rows: P (d + F + 1) floats; grows with P
     int64_t scratch_capacity;
     double seconds[TIME_ROWS], last_lap;
@@ -156,6 +159,18 @@ static double model_bytes(const Config *c, int64_t N, double active, Purpose pur
     return 4.0 * (weights + (double)N * (c->layers * layer + shared));
 }
 
+static int64_t most_segments(const Config *c, int B, int T) {
+    return segments_count(segments_of(B, T, c->router.segment, NULL));
+}
+
+// bytes that merged experts take
+static double merged_bytes(const Config *c, const ModelSettings *s) {
+    int training = s->purpose != FOR_INFERENCE, merges = router_merges(c->router.method);
+    return !merges ? 0.0
+                   : 4.0 * merged_floats(c->layers, most_segments(c, s->B, s->T), c->router.experts, c->hidden,
+                                         c->ffn, training);
+}
+
 // GB, rounded up to what is printed, so that printed numbers add up
 static double printed_gb(double bytes) {
     return 0.01 * ceil(1e-7 * bytes);
@@ -163,7 +178,8 @@ static double printed_gb(double bytes) {
 
 static double activations_gb(const Config *c, const ModelSettings *s, double active) {
     int64_t N = (int64_t)s->B * s->T;
-    return printed_gb(model_bytes(c, N, active, s->purpose) - model_bytes(c, 0, active, s->purpose));
+    return printed_gb(model_bytes(c, N, active, s->purpose) - model_bytes(c, 0, active, s->purpose) +
+                      merged_bytes(c, s));
 }
 
 static void print_memory(const Config *c, const ModelSettings *s) {
@@ -173,7 +189,7 @@ static void print_memory(const Config *c, const ModelSettings *s) {
         printf(", %.2f at the start with half of the experts on",
                activations_gb(c, s, 0.5 * c->router.experts));
     }
-    if (c->router.experts > 1) {
+    if (c->router.experts > 1 && !router_merges(c->router.method)) {
         printf(", %.2f with all", activations_gb(c, s, c->router.experts));
     }
     printf("\n");
@@ -274,6 +290,10 @@ static void model_allocate_activations(Model *m, int B, int T) {
     m->acts.logit_rows = classifier_rows(N, c->vocab_size);
     m->acts.logits = floats(m->acts.logit_rows * c->vocab_size);
     m->acts.losses = floats(N);
+    if (router_merges(c->router.method)) {
+        merged_open(&m->merged, c->layers, most_segments(c, B, T), N, c->router.experts, c->hidden, c->ffn,
+                    m->params.grad != NULL);
+    }
     if (m->params.grad != NULL) {
         m->back.dx = floats(N * d);
         m->back.dnormed = floats(N * d);
@@ -304,6 +324,7 @@ static void model_free(Model *m) {
         free(buffers[i]);
     }
     free(acts->layers);
+    merged_close(&m->merged);
     params_free(p);
 }
 
@@ -346,7 +367,7 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
     sgemm(0, 1, (int)N, d, d, a->att, d, w->o, d, a->mid, d, 1); // mid += att W_o^T
 }
 
-// the experts that a layer's pairs index
+// the layer's own experts, which its pairs index, or which are merged into those that its pairs index
 static ExpertBank layer_bank(const Model *m, int l) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->params.weights.layers[l];
@@ -366,40 +387,50 @@ static Router router_in_force(const Model *m) {
     return router;
 }
 
-// mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1)
-static void moe_block_forward(Model *m, int l, float *out, const int *ids, int64_t N, RouterDraws draws,
-                              const float *forced) {
+// mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1). segments: how the
+// tokens lie in sequences
+static void moe_block_forward(Model *m, int l, float *out, const int *ids, Segments segments,
+                              RouterDraws draws, const float *forced) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
+    int64_t N = (int64_t)segments.sequences * segments.tokens;
     rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps);
     if (w->router != NULL) {
         matmul_forward(a->router_logits, a->ffn_normed, w->router, N, d, E); // z = W x
     }
-    RouterInputs in = {ids, w->bias, forced, draws};
+    RouterInputs in = {ids, w->bias, forced, draws, segments};
     in.draws.layer = l;
     router_forward(&a->pairs, a->router_logits, in, router_in_force(m), N);
-    dispatch_sort(&a->dispatch, &a->pairs, E);
     layer_reserve_pairs(m, a);
     copy_floats(out, a->mid, N * d);
-    experts_forward(out, a->h, a->ffn_normed, layer_bank(m, l), &a->pairs, &a->dispatch, m->scratch);
+    if (router_merges(c->router.method)) { // the pairs index a bank of merged experts
+        merged_forward(out, a->h, a->ffn_normed, layer_bank(m, l), a->router_logits, &a->pairs, l, &m->merged,
+                       m->scratch);
+    } else {
+        dispatch_sort(&a->dispatch, &a->pairs, E);
+        experts_forward(out, a->h, a->ffn_normed, layer_bank(m, l), &a->pairs, &a->dispatch, m->scratch);
+    }
 }
 
 // ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
-// buffers). draws: what chance decides; forced: NULL, or for each layer an active set [N, E] that replaces the
-// router's own
+// buffers). draws: what chance decides; contexts: NULL, or [B] how many of its first tokens route each sequence
+// (lory; a call with start > 0 has the experts that the call before has merged); forced: NULL, or for each layer
+// an active set [N, E] that replaces the router's own
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
-                          const float *const *forced) {
+                          const int *contexts, const float *const *forced) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * (T - start);
+    Segments segments = segments_of(B, T - start, c->router.segment, contexts);
+    segments.kept = start > 0;
     embedding_forward(m->acts.layers[0].x, ids, m->params.weights.embed, N, c->hidden);
     lap(m, TIME_EMBEDDING);
     for (int l = 0; l < c->layers; l++) {
         float *out = l + 1 < c->layers ? m->acts.layers[l + 1].x : m->acts.x;
         attention_block_forward(m, l, B, T, start);
         lap(m, TIME_ATTENTION);
-        moe_block_forward(m, l, out, ids, N, draws, forced != NULL ? forced[l] : NULL);
+        moe_block_forward(m, l, out, ids, segments, draws, forced != NULL ? forced[l] : NULL);
         lap(m, TIME_MOE);
     }
     rmsnorm_forward(m->acts.normed, m->acts.rstd, m->acts.x, m->params.weights.norm, N, c->hidden,
@@ -451,11 +482,18 @@ static void moe_block_backward(Model *m, int l, int64_t N, double reg_weight) {
     LayerWeights *g = &m->params.grads.layers[l];
     LayerActs *a = &m->acts.layers[l];
     int d = c->hidden, E = c->router.experts;
+    const float *dgate = m->back.dgate;
     zero_floats(m->back.dnormed, N * d);
-    experts_backward(m->back.dnormed, m->back.dgate, m->back.dx, a->ffn_normed, a->h, layer_bank(m, l),
-                     &a->pairs, &a->dispatch, m->scratch);
+    if (router_merges(c->router.method)) {
+        merged_backward(m->back.dnormed, m->back.dx, a->ffn_normed, a->h, layer_bank(m, l), a->router_logits,
+                        &a->pairs, l, &m->merged, m->scratch);
+        dgate = m->merged.da;
+    } else {
+        experts_backward(m->back.dnormed, m->back.dgate, m->back.dx, a->ffn_normed, a->h, layer_bank(m, l),
+                         &a->pairs, &a->dispatch, m->scratch);
+    }
     if (w->router != NULL) {
-        router_backward(m->back.drouter, m->back.dgate, &a->pairs, a->router_logits, a->pairs.counts, N,
+        router_backward(m->back.drouter, dgate, &a->pairs, a->router_logits, a->pairs.counts, N,
                         router_in_force(m), c->layers, reg_weight);
         sgemm(0, 0, (int)N, d, E, m->back.drouter, E, w->router, d, m->back.dnormed, d, 1); // dnormed += dz W
         matmul_backward(NULL, g->router, m->back.drouter, a->ffn_normed, w->router, N, d, E);
@@ -519,7 +557,7 @@ static void stats_add_micro_batch(StepStats *s, const Model *m, int64_t N) {
 static void micro_step(Model *m, StepStats *s, const int *inputs, const int *targets, int B, int T,
                        RouterDraws draws, int micro_batches, double reg_weight) {
     int64_t N = (int64_t)B * T;
-    model_forward(m, inputs, B, T, 0, draws, NULL);
+    model_forward(m, inputs, B, T, 0, draws, NULL, NULL);
     s->lm_loss += classifier(m, targets, N, (float)(1.0 / ((double)N * micro_batches)), NULL) / micro_batches;
     s->reg_loss += regulariser(m, N) / micro_batches;
     model_backward(m, inputs, B, T, reg_weight / micro_batches);
@@ -631,13 +669,17 @@ void model_update(Model *m, double lr, double weight_decay, float grad_scale, in
 }
 
 double model_loss(Model *m, const int *inputs, const int *targets, int B, int T) {
-    model_forward(m, inputs, B, T, 0, no_draws, NULL);
+    model_forward(m, inputs, B, T, 0, no_draws, NULL, NULL);
     return classifier(m, targets, (int64_t)B * T, 0.0f, NULL);
+}
+
+double model_late_loss(Model *m, int B, int T, int first) {
+    return mean_late_loss(m->acts.losses, B, T, first);
 }
 
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int d = m->config.hidden;
-    model_forward(m, ids + start, 1, n, start, no_draws, NULL);
+    model_forward(m, ids + start, 1, n, start, no_draws, &n, NULL); // n: the prompt, if start is 0
     matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(n - 1 - start) * d, m->params.weights.head, 1,
                    d, m->config.vocab_size);
     return m->acts.logits;
@@ -650,14 +692,14 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     uint64_t key = draw_key(m->seed, 0);
     RouterDraws first = {&key, 0, 0};
     zero_floats(m->params.grad, m->params.table.flat_size);
-    model_forward(m, inputs, B, T, 0, first, forced);
+    model_forward(m, inputs, B, T, 0, first, NULL, forced);
     s->lm_loss = classifier(m, targets, N, 1.0f / (float)N, logits);
     s->reg_loss = regulariser(m, N);
     model_backward(m, inputs, B, T, reg_weight);
     stats_add_micro_batch(s, m, N);
     s->grad_norm = gradient_norm(m);
     for (int l = 0; l < m->config.layers && gates != NULL; l++) {
-        pairs_to_dense(gates[l], &m->acts.layers[l].pairs, m->config.router.experts);
+        router_gates(gates[l], &m->acts.layers[l].pairs, m->acts.layers[l].router_logits, router_in_force(m));
     }
     for (int l = 0; l < m->config.layers && draws != NULL; l++) {
         router_sparsemixer_draws(draws[l], m->acts.layers[l].pairs.rounds, N, m->config.router.experts, m->k);

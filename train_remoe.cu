@@ -48,6 +48,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/experts.cuh"
 #include "llmc/gpu/dispatch_rmsnorm.cuh"
 #include "llmc/router.cuh"
+// defines: DeviceMerged, merged_forward, merged_backward (lory)
+#include "llmc/merged_experts.cuh"
 // defines: crossentropy_forward_backward, sum_losses
 #include "llmc/crossentropy.cuh"
 
@@ -79,7 +81,7 @@ static void attention_block_forward(Model *m, int l, int B, int T, int start) {
          m->stream); // x + att W_o^T
 }
 
-// the experts that a layer's pairs index
+// the layer's own experts, which its pairs index, or which are merged into those that its pairs index
 static DeviceBank layer_bank(const Model *m, int l) {
     const Config *c = &m->config;
     const LayerReads *w = &m->params.weights.layers[l];
@@ -116,14 +118,29 @@ static LayerOut layer_out(const Model *m, int l) {
     return last;
 }
 
+// ffn_normed -> what sums to the experts' output
+static CombineChunk layer_experts_forward(Model *m, int l, int N) {
+    const LayerActs *a = &m->acts.layers[l];
+    Arena *arena = &m->routing.arena;
+    if (router_merges(m->config.router.method)) { // the pairs index a bank of merged experts
+        mark(m, "experts forward");
+        return merged_forward(a->ffn_normed, layer_bank(m, l), a->router_logits, a->pairs, a->dispatch,
+                              &m->routing.merged, arena, l, m->stream);
+    }
+    dispatch_sort(a->dispatch, a->pairs, N, m->config.router.experts, m->scratch, m->stream);
+    arena_place(arena, l, a->dispatch, m->stream);
+    mark(m, "experts forward");
+    return experts_forward(a->ffn_normed, layer_bank(m, l), a->pairs, a->dispatch, arena, l, N, m->stream);
+}
+
 // mid [N, d] -> out [N, d] = mid + MoE(RMSNorm(mid)), sum over the active experts (Eq. 1), and the next norm.
-// ids, draws' key, forced: device
-static void moe_block_forward(Model *m, int l, const int *ids, int N, RouterDraws draws,
+// segments: how the tokens lie in sequences. ids, draws' key, contexts, forced: device
+static void moe_block_forward(Model *m, int l, const int *ids, Segments segments, RouterDraws draws,
                               const float *forced) {
     const Config *c = &m->config;
     const LayerReads *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
-    int d = c->hidden, E = c->router.experts;
+    int N = segments.sequences * segments.tokens, d = c->hidden, E = c->router.experts;
     mark(m, "norms");
     if (w->router != NULL) { // z = W x, W from its fp32 master
         rmsnorm_router_forward(a->ffn_normed, a->ffn_rstd, a->router_logits, a->mid, w->ffn_norm, w->router,
@@ -133,14 +150,11 @@ static void moe_block_forward(Model *m, int l, const int *ids, int N, RouterDraw
         rmsnorm_forward(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, (float)c->norm_eps, m->stream);
     }
     mark(m, "router and dispatch");
-    RouterInputs in = {ids, w->bias, forced, draws};
+    RouterInputs in = {ids, w->bias, forced, draws, segments};
     in.draws.layer = l;
+    a->pairs.segments = segments;
     router_forward(a->pairs, a->router_logits, in, router_in_force(m), N, m->scratch, m->stream);
-    dispatch_sort(a->dispatch, a->pairs, N, E, m->scratch, m->stream);
-    arena_place(&m->routing.arena, l, a->dispatch, m->stream);
-    mark(m, "experts forward");
-    CombineChunk sums = experts_forward(a->ffn_normed, layer_bank(m, l), a->pairs, a->dispatch,
-                                        &m->routing.arena, l, N, m->stream);
+    CombineChunk sums = layer_experts_forward(m, l, N);
     mark(m, "combine and norms");
     LayerOut out = layer_out(m, l);
     dispatch_combine_rmsnorm_forward(out.x, out.normed, out.rstd, a->mid, sums, out.norm, N, d,
@@ -157,13 +171,26 @@ static const float *upload_forced(Model *m, const float *const *forced, int l, i
     return m->routing.forced;
 }
 
+// contexts [B] on the device, or NULL; the host may forget its own
+static const int *upload_contexts(Model *m, const int *contexts, int B) {
+    int *to = m->routing.merged.contexts;
+    if (contexts == NULL || to == NULL) {
+        return NULL;
+    }
+    copy_now(to, contexts, (size_t)B * sizeof(int), cudaMemcpyHostToDevice, m->stream);
+    return to;
+}
+
 // ids [N], on the device: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions
-// are in the qkv buffers). draws: what chance decides; forced: NULL, or for each layer an active set [N, E] that
-// replaces the router's own
+// are in the qkv buffers). draws: what chance decides; contexts: NULL, or [B], on the host, how many of its first
+// tokens route each sequence (lory; a call with start > 0 has the experts that the call before has merged); forced:
+// NULL, or for each layer an active set [N, E] that replaces the router's own
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
-                          const float *const *forced) {
+                          const int *contexts, const float *const *forced) {
     const Config *c = &m->config;
     int N = B * (T - start);
+    Segments segments = segments_of(B, T - start, c->router.segment, upload_contexts(m, contexts, B));
+    segments.kept = start > 0;
     arena_begin_micro_batch(&m->routing.arena, m->stream);
     comm_wait(&m->comm, BUCKET_EMBED, m->stream);
     mark(m, "embedding");
@@ -175,7 +202,7 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, Rou
     for (int l = 0; l < c->layers; l++) {
         comm_wait(&m->comm, bucket_of_layer(l), m->stream);
         attention_block_forward(m, l, B, T, start);
-        moe_block_forward(m, l, ids, N, draws, upload_forced(m, forced, l, N));
+        moe_block_forward(m, l, ids, segments, draws, upload_forced(m, forced, l, N));
     }
     comm_wait(&m->comm, bucket_of_head(c->layers), m->stream);
 }
@@ -224,6 +251,19 @@ static void regulariser(Model *m, int N, double scale) {
 // ----------------------------------------------------------------------------
 // backward, in the forward's reverse order; m->back.dx carries the residual stream's gradient
 
+// what sums to the gradient of ffn_normed, but the router's part; dgate: of the pairs' gates, or of the weights that
+// experts are merged with
+static CombineChunk layer_experts_backward(Model *m, int l, int N) {
+    const LayerActs *a = &m->acts.layers[l];
+    if (router_merges(m->config.router.method)) {
+        return merged_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh,
+                               a->router_logits, a->pairs, a->dispatch, &m->routing.merged, &m->routing.arena, l,
+                               m->stream);
+    }
+    return experts_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh, a->pairs,
+                            a->dispatch, &m->routing.arena, l, N, m->stream);
+}
+
 static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
     const Config *c = &m->config;
     const LayerReads *w = &m->params.weights.layers[l];
@@ -235,8 +275,7 @@ static void moe_block_backward(Model *m, int l, int N, double reg_weight) {
         rmsnorm_again(a->ffn_normed, a->ffn_rstd, a->mid, w->ffn_norm, N, d, m->stream);
     }
     mark(m, "experts backward");
-    CombineChunk sums = experts_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh,
-                                         a->pairs, a->dispatch, &m->routing.arena, l, N, m->stream);
+    CombineChunk sums = layer_experts_backward(m, l, N);
     mark(m, "router and dispatch");
     if (w->router != NULL) {
         router_backward(m->back.drouter, m->back.dgate, a->pairs, a->router_logits, counts_of(m, l),
@@ -329,7 +368,7 @@ static void micro_step(Model *m, const Batch *batch, int B, int T, int micro_bat
     int N = B * T;
     int64_t cells = (int64_t)m->config.layers * m->config.router.experts;
     RouterDraws draws = {m->step.draw_key, batch->first_token, 0};
-    model_forward(m, batch->inputs, B, T, 0, draws, forced);
+    model_forward(m, batch->inputs, B, T, 0, draws, NULL, forced);
     comm_counts_send(&m->comm, cells, m->stream); // f_e is the global micro-batch's (Eq. 11)
     classifier(m, batch->targets, N, (float)(1.0 / ((double)N * micro_batches * m->comm.ranks)), all_logits);
     comm_counts_receive(&m->comm, m->routing.counts_all, cells, m->stream); // wanted only now
@@ -635,12 +674,20 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     int N = B * T;
     int *planned = plan_apart(m, N);
     upload_batch(m, 0, inputs, targets, N);
-    model_forward(m, m->step.batches[0].inputs, B, T, 0, no_draws, NULL);
+    model_forward(m, m->step.batches[0].inputs, B, T, 0, no_draws, NULL, NULL);
     classifier(m, m->step.batches[0].targets, N, 0.0f, NULL);
     CUDA_CHECK(cudaMemsetAsync(&m->step.sums->lm_loss, 0, sizeof(double), m->stream));
     sum_losses(&m->step.sums->lm_loss, m->acts.losses, N, 1.0 / N, m->stream);
     copy_now(&loss, &m->step.sums->lm_loss, sizeof(double), cudaMemcpyDeviceToHost, m->stream);
     plan_back(m, planned);
+    return loss;
+}
+
+double model_late_loss(Model *m, int B, int T, int first) {
+    float *losses = NEW(float, (int64_t)B *T);
+    copy_now(losses, m->acts.losses, (size_t)(B * T) * sizeof(float), cudaMemcpyDeviceToHost, m->stream);
+    double loss = mean_late_loss(losses, B, T, first);
+    free(losses);
     return loss;
 }
 
@@ -663,7 +710,7 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int *planned = plan_apart(m, rows);
     CUDA_CHECK(cudaMemcpyAsync(batch->inputs, ids + start, (size_t)rows * sizeof(int), cudaMemcpyHostToDevice,
                                m->stream));
-    model_forward(m, batch->inputs, 1, n, start, no_draws, NULL);
+    model_forward(m, batch->inputs, 1, n, start, no_draws, &n, NULL); // n: the prompt, if start is 0
     matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(rows - 1) * d, m->params.weights.head, 1, d, V,
                    &m->gemm, m->stream);
     download(m, m->host_logits, m->acts.logits, V);
@@ -676,7 +723,8 @@ static void download_gates(Model *m, float *const *gates, int N) {
     float *dense = NULL;
     CUDA_CHECK(cudaMalloc(&dense, (size_t)N * (size_t)E * sizeof(float)));
     for (int l = 0; l < m->config.layers; l++) {
-        pairs_to_dense(dense, m->acts.layers[l].pairs, N, E, m->stream);
+        const LayerActs *a = &m->acts.layers[l];
+        router_gates(dense, a->pairs, a->router_logits, router_in_force(m), N, m->stream);
         copy_now(gates[l], dense, (size_t)N * (size_t)E * sizeof(float), cudaMemcpyDeviceToHost, m->stream);
     }
     CUDA_CHECK(cudaFree(dense));

@@ -50,6 +50,11 @@ static inline void config_check(const Config *c, const char *where, void (*fail)
              "  ---> change one of them",
              where, r->experts, r->active, c->granularity);
     }
+    if (router_merges(r->method) && r->active != 1) {
+        fail("%s: %s merges experts into one of a dense layer's width, so granularity and active experts are 1, not "
+             "%d and %d\n  ---> --granularity 1 --active 1, or another --router",
+             where, router_name(r->method), c->granularity, r->active / c->granularity);
+    }
     double weights = 3.0 * c->layers * r->experts * c->hidden * c->ffn;
     if (weights > 1e15) { // sizes far below INT64_MAX from here on
         fail("%s: experts of %g weights in all\n  ---> use fewer layers or experts, or smaller ones", where,
@@ -75,6 +80,7 @@ static inline Config config_from_options(const Options *o) {
     c.router.method = (RouterMethod)method;
     c.router.load_balance = (int)o->load_balance;
     c.router.jitter = o->router_jitter;
+    c.router.segment = (int)o->segment_length;
     c.max_seq_len = (int)o->seq_len;
     c.norm_eps = 1e-5;
     c.rope_theta = 1e6;

@@ -42,6 +42,25 @@ typedef struct { // as ExpertBank of experts.h
     float *dgate_up, *ddown;      // the same shapes; NULL without training
 } DeviceBank;
 
+// a chunk's rows through their experts: Y
+static inline void experts_chunk_forward(floatX *y, ChunkH h, const floatX *x, DeviceBank bank, RowChunk chunk,
+                                         cudaStream_t stream) {
+    grouped_up_forward(h, 0, x, bank.gate_up, chunk, bank.d, bank.F, stream); // gate silu(G) U
+    grouped_down_forward(y, h, bank.down, chunk, bank.d, bank.F, stream);     // Y = (gate A) W_down^T
+}
+
+// dX', the bank's gradients and parts of <dA', A>; H is spent
+static inline void experts_chunk_backward(floatX *dx, float *partial, ChunkH h, const floatX *dy,
+                                          const floatX *x, DeviceBank bank, RowChunk chunk,
+                                          cudaStream_t stream) {
+    int d = bank.d, F = bank.F;
+    grouped_up_forward(h, 1, x, bank.gate_up, chunk, d, F, stream);        // H, if it is not kept
+    grouped_down_backward(h, partial, dy, bank.down, chunk, d, F, stream); // dG, dU, parts of <dA', A>
+    grouped_down_wgrad(bank.ddown, dy, h, chunk, d, F, stream);            // dW_down += dO'^T (gate A)
+    grouped_up_wgrad(bank.dgate_up, h, x, chunk, d, F, stream);            // dW_gate_up += dH^T X'
+    grouped_up_backward(dx, h, bank.gate_up, chunk, d, F, stream);         // dX' = dH W_gate_up
+}
+
 // Adds the chunk's rows (Y or dX') to their tokens' sums; the last chunk's are left
 static inline void experts_combine(const Arena *arena, DevicePairs pairs, DeviceDispatch dispatch,
                                    RowChunk chunk, int last, int N, int d, cudaStream_t stream) {
@@ -62,13 +81,10 @@ static inline CombineChunk experts_last_chunk(const Arena *arena, DevicePairs pa
 static inline CombineChunk experts_forward(const floatX *x, DeviceBank bank, DevicePairs pairs,
                                            DeviceDispatch dispatch, Arena *arena, int layer, int N,
                                            cudaStream_t stream) {
-    int d = bank.d, F = bank.F;
     for (int c = 0; c < arena->planned[layer]; c++) {
         RowChunk chunk = arena_chunk(arena, dispatch, c);
-        ChunkH h = arena_h(arena, layer, c);
-        grouped_up_forward(h, 0, x, bank.gate_up, chunk, d, F, stream);       // gate silu(G) U
-        grouped_down_forward(arena->rows, h, bank.down, chunk, d, F, stream); // Y = (gate A) W_down^T
-        experts_combine(arena, pairs, dispatch, chunk, c == arena->planned[layer] - 1, N, d, stream);
+        experts_chunk_forward(arena->rows, arena_h(arena, layer, c), x, bank, chunk, stream);
+        experts_combine(arena, pairs, dispatch, chunk, c == arena->planned[layer] - 1, N, bank.d, stream);
     }
     return experts_last_chunk(arena, pairs, dispatch, layer);
 }
@@ -106,14 +122,9 @@ static inline CombineChunk experts_backward(float *dgate, const floatX *dy, cons
     }
     for (int c = 0; c < arena->planned[layer]; c++) {
         RowChunk chunk = arena_chunk(arena, dispatch, c);
-        ChunkH h = arena_h(arena, layer, c);
         chunk.fresh = fresh;
         float *partial = arena->dgate_partial;
-        grouped_up_forward(h, 1, x, bank.gate_up, chunk, d, F, stream);         // H, if it is not kept
-        grouped_down_backward(h, partial, dy, bank.down, chunk, d, F, stream);  // dG, dU, parts of <dA', A>
-        grouped_down_wgrad(bank.ddown, dy, h, chunk, d, F, stream);             // dW_down += dO'^T (gate A)
-        grouped_up_wgrad(bank.dgate_up, h, x, chunk, d, F, stream);             // dW_gate_up += dH^T X'
-        grouped_up_backward(arena->rows, h, bank.gate_up, chunk, d, F, stream); // dX' = dH W_gate_up
+        experts_chunk_backward(arena->rows, partial, arena_h(arena, layer, c), dy, x, bank, chunk, stream);
         experts_combine(arena, pairs, dispatch, chunk, c == arena->planned[layer] - 1, N, d, stream);
         dispatch_dgate(dgate, partial, arena->dgate_tiles, pairs, dispatch, N, arena->E, chunk.first,
                        chunk.rows, stream);

@@ -35,6 +35,7 @@ typedef struct {
     float *gate;         // [N E]
     int *counts;         // [E] tokens of each expert
     RouterRound *rounds; // [N, k], or NULL where the router does not draw
+    Segments segments;   // which `expert` numbers, where the router merges experts
 } DevicePairs;
 
 typedef struct {

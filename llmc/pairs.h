@@ -12,6 +12,8 @@ N tokens, E experts, P = num_pairs active (token, expert) pairs. Active is membe
 #define PAIRS_H
 
 #include "llmc/check.h"
+#include "llmc/segments.h"
+// defines: NEW, GROW; Segments
 
 // one draw of a router that draws its experts one after the other (router_sparsemixer.h)
 typedef struct {
@@ -28,6 +30,7 @@ typedef struct {
     float *gate;         // [P]
     int64_t *counts;     // [E]
     RouterRound *rounds; // [N, k], or NULL where the router does not draw
+    Segments segments;   // which `expert` numbers, where the router merges experts
     int64_t capacity;    // pairs that fit
     int64_t round_capacity;
     int64_t token_capacity;
@@ -69,13 +72,17 @@ static inline void pairs_free(PairList *pairs) {
     free(pairs->rounds);
 }
 
-// counts[e] = number of tokens of expert e; their sum is P. Whoever makes a list ends with this
-static inline void pairs_count(PairList *pairs, int E) {
+static inline void pairs_clear_counts(PairList *pairs, int E) {
     if (E > pairs->expert_capacity) {
         pairs->expert_capacity = E;
         pairs->counts = GROW(int64_t, pairs->counts, E);
     }
     memset(pairs->counts, 0, (size_t)E * sizeof(int64_t));
+}
+
+// counts[e] = number of tokens of expert e; their sum is P. Whoever makes a list ends with this
+static inline void pairs_count(PairList *pairs, int E) {
+    pairs_clear_counts(pairs, E);
     for (int64_t p = 0; p < pairs->num_pairs; p++) {
         pairs->counts[pairs->expert[p]]++;
     }

@@ -18,22 +18,24 @@ be added up. Scratch: router_scratch_bytes(), used only within a call.
 #include "llmc/router_auxfree.cuh"
 #include "llmc/router_ec.cuh"
 #include "llmc/router_hash.cuh"
+#include "llmc/router_lory.cuh"
 #include "llmc/router_relu.cuh"
 #include "llmc/router_sparsemixer.cuh"
 #include "llmc/router_topk.cuh"
 
 typedef struct {
     uint32_t *mask;      // [N, W]
-    float *scores;       // [E, N] expert choice
+    float *scores;       // [E, N] expert choice; [C, E] lory
     uint64_t *threshold; // [E]
     void *pairs;
 } RouterScratch;
 
 static inline RouterScratch router_scratch(Scratch *scratch, Router router, int N) {
     int E = router.experts, choice = router.method == ROUTER_EC; // its scores by expert
+    int has_scores = choice || router_merges(router.method);
     RouterScratch r;
     r.mask = scratch_take<uint32_t>(scratch, (int64_t)N * mask_words(E));
-    r.scores = scratch_take<float>(scratch, choice ? (int64_t)N * E : 0);
+    r.scores = scratch_take<float>(scratch, has_scores ? (int64_t)N * E : 0);
     r.threshold = scratch_take<uint64_t>(scratch, choice ? E : 0);
     r.pairs = scratch_take<char>(scratch, (int64_t)pairs_scratch_bytes(N, E));
     return r;
@@ -64,7 +66,7 @@ static inline void router_forward(DevicePairs pairs, float *logits, RouterInputs
     float jitter = (float)router.jitter;
     Scratch s = {(unsigned char *)scratch, 0};
     RouterScratch r = router_scratch(&s, router, N);
-    if (in.forced != NULL && weights && !draws) {
+    if (in.forced != NULL && router_can_be_forced(router.method)) {
         ActiveIfForced active = {in.forced, E};
         router_scores(logits, router, N, stream);
         mask_where(r.mask, active, N, E, stream);
@@ -77,6 +79,7 @@ static inline void router_forward(DevicePairs pairs, float *logits, RouterInputs
             router_sparsemixer_forward(r.mask, pairs.rounds, logits, in.draws, in.forced, N, E, k, jitter,
                                        stream);
             break;
+        case ROUTER_LORY: router_lory_forward(pairs, logits, in.segments, E, r.scores, stream); return;
         case ROUTER_EC: router_ec_forward(r.mask, logits, r.scores, r.threshold, N, E, k, stream); break;
         case ROUTER_HASH: router_hash_forward(r.mask, in.ids, N, E, k, stream); break;
         default: router_dense_forward(pairs, N, stream); return; // one pair per token, no mask
@@ -115,7 +118,8 @@ static inline void router_loss(double *loss, DevicePairs pairs, const float *log
     }
 }
 
-// dlogits [N, E] overwritten; weight: router_loss_weight() over the number of micro-batches
+// dlogits [N, E] overwritten; dgate: for lory da [C, E]; weight: router_loss_weight() over the number of
+// micro-batches
 static inline void router_backward(floatX *dlogits, const float *dgate, DevicePairs pairs,
                                    const float *logits, const int *counts, int64_t tokens, Router router,
                                    int N, int layers, double weight, cudaStream_t stream) {
@@ -134,8 +138,21 @@ static inline void router_backward(floatX *dlogits, const float *dgate, DevicePa
                                     (float)router.jitter, router.load_balance ? weight : 0.0, stream);
         break;
     case ROUTER_AUXFREE: router_auxfree_backward(dlogits, dgate, pairs, logits, N, E, k, stream); break;
+    case ROUTER_LORY: router_lory_backward(dlogits, dgate, pairs, logits, N, E, stream); break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, N, E, stream); break;
     default: break;
+    }
+}
+
+// dense [N, E] picture of what each expert's weight is for each token; logits: what router_forward left
+static inline void router_gates(float *gates, DevicePairs pairs, const float *logits, Router router, int N,
+                                cudaStream_t stream) {
+    int E = router.experts;
+    if (router_merges(router.method)) {
+        CUDA_CHECK(cudaMemcpyAsync(gates, logits, (size_t)N * (size_t)E * sizeof(float),
+                                   cudaMemcpyDeviceToDevice, stream));
+    } else {
+        pairs_to_dense(gates, pairs, N, E, stream);
     }
 }
 

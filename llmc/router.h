@@ -10,15 +10,17 @@ Routing, whichever the method: the one place that knows them all.
     auxfree      sigmoid(z_e) over their sum, 0
                  of the k best with a bias
     sparsemixer  M p_e of k draws from p      topk's                                            aux_coeff
+    lory         1; experts merged by         0
+                 segments' softmax(z)
     ec           softmax(z)_te, experts pick  0
     hash         1, by token id               0
     dense        1, one expert                0                (each in router_METHOD.h, dense beside hash)
 
 The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place, for auxfree the
-sigmoid. hash and dense have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's
+sigmoid, for lory the weights that the token's experts are merged with. hash and dense have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's
 own: two implementations, or two precisions, can then be compared without a pair near the threshold flipping.
 A forced gate keeps its own value, z for relu. sparsemixer's forced set says which draws were made, and in
-which order.
+which order. lory has no active set to force.
 
 A new method is its header router_METHOD.h, and here a row of the table and a case in each of the three
 switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
@@ -29,6 +31,7 @@ switches; on the GPU the same again (router_METHOD.cuh, router.cuh).
 #include "llmc/router_auxfree.h"
 #include "llmc/router_ec.h"
 #include "llmc/router_hash.h"
+#include "llmc/router_lory.h"
 #include "llmc/router_relu.h"
 #include "llmc/router_sparsemixer.h"
 #include "llmc/router_topk.h"
@@ -45,6 +48,7 @@ typedef enum { SCORES_LOGITS, SCORES_SOFTMAX, SCORES_SIGMOID } RouterScores;
     ROW(TOPK,        "topk",        1,     1,      0,   SOFTMAX, AUX_COEFF, TOPK,        1,      0,      0)  \
     ROW(AUXFREE,     "auxfree",     1,     1,      1,   SIGMOID, NOTHING,   AUXFREE,     0,      0,      1)  \
     ROW(SPARSEMIXER, "sparsemixer", 1,     1,      0,   LOGITS,  AUX_COEFF, SPARSEMIXER, 0,      0,      0)  \
+    ROW(LORY,        "lory",        1,     1,      0,   LOGITS,  NOTHING,   LORY,        0,      0,      0)  \
     ROW(EC,          "ec",          1,     1,      0,   SOFTMAX, NOTHING,   TOPK,        0,      0,      0)  \
     ROW(HASH,        "hash",        1,     0,      0,   LOGITS,  NOTHING,   HASH,        0,      0,      0)  \
     ROW(DENSE,       "dense",       0,     0,      0,   LOGITS,  NOTHING,   DENSE,       0,      0,      0)
@@ -83,6 +87,7 @@ typedef struct {
     int active;       // k_tot = k G (for topk: the k in force)
     int load_balance; // relu: f_le (1) or 1 (0); topk: auxiliary loss or none; auxfree: biases move or not
     double jitter;    // r, sparsemixer's
+    int segment;      // S, lory's, at most
 } Router;
 
 // what a layer's router is told beside its logits; NULL where its method does not ask for it
@@ -91,6 +96,7 @@ typedef struct {
     const float *bias;   // [E]
     const float *forced; // [N, E] an active set, or NULL for the method's own
     RouterDraws draws;
+    Segments segments;
 } RouterInputs;
 
 static inline const char *router_name(RouterMethod method) {
@@ -125,6 +131,16 @@ static inline int router_draws(RouterMethod method) {
     return method == ROUTER_SPARSEMIXER;
 }
 
+// does it merge a segment's experts into one, which all of its tokens have (merge.h)?
+static inline int router_merges(RouterMethod method) {
+    return method == ROUTER_LORY;
+}
+
+// is there an active set of experts to choose?
+static inline int router_can_be_forced(RouterMethod method) {
+    return router_has_weights(method) && !router_draws(method) && !router_merges(method);
+}
+
 // weight of `reg` in the loss (Eq. 6)
 static inline double router_loss_weight(RouterMethod method, double lambda, double aux_coeff) {
     RouterLossWeight weight = router_row(method)->loss_weight;
@@ -139,7 +155,7 @@ static inline void router_forward(PairList *pairs, float *logits, RouterInputs i
     case SCORES_SIGMOID: router_auxfree_scores(logits, N, E); break;
     default: break;
     }
-    if (in.forced != NULL && router_has_weights(router.method) && !router_draws(router.method)) {
+    if (in.forced != NULL && router_can_be_forced(router.method)) {
         pairs_from_mask(pairs, logits, in.forced, N, E);
     } else {
         switch (router.method) {
@@ -149,6 +165,7 @@ static inline void router_forward(PairList *pairs, float *logits, RouterInputs i
         case ROUTER_SPARSEMIXER:
             router_sparsemixer_forward(pairs, logits, in.draws, in.forced, N, E, k, (float)router.jitter);
             break;
+        case ROUTER_LORY: router_lory_forward(pairs, logits, in.segments, E); break;
         case ROUTER_EC: router_ec_forward(pairs, logits, N, E, k); break;
         case ROUTER_HASH: router_hash_forward(pairs, in.ids, N, E, k); break;
         default: router_dense_forward(pairs, N); break;
@@ -174,7 +191,8 @@ static inline double router_loss(const PairList *pairs, const float *logits, con
     }
 }
 
-// dlogits [N, E] overwritten; weight: router_loss_weight() over the number of micro-batches
+// dlogits [N, E] overwritten; dgate: for lory da [C, E]; weight: router_loss_weight() over the number of
+// micro-batches
 static inline void router_backward(float *dlogits, const float *dgate, const PairList *pairs,
                                    const float *logits, const int64_t *counts, int64_t tokens, Router router,
                                    int layers, double weight) {
@@ -191,8 +209,18 @@ static inline void router_backward(float *dlogits, const float *dgate, const Pai
                                     balance ? weight : 0.0);
         break;
     case ROUTER_AUXFREE: router_auxfree_backward(dlogits, dgate, pairs, logits, E, k); break;
+    case ROUTER_LORY: router_lory_backward(dlogits, dgate, pairs, logits, E); break;
     case ROUTER_EC: router_ec_backward(dlogits, dgate, pairs, logits, E); break;
     default: break;
+    }
+}
+
+// dense [N, E] picture of what each expert's weight is for each token; logits: what router_forward left
+static inline void router_gates(float *gates, const PairList *pairs, const float *logits, Router router) {
+    if (router_merges(router.method)) {
+        memcpy(gates, logits, (size_t)(pairs->tokens * router.experts) * sizeof(float));
+    } else {
+        pairs_to_dense(gates, pairs, router.experts);
     }
 }
 

@@ -57,6 +57,11 @@ static inline int step_most_k(const StepSettings *s, Router router) {
     return first > router.active ? first : router.active;
 }
 
+// S of so many active pairs, of those that there could be. Where a router merges experts none is off
+static inline double step_sparsity(Router router, int64_t active, int64_t pairs) {
+    return router_merges(router.method) ? 0.0 : sparsity_of(active, pairs);
+}
+
 static inline int stats_are_finite(const StepStats *s) {
     return isfinite(s->lm_loss) && isfinite(s->reg_loss) && isfinite(s->grad_norm);
 }

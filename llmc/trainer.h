@@ -58,6 +58,15 @@ typedef struct {
     int stop;                 // before: whether this rank wants the run to end; after: whether any rank does
 } StepStats;
 
+// mean over the positions from `first` on of losses [B, T]
+static inline double mean_late_loss(const float *losses, int B, int T, int first) {
+    double sum = 0.0;
+    for (int64_t n = 0; n < (int64_t)B * T; n++) {
+        sum += n % T >= first ? losses[n] : 0.0;
+    }
+    return sum / ((double)B * (T - first));
+}
+
 // all but `stop`
 static inline void stats_reset(StepStats *s, const Config *c) {
     int64_t cells = (int64_t)c->layers * c->router.experts;
@@ -99,6 +108,8 @@ void model_balance(Model *m, float rate, const int64_t *counts);
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t);
 // mean over the B x T targets, no gradient
 double model_loss(Model *m, const int *inputs, const int *targets, int B, int T);
+// after model_loss: the mean over its targets at the positions from `first` on, first < T
+double model_late_loss(Model *m, int B, int T, int first);
 // [V] on the host: logits of position n - 1 of one sequence; the positions before start are in the cache
 const float *model_next_logits(Model *m, const int *ids, int n, int start);
 // One micro-batch forward and backward, its gradient into the gradient buffer. forced: NULL, or L active sets

@@ -38,14 +38,16 @@ MARGIN = 3e-5  # routing decisions closer than this to tipping are not asked of 
 
 def random_case(r):
     """A fixtures.case: any shape that the design allows, small."""
-    router = r.choice(["relu"] * 4 + ["topk"] * 2 + ["auxfree"] * 2 + ["sparsemixer"] * 2 + ["ec", "hash", "dense"])
+    router = r.choice(["relu"] * 4 + ["topk"] * 2 + ["auxfree"] * 2 + ["sparsemixer"] * 2 + ["lory"] * 2 + ["ec", "hash", "dense"])
     H = r.choice([1, 2, 3, 4, 6])
     KV = r.choice([n for n in range(1, H + 1) if H % n == 0])
     d = H * r.choice([2, 4, 6, 8, 24])
     E, G = r.choice([1, 2, 3, 4, 8]), r.choice([1, 1, 2, 3])
+    k, T, S = r.randint(1, min(E, 3)), r.choice([1, 2, 5, 16, 17, 33]), r.choice([1, 2, 3, 8, 16])
+    k, G = (1, 1) if router == "lory" else (k, G)
     shape = fixtures.dims(d, H, KV, r.randint(1, 40), r.randint(1, 3))
     return fixtures.case(
-        router, E=E, k=r.randint(1, min(E, 3)), G=G, B=r.randint(1, 4), T=r.choice([1, 2, 5, 16, 17, 33]),
+        router, E=E, k=k, G=G, B=r.randint(1, 4), T=T, S=S,
         load_balance=r.random() < 0.7, dtype=r.choice(["BF16", "F32", "mixed"]), lam=10 ** r.uniform(-3, 0.5),
         aux=10 ** r.uniform(-2, 0), route=router in ("relu", "topk", "auxfree", "sparsemixer", "ec") and r.random() < 0.2,
         vocab_size=r.choice([5, 67, 130]), rms_norm_eps=r.choice([1e-5, 1e-6, 1e-3]),
@@ -55,7 +57,9 @@ def random_case(r):
 def random_replay(r, x):
     B, parts = r.randint(1, 3), r.randint(1, 3)
     steps = r.randint(2, 10)
-    return {"batch": B, "seq_len": r.choice([1, 4, 9, 17]), "global_batch": B * parts, "steps": steps,
+    if x["router"] == "lory":  # which trains on two segments and more
+        x["S"] = min(x["S"], 3)
+    return {"batch": B, "seq_len": r.choice([4, 9, 17] if x["router"] == "lory" else [1, 4, 9, 17]), "global_batch": B * parts, "steps": steps,
             "lr": 10 ** r.uniform(-4, -2), "lr_min": 1e-5, "warmup_steps": r.randint(0, steps // 2),
             "weight_decay": r.choice([0.0, 0.01, 0.1]), "grad_clip": r.choice([0.1, 1.0]),
             "lambda_init": 10 ** r.uniform(-4, -1), "alpha": r.choice([1.2, 1.05, 2.0]), "aux_coeff": 0.05,

@@ -34,9 +34,9 @@ BASE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "nu
 
 
 def case(router, E=4, k=1, G=1, B=2, T=17, load_balance=True, dtype="BF16", bend=None, route=False,
-         replay=None, lam=0.37, aux=0.25, jitter=0.3, **config):
+         replay=None, lam=0.37, aux=0.25, jitter=0.3, S=None, **config):
     return dict(router=router, E=E, k=k, G=G, B=B, T=T, load_balance=load_balance, dtype=dtype, bend=bend,
-                route=route, replay=replay, lam=lam, aux=aux, jitter=jitter, config={**BASE, **config})
+                route=route, replay=replay, lam=lam, aux=aux, jitter=jitter, S=S, config={**BASE, **config})
 
 
 def dims(d, H, KV, F, L):
@@ -76,6 +76,13 @@ CASES = {
     "sparsemixer_g3_k2": case("sparsemixer", E=3, k=2, G=3, B=2, T=8, dtype="F32", **dims(12, 6, 1, 3, 2)),
     "sparsemixer_e1": case("sparsemixer", E=1, B=2, T=1, **dims(8, 2, 1, 5, 1)),
     "sparsemixer_route": case("sparsemixer", E=4, k=2, B=2, T=8, route=True, jitter=0.6, **dims(16, 4, 2, 7, 1)),
+    "lory": case("lory", T=16, S=8, replay={**REPLAY, "seq_len": 10, "steps": 6, "lr": 0.003}, **dims(8, 2, 1, 7, 2)),
+    "lory_4": case("lory", E=5, B=3, T=12, S=3, **dims(12, 3, 3, 7, 2)),
+    "lory_short": case("lory", E=3, T=17, S=5, dtype="F32", replay={**REPLAY, "steps": 4, "warmup_steps": 0},
+                       **dims(8, 2, 1, 5, 2)),
+    "lory_many": case("lory", E=3, B=3, T=23, S=1, **dims(8, 2, 1, 5, 1)),
+    "lory_e1": case("lory", E=1, B=2, T=9, S=4, **dims(8, 2, 1, 5, 1)),
+    "lory_one": case("lory", E=4, B=2, T=9, S=9, **dims(8, 2, 1, 5, 2)),
     "ec": case("ec", B=2, replay={**REPLAY, "steps": 4, "warmup_steps": 0}, **dims(8, 2, 1, 7, 1)),
     "ec_g3_k2": case("ec", E=3, k=2, G=3, B=1, T=17, **dims(12, 2, 1, 3, 2)),
     "ec_none": case("ec", E=3, B=1, T=1, **dims(8, 2, 2, 5, 1)),
@@ -96,6 +103,8 @@ def config_json(x):
                    router=x["router"], load_balance=x["load_balance"])
     if x["router"] == "sparsemixer":
         out["router_jitter"] = x["jitter"]
+    if x["router"] == "lory":
+        out["segment_length"] = x["S"]
     return out
 
 

@@ -82,6 +82,7 @@ class Config:
         self.k, self.G = c.get("num_experts_per_tok", 0), c.get("granularity", 1)
         self.load_balance = c.get("load_balance", True)
         self.jitter = c.get("router_jitter", 0.1)
+        self.S = c.get("segment_length", 256)
 
 
 def is_state(name):
@@ -172,8 +173,11 @@ def uniforms(key, layer, first_token, N, k):
 class Routing:
     """What the routers of a micro-batch decided, layer after layer."""
 
-    def __init__(self, seed=1234, step=0, first_token=0):
+    def __init__(self, seed=1234, step=0, first_token=0, contexts=None, held=None):
         self.key, self.first_token = rng_bits(seed, 0x64726177, step), first_token
+        self.contexts = contexts  # lory: how many of its first tokens route each sequence; None: by segments
+        self.held = held  # lory: what an earlier call has left in first_weights, to be taken for these
+        self.first_weights = []  # lory: [B, E] a layer, of each sequence's first segment, without gradient
         self.draws = []  # sparsemixer: [N, E] a layer, +-(j+1) for round j's expert, minus where M = 1/3
         self.gates = []  # [N, E] a layer, 0 where not active
         self.active = []  # [N, E] bool a layer
@@ -255,6 +259,32 @@ def route(x, ids, p, layer, c, routing, forced):
     return gates, active
 
 
+def merge_weights(h, gate, c, routing):
+    """h [B, T, d] -> the weights a [B, n, E] that the experts of each segment are merged with, and its length.
+    Segment s has the softmax of segment s - 1; the first its own, of which no gradient passes."""
+    if routing.contexts is not None:
+        means = torch.stack([text[:n].mean(0) for text, n in zip(h, routing.contexts)])
+        return (means @ gate.T).softmax(-1)[:, None], h.shape[1]
+    means = torch.stack([segment.mean(1) for segment in h.split(c.S, 1)], 1)  # [B, n, d]
+    e = (means @ gate.T).softmax(-1)
+    first = e[:, 0].detach() if routing.held is None else routing.held[len(routing.first_weights)]
+    routing.first_weights.append(first)
+    return torch.cat([first[:, None], e[:, :-1]], 1), c.S
+
+
+def lory(h, p, layer, c, routing):
+    """h [B, T, d] -> y: every segment's tokens through one expert, the merged one"""
+    name = f"model.layers.{layer}.mlp."
+    a, length = merge_weights(h, p[name + "gate.weight"], c, routing)
+    gate_up = torch.einsum("bne,efd->bnfd", a, p[name + "experts.gate_up_proj"])
+    down = torch.einsum("bne,edf->bndf", a, p[name + "experts.down_proj"])
+    y = [torch.cat([swiglu(x, gate_up[b, s], down[b, s]) for s, x in enumerate(h[b].split(length))]) for b in range(len(h))]
+    of_token = a.repeat_interleave(length, 1)[:, : h.shape[1]].reshape(-1, c.E)
+    routing.gates.append(of_token)
+    routing.active.append(torch.ones_like(of_token, dtype=torch.bool))  # all of them have a part
+    return torch.stack(y)
+
+
 def swiglu(x, gate_up, down):
     """x [n, d], gate_up [2F, d] (gate first), down [d, F]"""
     gate, up = (x @ gate_up.T).chunk(2, -1)
@@ -284,9 +314,12 @@ def forward(p, c, ids, forced=None, **draws):
     for l in range(c.L):
         name = f"model.layers.{l}."
         x = x + attention(rmsnorm(x, p[name + "input_layernorm.weight"], c.eps), p, l, c)
-        h = rmsnorm(x, p[name + "post_attention_layernorm.weight"], c.eps).view(B * T, c.d)
-        y = feed_forward(h, ids.reshape(-1), p, l, c, routing, forced[l] if forced else None)
-        x = x + y.view(B, T, c.d)
+        h = rmsnorm(x, p[name + "post_attention_layernorm.weight"], c.eps)
+        if c.router == "lory":
+            x = x + lory(h, p, l, c, routing)
+        else:
+            y = feed_forward(h.view(B * T, c.d), ids.reshape(-1), p, l, c, routing, forced[l] if forced else None)
+            x = x + y.view(B, T, c.d)
     x = rmsnorm(x, p["model.norm.weight"], c.eps)
     return x.view(B * T, c.d) @ p["lm_head.weight"].T, routing
 

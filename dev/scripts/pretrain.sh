@@ -74,7 +74,7 @@ held() { # held KEY: what the run in OUT was started with; empty where no checkp
 }
 
 # what the checkpoint's config.json decides, and the trainer refuses beside --resume
-SHAPE=' preset router experts active granularity layers hidden heads kv-heads ffn-mult vocab-size load-balance router-jitter load '
+SHAPE=' preset router experts active granularity layers hidden heads kv-heads ffn-mult vocab-size load-balance router-jitter segment-length load '
 
 without_shape() { # without_shape OPTIONS...: into options
     local name

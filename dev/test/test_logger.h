@@ -115,7 +115,7 @@ static void test_logger_validation(void) {
     JsonArena arena;
     json_arena_init(&arena);
     FILE *log = check_fopen(LOGGER_PATH, "wb", "");
-    log_validation(log, LOGGER_PATH, 300, 2.5, domain);
+    log_validation(log, LOGGER_PATH, 300, 2.5, NULL, domain);
     check_fclose(log, LOGGER_PATH);
     char *text = check_read_file(LOGGER_PATH, &size, "");
     const Json *json = json_parse(text, size, &arena, error, sizeof(error));
@@ -163,7 +163,7 @@ static void test_logger_cut(void) {
         log_step(log, LOGGER_PATH, &r);
         ends[i] = (size_t)ftell(log);
         if (i == 1) {
-            log_validation(log, LOGGER_PATH, 2, 2.5, "all"); // made again by a run that resumes after 2 steps
+            log_validation(log, LOGGER_PATH, 2, 2.5, NULL, "all"); // made again by a run that resumes after 2 steps
         }
     }
     check_fclose(log, LOGGER_PATH);

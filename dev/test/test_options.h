@@ -24,7 +24,7 @@ static void test_options_defaults(void) {
     int count;
     const OptionRow *rows = option_rows(&count);
     CHECK(o.experts == 8 && o.active == 1 && o.granularity == 1 && o.load_balance == 1 && o.eval == 0);
-    CHECK(o.bias_rate == 0.001 && o.router_jitter == 0.1);
+    CHECK(o.bias_rate == 0.001 && o.router_jitter == 0.1 && o.segment_length == 48);
     CHECK(o.lambda_init == 1e-8 && o.alpha == 1.2 && o.aux_coeff == 0.01 && o.lr == 5e-4 && o.lr_min == 5e-5);
     CHECK(o.weight_decay == 0.01 && o.grad_clip == 1.0 && o.warmup_steps == -1 && o.topk_warmup_k == 6);
     CHECK(o.pair_budget == 0.0 && o.recompute == 0);
@@ -42,7 +42,7 @@ static void test_options_presets(void) {
     options_defaults(&o, "medium");
     CHECK(o.hidden == 1024 && o.layers == 24 && o.heads == 16 && o.kv_heads == 4 && o.vocab_size == 51200);
     CHECK(o.seq_len == 1024 && o.global_batch == 512 && o.steps == 60000 && strcmp(o.preset, "medium") == 0);
-    CHECK(strcmp(o.train_data, "data/pile/train_*.bin") == 0 && o.experts == 8);
+    CHECK(strcmp(o.train_data, "data/pile/train_*.bin") == 0 && o.experts == 8 && o.segment_length == 256);
     options_defaults(&o, "small");
     CHECK(o.hidden == 768 && o.layers == 12 && o.heads == 12 && o.kv_heads == 4);
     options_defaults(&o, "large");

@@ -25,6 +25,7 @@ whole, and the CPU trainer in a namespace of its own: the reference that everyth
 #include "llmc/embedding.h"
 #include "llmc/experts.h"
 #include "llmc/matmul.h"
+#include "llmc/merge.h"
 #include "llmc/rmsnorm.h"
 #include "llmc/rope.h"
 #include "llmc/router.h"
@@ -47,6 +48,7 @@ namespace cpu {
 #include "dev/test/cuda/test_embedding.cuh"
 #include "dev/test/cuda/test_experts.cuh"
 #include "dev/test/cuda/test_matmul.cuh"
+#include "dev/test/cuda/test_merge.cuh"
 #include "dev/test/cuda/test_grouped_gemm.cuh"
 #include "dev/test/cuda/test_mma.cuh"
 #include "dev/test/cuda/test_model.cuh"
@@ -81,6 +83,7 @@ static const TestRow test_rows[] = {
     {"dispatch_rmsnorm", test_cuda_dispatch_rmsnorm, bench_cuda_dispatch_rmsnorm, 0},
     {"grouped_gemm", test_cuda_grouped_gemm, bench_cuda_grouped_gemm, 1},
     {"experts", test_cuda_experts, NULL, 1},
+    {"merge", test_cuda_merge, NULL, 1},
     {"crossentropy", test_cuda_crossentropy, NULL, 0},
     {"adamw", test_cuda_adamw, NULL, 0},
     {"buckets", test_cuda_buckets, NULL, 0},

@@ -9,6 +9,7 @@ forced active set replaces the method's.
 #include "harness.h"
 
 enum { ROUTER_TOKENS = 12, ROUTER_E = 4, ROUTER_K = 2, ROUTER_CELLS = ROUTER_TOKENS * ROUTER_E };
+enum { ROUTER_SEGMENT = 4 };
 
 typedef struct {
     float logits[ROUTER_CELLS]; // what router_forward left
@@ -22,6 +23,10 @@ static const float router_bias[ROUTER_E] = {0.3f, -0.2f, 0.0f, 0.1f};
 
 static const uint64_t router_key = 99;
 
+static Segments router_segments(void) {
+    return segments_of(1, ROUTER_TOKENS, ROUTER_SEGMENT, NULL);
+}
+
 static Router router_of(RouterMethod method, int load_balance) {
     Router router;
     router.method = method;
@@ -29,6 +34,7 @@ static Router router_of(RouterMethod method, int load_balance) {
     router.active = method == ROUTER_DENSE ? 1 : ROUTER_K;
     router.load_balance = load_balance;
     router.jitter = 0.3;
+    router.segment = ROUTER_SEGMENT;
     return router;
 }
 
@@ -44,9 +50,9 @@ static void router_run(RouterRun *run, Router router, const float *forced, int l
         dgate[i] = 0.01f;
     }
     fill_uniform(run->logits, ROUTER_CELLS, 1, 1.0f);
-    RouterInputs in = {ids, router_bias, forced, {&router_key, 0, 1}};
+    RouterInputs in = {ids, router_bias, forced, {&router_key, 0, 1}, router_segments()};
     router_forward(&run->pairs, router.method >= ROUTER_HASH ? NULL : run->logits, in, router, ROUTER_TOKENS);
-    pairs_to_dense(run->gates, &run->pairs, router.experts);
+    router_gates(run->gates, &run->pairs, run->logits, router);
     run->loss = router_loss(&run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router, layers);
     router_backward(run->dlogits, dgate, &run->pairs, run->logits, run->pairs.counts, ROUTER_TOKENS, router,
                     layers, weight);
@@ -74,6 +80,7 @@ static void test_router_names(void) {
     CHECK(router_from_name("ec") == ROUTER_EC && router_from_name("hash") == ROUTER_HASH);
     CHECK(router_from_name("dense") == ROUTER_DENSE && router_from_name("auxfree") == ROUTER_AUXFREE);
     CHECK(router_from_name("sparsemixer") == ROUTER_SPARSEMIXER);
+    CHECK(router_from_name("lory") == ROUTER_LORY && router_merges(ROUTER_LORY) && !router_merges(ROUTER_EC));
     CHECK(router_loss_weight(ROUTER_RELU, 3.0, 0.5) == 3.0 &&
           router_loss_weight(ROUTER_TOPK, 3.0, 0.5) == 0.5);
     CHECK(router_loss_weight(ROUTER_EC, 3.0, 0.5) == 0.0 && router_loss_weight(ROUTER_HASH, 3.0, 0.5) == 0.0);
@@ -142,6 +149,23 @@ static void test_router_auxfree_switch(void) {
     }
 }
 
+// every expert has a weight, a segment's tokens have the same, and nothing replaces them
+static void test_router_lory_switch(void) {
+    RouterRun run, forced;
+    float all[ROUTER_CELLS] = {0};
+    router_run(&run, router_of(ROUTER_LORY, 1), NULL, 2, 0.5);
+    router_run(&forced, router_of(ROUTER_LORY, 1), all, 2, 0.5);
+    CHECK(run.loss == 0.0 && memcmp(run.gates, forced.gates, sizeof(run.gates)) == 0);
+    CHECK(memcmp(run.gates, run.logits, sizeof(run.gates)) == 0);
+    for (int t = 0; t < ROUTER_TOKENS; t++) {
+        const float *gates = run.gates + t * ROUTER_E;
+        CHECK(fabsf(gates[0] + gates[1] + gates[2] + gates[3] - 1.0f) < 1e-6f);
+        CHECK(memcmp(gates, run.gates + t / ROUTER_SEGMENT * ROUTER_SEGMENT * ROUTER_E, ROUTER_E * sizeof(float)) == 0);
+    }
+    int last = (ROUTER_TOKENS - ROUTER_SEGMENT) * ROUTER_E;
+    CHECK(router_all_zero(run.dlogits + last, ROUTER_CELLS - last)); // nobody's weights are the last segment's
+}
+
 static void test_router_others(void) {
     RouterRun run;
     router_run(&run, router_of(ROUTER_EC, 1), NULL, 2, 0.5);
@@ -197,7 +221,7 @@ static void test_router_not_a_number(void) {
         PairList pairs = pairs_empty();
         fill_uniform(logits, ROUTER_CELLS, 1, 1.0f);
         logits[7 * ROUTER_E + 2] = NAN;
-        RouterInputs in = {NULL, router_bias, NULL, {&router_key, 0, 1}};
+        RouterInputs in = {NULL, router_bias, NULL, {&router_key, 0, 1}, router_segments()};
         router_forward(&pairs, logits, in, router_of(methods[m], 1), ROUTER_TOKENS);
         for (int64_t p = pairs.row_start[7]; p < pairs.row_start[8]; p++) {
             broken += isnan(pairs.gate[p]);
@@ -213,6 +237,7 @@ static void test_router(void) {
     test_router_relu_switch();
     test_router_topk_switch();
     test_router_auxfree_switch();
+    test_router_lory_switch();
     test_router_others();
     test_router_forced();
 }

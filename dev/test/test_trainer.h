@@ -308,23 +308,27 @@ static void trainer_ctrl_c(void) {
     CHECK(path_exists("build/test/interrupted/latest/optimizer.safetensors"));
 }
 
-static void trainer_threads(void) {
+static void trainer_threads(const char *router) {
     trainer_clear("one");
     trainer_clear("two");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --threads 1 --out build/test/one"), "one thread");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --threads 2 --out build/test/two"), "two threads");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --router %s --threads 1 --out build/test/one", router),
+                     "one thread");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --router %s --threads 2 --out build/test/two", router),
+                     "two threads");
     CHECK(trainer_checkpoints_equal("build/test/one/latest", "build/test/two/latest"));
 }
 
 // two micro-batches of 4 give nearly the gradient of one of 8 (f_le is counted a micro-batch: exactly so
 // without it)
-static void trainer_accumulation(void) {
+static void trainer_accumulation(const char *router) {
     trainer_clear("micro");
     trainer_clear("macro");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --out build/test/micro"),
-                     "two micro-batches");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --batch 8 --out build/test/macro"),
-                     "one");
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --router %s --out build/test/micro", router),
+        "two micro-batches");
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --batch 8 --router %s --out build/test/macro", router),
+        "one");
     trainer_compare("accumulation", "build/test/micro/latest/model.safetensors",
                     "build/test/macro/latest/model.safetensors", 1e-5);
 }
@@ -381,37 +385,74 @@ static void trainer_dump_without_lambda(void) {
     CHECK(reg_loss > 0.0 && loss == lm_loss);
 }
 
-// every position's logits, computed one at a time with the key/value cache, equal the full forward bit for
-// bit
-static void trainer_cached_sampling(void) {
-    enum { T = 40, V = 64 };
+enum { SAMPLING_T = 40, SAMPLING_V = 64 };
+
+// a model of B sequences with random weights
+static Model *trainer_sampling_model(const char *router, int B) {
     Options o;
     options_defaults(&o, "tiny");
+    check_format(o.router, sizeof(o.router), "%s", router);
     o.layers = 2;
     o.hidden = 48;
     o.heads = 4;
-    o.vocab_size = V;
-    o.seq_len = T;
-    o.batch = o.global_batch = 1;
+    o.vocab_size = SAMPLING_V;
+    o.seq_len = SAMPLING_T;
+    o.segment_length = 8;
+    o.batch = o.global_batch = B;
     Config c = config_from_options(&o);
     Ranks alone = ranks_alone();
     ModelSettings settings = model_settings(&o, &c, FOR_INFERENCE, &alone);
     Model *m = model_open(&c, &settings);
-    int ids[T];
     fill_uniform(m->params.values, (size_t)m->params.table.flat_size, 7, 0.2f);
-    for (int t = 0; t < T; t++) {
-        ids[t] = (t * 37 + 11) % V;
+    return m;
+}
+
+static void trainer_sampling_ids(int *ids, int B) {
+    for (int t = 0; t < B * SAMPLING_T; t++) {
+        ids[t] = (t * 37 + t * t % 7 + 11) % SAMPLING_V;
     }
-    float *full = NEW(float, T *V);
-    model_forward(m, ids, 1, T, 0, no_draws, NULL);
-    matmul_forward(full, m->acts.normed, m->params.weights.head, T, c.hidden, V);
-    int equal = 1;
-    for (int n = 5, cached = 0; n <= T; cached = n, n += 1 + n % 3) {
+}
+
+// every position's logits [B T, V], for free()
+static float *trainer_all_logits(Model *m, const int *ids, int B, const int *contexts) {
+    float *all = NEW(float, B *SAMPLING_T *SAMPLING_V);
+    model_forward(m, ids, B, SAMPLING_T, 0, no_draws, contexts, NULL);
+    matmul_forward(all, m->acts.normed, m->params.weights.head, B * SAMPLING_T, m->config.hidden, SAMPLING_V);
+    return all;
+}
+
+// every position's logits, computed one at a time with the key/value cache, equal the full forward bit for
+// bit: where lory merges for the prompt, the forward that uses the prompt's merge for all of the text
+static void trainer_cached_sampling(const char *router, int prompt) {
+    Model *m = trainer_sampling_model(router, 1);
+    int ids[SAMPLING_T], equal = 1;
+    trainer_sampling_ids(ids, 1);
+    float *full = trainer_all_logits(m, ids, 1, &prompt);
+    for (int n = prompt, cached = 0; n <= SAMPLING_T; cached = n, n += 1 + n % 3) {
         const float *logits = model_next_logits(m, ids, n, cached);
-        equal = equal && memcmp(logits, full + (n - 1) * V, V * sizeof(float)) == 0;
+        equal = equal && memcmp(logits, full + (n - 1) * SAMPLING_V, SAMPLING_V * sizeof(float)) == 0;
     }
     CHECK(equal);
     free(full);
+    model_close(m);
+}
+
+// a batch whose texts have prompts of different lengths: each has the logits that it has alone
+static void trainer_contexts(void) {
+    enum { B = 3, CELLS = SAMPLING_T * SAMPLING_V };
+    Model *m = trainer_sampling_model("lory", B);
+    int ids[B * SAMPLING_T], contexts[B] = {5, SAMPLING_T, 17};
+    trainer_sampling_ids(ids, B);
+    float *all = trainer_all_logits(m, ids, B, contexts);
+    float *segments = trainer_all_logits(m, ids, B, NULL);
+    for (int b = 0; b < B; b++) {
+        float *alone = trainer_all_logits(m, ids + b * SAMPLING_T, 1, &contexts[b]);
+        check_close("a prompt of a batch", all + b * CELLS, alone, CELLS, 1e-6);
+        CHECK(relative_error(segments + b * CELLS, alone, CELLS) > 1e-4); // which is another function
+        free(alone);
+    }
+    free(all);
+    free(segments);
     model_close(m);
 }
 
@@ -565,6 +606,49 @@ static void trainer_full_disk(void) {
     CHECK(path_exists("build/test/full_disk/step_00000008/model.safetensors"));
 }
 
+// ----------------------------------------------------------------------------
+// lory
+
+static void trainer_late_loss(void) {
+    const float losses[8] = {1, 2, 3, 4, 5, 6, 7, 9};
+    CHECK(mean_late_loss(losses, 2, 4, 0) == 37.0 / 8 && mean_late_loss(losses, 2, 4, 3) == 6.5);
+    Model *m = trainer_sampling_model("lory", 2);
+    int ids[2 * SAMPLING_T];
+    trainer_sampling_ids(ids, 2);
+    double loss = model_loss(m, ids, ids, 2, SAMPLING_T);
+    CHECK(fabs(model_late_loss(m, 2, SAMPLING_T, 0) - loss) < 1e-6 * loss);
+    CHECK(fabs(model_late_loss(m, 2, SAMPLING_T, 8) - loss) > 1e-6 * loss);
+    model_close(m);
+}
+
+#define TRAINER_LORY TRAINER_TINY "--router lory "
+
+static void trainer_lory(void) {
+    trainer_late_loss();
+    trainer_clear("lory");
+    trainer_succeeds(trainer_run(TRAINER_LORY "--segment-length 6 --steps 2 --val-data build/test/train.bin --out "
+                                              "build/test/lory"),
+                     "lory");
+    CHECK(strstr(trainer_output, "4 experts merged into one, once every 6 tokens") != NULL);
+    CHECK(strstr(trainer_output, "(in brackets: without the first 6 positions") != NULL);
+    char *log = check_read_file("build/test/lory/log.jsonl", NULL, "");
+    CHECK(strstr(log, ", \"sparsity\": 0, ") != NULL && strstr(log, "\"active_experts\": 1,") != NULL);
+    CHECK(strstr(log, ", \"val_loss_after_first_segment\": ") != NULL);
+    CHECK(log_has_validation("build/test/lory/log.jsonl", 2));
+    free(log);
+    trainer_succeeds(trainer_run("--load build/test/lory --eval --seq-len 6 --batch 2 --val-data build/test/train.bin"),
+                     "one segment");
+    CHECK(strstr(trainer_output, "in brackets") == NULL); // every position sees its segment
+    trainer_refuses(2, "--seq-len 16 is a single segment of --segment-length 16", TRAINER_LORY "--segment-length 16");
+    trainer_refuses(2, "--seq-len 5 is a single segment of --segment-length 6",
+                    "--load build/test/lory --seq-len 5 --batch 2 --data build/test/train.bin");
+    trainer_refuses(2, "merges experts into one of a dense layer's width", TRAINER_LORY "--granularity 2");
+    trainer_refuses(2, "merges experts into one of a dense layer's width", TRAINER_LORY "--active 2");
+    trainer_refuses(2, "--route-from: lory has no active experts",
+                    "--load build/test/lory --data build/test/train.bin --batch 1 --seq-len 16 --dump "
+                    "build/test/refused.safetensors --route-from dev/test/fixtures/lory/expected.safetensors");
+}
+
 static void test_trainer(void) {
     trainer_make_shard("build/test/train.bin", 4000, 64);
     trainer_fixtures();
@@ -572,16 +656,22 @@ static void test_trainer(void) {
     trainer_resume("topk --topk-warmup-steps 8 --topk-warmup-k 3");
     trainer_resume("auxfree --active 2");
     trainer_resume("sparsemixer --active 2 --router-jitter 0.4");
+    trainer_resume("lory --segment-length 6");
     trainer_resume("dense --experts 1");
     trainer_resume_stopped_in_the_middle();
     trainer_ctrl_c();
-    trainer_threads();
-    trainer_accumulation();
+    trainer_threads("relu");
+    trainer_threads("lory --segment-length 6");
+    trainer_accumulation("relu");
+    trainer_accumulation("lory --segment-length 6");
     trainer_overfits();
     trainer_route_from_itself();
     trainer_eval();
     trainer_dump_without_lambda();
-    trainer_cached_sampling();
+    trainer_cached_sampling("relu", 5);
+    trainer_cached_sampling("lory", 5);
+    trainer_contexts();
+    trainer_lory();
     trainer_bad_command_lines();
     trainer_guards_layers();
     trainer_guards_loss();

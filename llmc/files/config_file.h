@@ -23,6 +23,7 @@ Errors: exit 1 with the file's name, the key, what was expected and the remedy.
 #define DENSE (1u << ROUTER_DENSE)
 #define ROUTED (~DENSE)
 #define MIXER (1u << ROUTER_SPARSEMIXER)
+#define LORY (1u << ROUTER_LORY)
 static_assert(ROUTER_COUNT <= 8 * sizeof(unsigned), "a bit per router");
 
 #define FIELD(kind, models, name, field, least, most, absent)                                                \
@@ -54,6 +55,7 @@ static inline const Key *config_keys(int *count) {
         TEXT(NAME,      ROUTED, "router",                  NULL),
         FIELD(FLAG,     ROUTED, "load_balance",            router.load_balance, 0,     1,       1),
         FIELD(REAL,     MIXER,  "router_jitter",           router.jitter,       0,     1e3,     0.1),
+        FIELD(INTEGER,  LORY,   "segment_length",          router.segment,      1,     1 << 20, 256),
         TEXT(CONSTANT,  EVERY,  "attention_bias",          "false"),
         TEXT(CONSTANT,  EVERY,  "mlp_bias",                "false"),
         TEXT(CONSTANT,  EVERY,  "tie_word_embeddings",     "false"),
@@ -69,6 +71,7 @@ static inline const Key *config_keys(int *count) {
 #undef DENSE
 #undef ROUTED
 #undef MIXER
+#undef LORY
 #undef FIELD
 #undef TEXT
 

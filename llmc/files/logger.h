@@ -169,10 +169,14 @@ static inline void log_step(FILE *log, const char *path, const StepRecord *r) {
     log_flush(log, path);
 }
 
-static inline void log_validation(FILE *log, const char *path, int64_t step, double loss,
+// late: NULL, or the loss without the first segment, which is routed by its own mean (router_lory.h)
+static inline void log_validation(FILE *log, const char *path, int64_t step, double loss, const double *late,
                                   const char *domain) {
     fprintf(log, "{\"step\": %lld", (long long)step);
     log_number(log, "val_loss", loss);
+    if (late != NULL) {
+        log_number(log, "val_loss_after_first_segment", *late);
+    }
     fprintf(log, ", \"domain\": ");
     json_write_bytes(log, domain, strlen(domain));
     fprintf(log, "}\n");

@@ -45,6 +45,14 @@ Errors: none at run time; memory.cuh reports what does not fit the device.
 #include "llmc/gpu/grouped_gemm.cuh"
 #include "llmc/gpu/memory.cuh"
 
+// rows of a layer
+typedef struct {
+    int64_t worst;   // W, at most
+    int64_t results; // whose Y is in memory at once: a chunk's, or all
+    int chunk;       // R
+    int most_chunks; // for which there are places
+} ArenaRows;
+
 typedef struct {
     int L, N, E, F;       // N: tokens of the largest micro-batch
     Kernels kernels;      // of the grouped GEMMs
@@ -77,6 +85,17 @@ static inline int64_t arena_worst_rows(int N, int E, int k_most) {
 static inline int64_t arena_chunk_rows(int N, int E, int k, int64_t worst) {
     int64_t usual = ceil_div<int64_t>((int64_t)N * k * 3 / 2, ROW_ALIGN) * ROW_ALIGN + (int64_t)E * ROW_ALIGN;
     return usual < worst ? usual : worst;
+}
+
+// k: active experts aimed at; k_most: at most N k_most pairs in a micro-batch (E for relu, k where the router
+// fixes it)
+static inline ArenaRows arena_rows(int N, int E, int k, int k_most) {
+    ArenaRows rows;
+    rows.worst = arena_worst_rows(N, E, k_most);
+    rows.results = arena_chunk_rows(N, E, k, rows.worst);
+    rows.chunk = (int)rows.results;
+    rows.most_chunks = (int)ceil_div<int64_t>(rows.worst, rows.chunk);
+    return rows;
 }
 
 // bytes of the store for one row: what a budget in bytes is divided by
@@ -122,10 +141,10 @@ static inline void arena_grow(Arena *arena, const int *rows) {
 // ----------------------------------------------------------------------------
 // memory
 
-static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int d, int training) {
+static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int64_t results, int d, int training) {
     int64_t R = arena->chunk_rows;
-    arena->rows = take<floatX>(memory, SEGMENT_WORKSPACE, R * d);
-    if (arena->max_chunks > 1) {
+    arena->rows = take<floatX>(memory, SEGMENT_WORKSPACE, results * d);
+    if (arena->max_chunks > 1 && results < arena->worst_rows) {
         arena->sum = take<float>(memory, SEGMENT_WORKSPACE, (int64_t)arena->N * d);
     }
     if (training) {
@@ -133,31 +152,35 @@ static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int d, i
     }
 }
 
-// k: active experts aimed at; k_most: at most N k_most pairs in a micro-batch (E for relu, k where the router
-// fixes it); store_rows: the budget, of no use unless training. The plan is the worst case until arena_plan
-static inline void arena_init(Arena *arena, DeviceMemory *memory, int L, int N, int E, int k, int k_most,
-                              int d, int F, int64_t store_rows, int training, Kernels kernels) {
+// store_rows: the budget, of no use unless training. The plan is the worst case until arena_plan
+static inline void arena_open(Arena *arena, DeviceMemory *memory, ArenaRows rows, int L, int N, int E, int d,
+                              int F, int64_t store_rows, int training, Kernels kernels) {
     memset(arena, 0, sizeof(*arena));
     arena->L = L;
     arena->N = N;
     arena->E = E;
     arena->F = F;
-    arena->worst_rows = arena_worst_rows(N, E, k_most);
-    arena->chunk_rows = (int)arena_chunk_rows(N, E, k, arena->worst_rows);
-    arena->max_chunks = (int)ceil_div<int64_t>(arena->worst_rows, arena->chunk_rows);
+    arena->worst_rows = rows.worst;
+    arena->chunk_rows = rows.chunk;
+    arena->max_chunks = rows.most_chunks;
     arena->store_rows = training ? store_rows : 0;
     arena->kernels = kernels;
     arena->dgate_tiles = grouped_dgate_tiles(F, kernels);
     int stores_all = arena->store_rows >= L * arena->worst_rows;
     arena->h_rows = arena->store_rows + (stores_all ? 0 : arena->chunk_rows);
     arena->h = take<floatX>(memory, SEGMENT_PAIRS, arena->h_rows * 3 * F);
-    arena_take_chunk(arena, memory, d, training);
+    arena_take_chunk(arena, memory, rows.results, d, training);
     arena->first = take<int64_t>(memory, SEGMENT_WORKSPACE, (int64_t)L * arena->max_chunks);
     arena->cursor = take<int64_t>(memory, SEGMENT_WORKSPACE, 1);
     arena->overflow = take<int>(memory, SEGMENT_WORKSPACE, 1);
     arena->most_rows = take<int>(memory, SEGMENT_WORKSPACE, L);
     arena->planned = NEW(int, L);
     arena_plan(arena, NULL);
+}
+
+static inline void arena_init(Arena *arena, DeviceMemory *memory, int L, int N, int E, int k, int k_most,
+                              int d, int F, int64_t store_rows, int training, Kernels kernels) {
+    arena_open(arena, memory, arena_rows(N, E, k, k_most), L, N, E, d, F, store_rows, training, kernels);
 }
 
 // the device's part belongs to the DeviceMemory
@@ -179,8 +202,9 @@ static inline void arena_begin_micro_batch(Arena *arena, cudaStream_t stream) {
 }
 
 // One thread: a place depends on all before it, and there are few. Only rows that exist are given room
-static __global__ void arena_place_kernel(Arena arena, int layer, const int *num_rows, int planned) {
-    int64_t rows = *num_rows, used = *arena.cursor, R = arena.chunk_rows;
+static __global__ void arena_place_kernel(Arena arena, int layer, const int *num_rows, int chunk_rows,
+                                          int planned) {
+    int64_t rows = *num_rows, used = *arena.cursor, R = chunk_rows;
     for (int c = 0; c < planned; c++) {
         int64_t here = rows - c * R < R ? rows - c * R : R;
         int stored = here > 0 && used + here <= arena.store_rows;
@@ -196,10 +220,16 @@ static __global__ void arena_place_kernel(Arena arena, int layer, const int *num
     }
 }
 
+// num_rows: on the device; in chunks of chunk_rows, so many of which will be launched
+static inline void arena_place_chunks(Arena *arena, int layer, const int *num_rows, int chunk_rows, int planned,
+                                      cudaStream_t stream) {
+    launch(arena_place_kernel, 1, 1, 0, stream, *arena, layer, num_rows, chunk_rows, planned);
+}
+
 // after dispatch_sort of the layer; layers in the order of the forward pass
 static inline void arena_place(Arena *arena, int layer, DeviceDispatch dispatch, cudaStream_t stream) {
-    launch(arena_place_kernel, 1, 1, 0, stream, *arena, layer, dispatch.offsets + arena->E,
-           arena->planned[layer]);
+    arena_place_chunks(arena, layer, dispatch.offsets + arena->E, arena->chunk_rows, arena->planned[layer],
+                       stream);
 }
 
 // ----------------------------------------------------------------------------

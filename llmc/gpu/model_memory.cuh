@@ -23,6 +23,7 @@ shapes that the kernels do not compute, and what does not fit, end the program w
 #include "llmc/gpu/memory.cuh"
 #include "llmc/gpu/profile.cuh"
 #include "llmc/matmul.cuh"
+#include "llmc/merged_experts.cuh"
 #include "llmc/rmsnorm.cuh"
 #include "llmc/rope.h"
 #include "llmc/router.cuh"
@@ -95,6 +96,7 @@ typedef struct {
 
 typedef struct {
     Arena arena;          // what the experts keep, and work in
+    DeviceMerged merged;  // lory's experts of some segments
     int *counts_all;      // [L, E] tokens per expert of the micro-batch, of all ranks
     int *recent_rows;     // [L] of the arena in the last steps, on the host
     float *forced;        // [N, E] an active set to replace the router's (dump)
@@ -154,20 +156,36 @@ static inline int64_t classifier_rows(int64_t N, int V) {
 static inline int most_active(const Model *m) {
     const Router *r = &m->config.router;
     int open = router_row(r->method)->leaves_number_open || m->settings.purpose == FOR_GRADIENTS;
-    return open ? r->experts : m->settings.most_k;
+    return open && !router_merges(r->method) ? r->experts : m->settings.most_k;
+}
+
+// rows of a layer's pairs
+static inline ArenaRows layer_rows(const Model *m) {
+    const Router *r = &m->config.router;
+    int B = m->settings.B, T = m->settings.T;
+    return router_merges(r->method) ? merged_rows(B, T, r->segment)
+                                    : arena_rows(B * T, r->experts, r->active, most_active(m));
+}
+
+// experts that a layer's pairs index, at most
+static inline int indexed_experts(const Model *m) {
+    const Router *r = &m->config.router;
+    return router_merges(r->method)
+               ? segments_count(segments_of(m->settings.B, m->settings.T, r->segment, NULL))
+               : r->experts;
 }
 
 static inline void routing_allocate(Model *m, DevicePairs *pairs, DeviceDispatch *dispatch) {
     DeviceMemory *memory = &m->memory;
-    int N = m->settings.B * m->settings.T, E = m->config.router.experts;
-    int64_t P = (int64_t)N * most_active(m), rows = arena_worst_rows(N, E, most_active(m));
+    int N = m->settings.B * m->settings.T;
+    int64_t P = (int64_t)N * most_active(m), rows = layer_rows(m).worst;
     pairs->row_start = take<int>(memory, SEGMENT_ACTIVATIONS, N + 1);
     pairs->expert = take<int>(memory, SEGMENT_ACTIVATIONS, P);
     pairs->gate = take<float>(memory, SEGMENT_ACTIVATIONS, P);
     if (router_draws(m->config.router.method)) {
         pairs->rounds = take<RouterRound>(memory, SEGMENT_ACTIVATIONS, (int64_t)N * m->config.router.active);
     }
-    dispatch->offsets = take<int>(memory, SEGMENT_ACTIVATIONS, E + 1);
+    dispatch->offsets = take<int>(memory, SEGMENT_ACTIVATIONS, indexed_experts(m) + 1);
     dispatch->row_of_pair = take<int>(memory, SEGMENT_ACTIVATIONS, P);
     dispatch->token_of_row = take<int>(memory, SEGMENT_ACTIVATIONS, rows);
     dispatch->gate_of_row = take<float>(memory, SEGMENT_ACTIVATIONS, rows);
@@ -274,9 +292,13 @@ static inline void allocate_all(Model *m, int64_t store_rows) {
     if (!m->memory.counting) {
         gemm_open(&m->gemm, workspace, GEMM_WORKSPACE_BYTES);
     }
-    arena_init(&m->routing.arena, &m->memory, c->layers, m->settings.B * m->settings.T, c->router.experts,
-               c->router.active, most_active(m), c->hidden, c->ffn, store_rows,
-               m->settings.purpose != FOR_INFERENCE, m->kernels);
+    int training = m->settings.purpose != FOR_INFERENCE;
+    arena_open(&m->routing.arena, &m->memory, layer_rows(m), c->layers, m->settings.B * m->settings.T,
+               c->router.experts, c->hidden, c->ffn, store_rows, training, m->kernels);
+    if (router_merges(c->router.method)) {
+        merged_take(&m->routing.merged, &m->memory, c->layers, m->settings.B, indexed_experts(m),
+                    c->router.experts, c->hidden, c->ffn, training);
+    }
 }
 
 // bytes that this model would take for micro-batches of B sequences, without any store of pairs
@@ -301,7 +323,11 @@ static inline int64_t fixed_bytes(const Model *like, int B) {
 
 // can the rows of so many sequences a micro-batch be numbered in 31 bits?
 static inline int rows_countable(const Config *c, int64_t B, int64_t T) {
-    return B * T * c->router.experts + (int64_t)ROW_ALIGN * c->router.experts < INT32_MAX;
+    int64_t length = c->router.segment < T ? c->router.segment : T;
+    int64_t rows = router_merges(c->router.method)
+                       ? B * ceil_div(T, length) * (length + ROW_ALIGN)
+                       : B * T * c->router.experts + (int64_t)ROW_ALIGN * c->router.experts;
+    return rows < INT32_MAX && B * T * c->router.experts < INT32_MAX;
 }
 
 static inline int largest_batch(const Model *like, int64_t available) {
@@ -360,8 +386,7 @@ static inline int64_t choose_store_rows(const Model *m, int64_t left_over) {
     if (m->settings.purpose == FOR_INFERENCE) {
         return 0;
     }
-    int64_t worst =
-        c->layers * arena_worst_rows(m->settings.B * m->settings.T, c->router.experts, most_active(m));
+    int64_t worst = c->layers * layer_rows(m).worst;
     int64_t budget = m->settings.pair_budget > 0.0 ? (int64_t)(m->settings.pair_budget * 1e9) : left_over;
     int64_t rows = budget / arena_row_bytes(c->ffn);
     return rows < worst ? rows : worst;

@@ -1,7 +1,9 @@
 /*
 Looking at a model without changing it: the loss on validation shards, and the dump of one micro-batch.
 
-    validate   mean loss of up to val_batches micro-batches of each domain's shard, then of all together
+    validate   mean loss of up to val_batches micro-batches of each domain's shard, then of all together. lory
+               routes segments as in training, so that the first of a sequence sees the mean of its own tokens:
+               beside the loss stands the one of the positions behind it, which see nothing that comes later
     dump       one micro-batch, forward and backward in training mode, for checkers (dump.h)
 
 Errors: a loss that is not finite is refused where nothing else was asked for (--eval); in training it is a
@@ -16,10 +18,16 @@ warning.
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
-// The loss of sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since the run
-// began into one that the vocabulary lacks
+// positions at the beginning of a sequence whose loss may have seen later tokens; 0: none
+static inline int leaking_positions(const Run *run) {
+    const Router *r = &run->config.router;
+    return router_merges(r->method) && r->segment < run->options.seq_len ? r->segment : 0;
+}
+
+// The loss of sequences first .. first + B - 1, and *late, that of the positions which cannot see later tokens,
+// where others can. VALIDATION_DAMAGED when a token has changed since the run began into one that the vocabulary lacks
 static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
-                                        double *loss) {
+                                        double *loss, double *late) {
     int64_t T = run->options.seq_len, bad_token;
     for (int b = 0; b < B; b++) {
         if (dataloader_try_sequence(loader, first + b, run->config.vocab_size, run->inputs + b * T,
@@ -28,6 +36,9 @@ static inline Validation validate_batch(Run *run, const DataLoader *loader, int6
         }
     }
     *loss = model_loss(run->model, run->inputs, run->targets, B, (int)T);
+    if (leaking_positions(run) > 0) {
+        *late = model_late_loss(run->model, B, (int)T, leaking_positions(run));
+    }
     return VALIDATED;
 }
 
@@ -50,30 +61,45 @@ static inline Validation gather_losses(Run *run, double *losses, int64_t count, 
     return outcome;
 }
 
+// mean of the micro-batches' losses [count], the last of which may have fewer sequences
+static inline double mean_of_batches(const double *losses, int64_t count, int64_t batch, int64_t sequences) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t left = sequences - i * batch;
+        sum += losses[i] * (double)(left < batch ? left : batch);
+    }
+    return sequences > 0 ? sum / (double)sequences : NAN;
+}
+
+// of a domain, or of all
+typedef struct {
+    double loss, late; // means over all targets, and over those behind the leaking positions, if there are such
+    int64_t sequences;
+} ValidationLoss;
+
 // Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in
-// turns; *tokens counts the targets. A signal ends it early
-static inline Validation validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
+// turns. A signal ends it early
+static inline Validation validate_domain(Run *run, const DataLoader *loader, ValidationLoss *v) {
     const Options *o = &run->options;
     int64_t sequences = dataloader_num_sequences(loader), most = o->val_batches * o->batch;
     sequences = sequences < most ? sequences : most;
     int64_t count = (sequences + o->batch - 1) / o->batch;
-    double *losses = NEW(double, count), sum = 0.0;
+    double *losses = NEW(double, count), *late = NEW(double, count);
     Validation outcome = VALIDATED;
     for (int64_t i = run->ranks.rank; i < count && outcome == VALIDATED; i += run->ranks.count) {
         int64_t left = sequences - i * o->batch;
         int B = (int)(left < o->batch ? left : o->batch);
         ranks_beat(&run->ranks, run->state.step, "validation");
-        outcome =
-            stop_requested ? VALIDATION_STOPPED : validate_batch(run, loader, i * o->batch, B, &losses[i]);
+        outcome = stop_requested ? VALIDATION_STOPPED
+                                 : validate_batch(run, loader, i * o->batch, B, &losses[i], &late[i]);
     }
     outcome = gather_losses(run, losses, count, outcome);
-    *tokens = sequences * o->seq_len;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t left = sequences - i * o->batch;
-        sum += losses[i] * (double)((left < o->batch ? left : o->batch) * o->seq_len);
-    }
-    *loss = *tokens > 0 ? sum / (double)*tokens : NAN;
+    outcome = leaking_positions(run) > 0 ? gather_losses(run, late, count, outcome) : outcome;
+    v->loss = mean_of_batches(losses, count, o->batch, sequences);
+    v->late = mean_of_batches(late, count, o->batch, sequences);
+    v->sequences = sequences;
     free(losses);
+    free(late);
     return outcome;
 }
 
@@ -91,17 +117,32 @@ static inline void refuse_broken_loss(const Run *run, double loss, const char *d
     }
 }
 
-static inline void log_loss(Run *run, double loss, const char *domain) {
-    if (run->log != NULL) {
-        log_validation(run->log, run->log_path, run->state.step, loss, domain);
+// says and logs it: " c 3.4596", or " c 3.4596 (3.5012)" with the loss behind the leaking positions
+static inline void report_loss(Run *run, const ValidationLoss *v, const char *domain) {
+    const double *late = leaking_positions(run) > 0 ? &v->late : NULL;
+    printf(" %s %.4f", domain, v->loss);
+    if (late != NULL) {
+        printf(" (%.4f)", *late);
     }
+    fflush(stdout);
+    if (run->log != NULL) {
+        log_validation(run->log, run->log_path, run->state.step, v->loss, late, domain);
+    }
+}
+
+// adds a domain's, by its share of the sequences
+static inline void add_loss(ValidationLoss *all, const ValidationLoss *v) {
+    double before = (double)all->sequences, more = (double)v->sequences;
+    all->loss = (all->loss * before + v->loss * more) / (before + more);
+    all->late = (all->late * before + v->late * more) / (before + more);
+    all->sequences += v->sequences;
 }
 
 // every domain of --val-data, then all together; ec routes within its micro-batch. What a signal interrupts
 // is not logged: a resumed run validates again
 static inline void validate(Run *run) {
-    double sum = 0.0;
-    int64_t total = 0;
+    ValidationLoss all = {0.0, 0.0, 0};
+    int leaking = leaking_positions(run);
     Validation outcome = VALIDATED;
     if (run->num_domains == 0) {
         return;
@@ -110,28 +151,29 @@ static inline void validate(Run *run) {
     printf("val  %5lld |", (long long)run->state.step);
     for (int i = 0; i < run->num_domains && outcome != VALIDATION_STOPPED; i++) {
         const DataDomain *domain = &run->domains[i];
-        int64_t tokens;
-        double loss;
-        outcome = validate_domain(run, &domain->loader, &loss, &tokens);
+        ValidationLoss v;
+        outcome = validate_domain(run, &domain->loader, &v);
         if (outcome == VALIDATION_DAMAGED) {
             warn("%s was not validated: it has changed since the run began, and is damaged", domain->path);
         }
         if (outcome != VALIDATED) {
             continue;
         }
-        sum += loss * (double)tokens;
-        total += tokens;
-        printf(" %s %.4f", domain->name, loss);
-        fflush(stdout);
-        refuse_broken_loss(run, loss, domain->name);
-        log_loss(run, loss, domain->name);
+        report_loss(run, &v, domain->name);
+        refuse_broken_loss(run, v.loss, domain->name);
+        add_loss(&all, &v);
     }
-    if (outcome == VALIDATION_STOPPED || total == 0) {
+    if (outcome == VALIDATION_STOPPED || all.sequences == 0) {
         printf(" stopped\n");
         return;
     }
-    printf(" | all %.4f\n", sum / (double)total);
-    log_loss(run, sum / (double)total, "all");
+    printf(" |");
+    report_loss(run, &all, "all");
+    printf("\n");
+    if (leaking > 0) {
+        printf("          (in brackets: without the first %d positions, which are routed by their own mean)\n",
+               leaking);
+    }
 }
 
 static inline void dump(Run *run) {
@@ -141,6 +183,10 @@ static inline void dump(Run *run) {
     int B = (int)o->batch, T = (int)o->seq_len, dense = !router_has_experts(c->router.method);
     int64_t N = (int64_t)B * T; // of this rank
     double weight = router_loss_weight(c->router.method, run->state.sparsity.lambda, o->aux_coeff);
+    if (o->route_from[0] != '\0' && router_merges(c->router.method)) {
+        die_usage("--route-from: %s has no active experts to take over, it merges them all\n  ---> drop it",
+                  router_name(c->router.method));
+    }
     float **routes =
         o->route_from[0] != '\0' && !dense ? dump_read_routes(&run->ranks, o->route_from, c, N) : NULL;
     float **gates = dense ? NULL : layer_matrices(c, N);
@@ -156,7 +202,8 @@ static inline void dump(Run *run) {
     double lm_loss = run->stats.lm_loss, reg = run->stats.reg_loss;
     double loss = lm_loss + weight * reg;
     double sparsity =
-        dense ? 0.0 : sparsity_of(run->stats.active, run->stats.tokens * c->layers * c->router.experts);
+        dense ? 0.0
+              : step_sparsity(c->router, run->stats.active, run->stats.tokens * c->layers * c->router.experts);
     float scalars[DUMP_SCALARS] = {(float)lm_loss, (float)reg, (float)loss, (float)sparsity};
     Dump dump = {N,
                  scalars,

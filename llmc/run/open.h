@@ -49,12 +49,26 @@ static inline void print_model(const Options *o, const Config *c) {
     double gflops = 1e-9 * config_flops(c, o->seq_len, r->active);
     printf("model     %s | L %d, d %d, H %d, KV %d, hd %d, F %d, V %d, T %lld\n", name, c->layers, c->hidden,
            c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, (long long)o->seq_len);
-    printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active,
-           r->experts, c->granularity,
-           router_has_lambda(r->method) && !r->load_balance ? ", no load balance" : "");
+    if (router_merges(r->method)) {
+        printf("router    %s | %d experts merged into one, once every %d tokens\n", router_name(r->method),
+               r->experts, r->segment);
+    } else {
+        printf("router    %s | %d of %d experts (granularity %d)%s\n", router_name(r->method), r->active,
+               r->experts, c->granularity,
+               router_has_lambda(r->method) && !r->load_balance ? ", no load balance" : "");
+    }
     printf("params    %lld total, %lld active | %.*f GFLOPs a sequence\n",
            (long long)config_params(c, r->experts), (long long)config_params(c, r->active),
            gflops < 100.0 ? 3 : 1, gflops);
+}
+
+// a router that learns from what it does for the next segment needs one
+static inline void check_segments(const Options *o, const Config *c) {
+    if (router_merges(c->router.method) && o->seq_len <= c->router.segment) {
+        die_usage("--seq-len %lld is a single segment of --segment-length %d: a segment is routed by the one before, "
+                  "so the router would learn nothing\n  ---> a longer --seq-len, or a shorter --segment-length",
+                  (long long)o->seq_len, c->router.segment);
+    }
 }
 
 // what a model is to be opened for
@@ -94,6 +108,7 @@ static inline void build_model(Run *run) {
     }
     c->max_seq_len = o->seq_len > c->max_seq_len || folder[0] == '\0' ? (int)o->seq_len : c->max_seq_len;
     if (purpose == FOR_TRAINING) {
+        check_segments(o, c);
         print_model(o, c);
     }
     ModelSettings settings = model_settings(o, c, purpose, &run->ranks);

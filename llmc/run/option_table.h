@@ -35,6 +35,8 @@ The command line's one table: every option of both trainers. How it is read, sho
            "f_le of Eq. 11 in the regulariser (relu); the auxiliary loss (topk); the biases (auxfree)")      \
     OPTION(REAL, ROUTING, router_jitter, "0.1", 0, 1e3,                                                      \
            "sparsemixer: r, how far below the best a candidate may be")                                      \
+    OPTION(INT, ROUTING, segment_length, "48", 1, 1048576,                                                   \
+           "lory: S, tokens of a segment, whose experts are merged by the segment before")                   \
     OPTION(REAL, RUN, aux_coeff, "0.01", 0, 1e6, "weight of the auxiliary loss (topk, sparsemixer)")         \
     OPTION(REAL, RUN, bias_rate, "0.001", 0, 1e3, "auxfree: what a step adds to an expert's bias, or takes") \
     OPTION(REAL, RUN, lambda_init, "1e-8", 0, 1e30,                                                          \

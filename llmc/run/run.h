@@ -84,7 +84,7 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
     const Config *c = &run->config;
     const StepStats *s = &run->stats;
     int E = c->router.experts;
-    int64_t cells = (int64_t)c->layers * E;
+    int64_t cells = (int64_t)c->layers * E, counted = 0;
     memset(r, 0, sizeof(*r));
     r->step = before->step;
     r->lm_loss = s->lm_loss;
@@ -103,11 +103,12 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
             r->tokens_max = count > r->tokens_max ? count : r->tokens_max;
             r->dead_experts += count == 0;
         }
-        run->layer_sparsity[l] = sparsity_of(active, s->tokens * E);
+        counted += active;
+        run->layer_sparsity[l] = step_sparsity(c->router, active, s->tokens * E);
     }
-    r->tokens_mean = (double)s->active / (double)cells;
+    r->tokens_mean = (double)counted / (double)cells;
     r->zero_expert_tokens = s->zero_expert;
-    r->sparsity = sparsity_of(s->active, s->tokens * cells);
+    r->sparsity = step_sparsity(c->router, s->active, s->tokens * cells);
     r->active_experts = (double)s->active / (double)(s->tokens * c->layers);
     r->grad_norm = s->grad_norm;
     r->lr = schedule_lr(run->step.schedule, before->step);

@@ -39,6 +39,10 @@ static const ModelCase model_cases[] = {
     {"sparsemixer, k = 1", "sparsemixer", 8, 1, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"sparsemixer, k = 2", "sparsemixer", 4, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 1.0f},
     {"sparsemixer, G = 3", "sparsemixer", 3, 2, 3, 1, 72, 3, 1, 4, 67, 1, 17, 0, 0, 1.0f},
+    {"lory", "lory", 8, 1, 1, 2, 48, 2, 1, 2, 67, 2, 32, 1, 0, 8.0f},
+    {"lory, a short segment", "lory", 4, 1, 1, 2, 64, 4, 2, 4, 67, 3, 19, 1, 0, 1.0f},
+    {"lory, E = 1", "lory", 1, 1, 1, 1, 32, 4, 2, 4, 67, 1, 17, 1, 0, 8.0f},
+    {"lory, several chunks", "lory", 3, 1, 1, 2, 32, 1, 1, 2, 67, 9, 35, 1, 0, 8.0f},
     {"expert choice", "ec", 4, 1, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"hash, k = 2", "hash", 5, 2, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f},
     {"dense", "dense", 1, 1, 1, 2, 64, 4, 2, 4, 67, 2, 17, 1, 0, 8.0f},
@@ -50,6 +54,7 @@ static const ModelCase few_model_cases[] = {
     {"topk", "topk", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"auxfree", "auxfree", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"sparsemixer", "sparsemixer", 4, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
+    {"lory", "lory", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"ec", "ec", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"hash", "hash", 5, 2, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
     {"dense", "dense", 1, 1, 1, 1, 32, 2, 1, 2, 67, 1, 17, 1, 0, 8.0f},
@@ -83,6 +88,7 @@ static Options model_options(const ModelCase *t) {
     o.batch = o.global_batch = t->B;
     o.seq_len = t->T;
     o.load_balance = t->load_balance;
+    o.segment_length = 8;
     o.router_jitter = is_fp32() ? 0.3 : 1.0; // 1: all experts are candidates
     check_format(o.kernels, sizeof(o.kernels), "%s", test_kernels == KERNELS_HOPPER ? "hopper" : "portable");
     return o;
@@ -249,7 +255,7 @@ static void model_case(const ModelCase *t, int show) {
     examine_on_cpu(&want, t);
     Model *m = open_for(&got, FOR_GRADIENTS);
     const TensorTable *table = model_table(m);
-    int forced = !is_fp32() && got.gates != NULL;
+    int forced = !is_fp32() && got.gates != NULL && strcmp(t->router, "lory") != 0;
     examine_on_device(&got, m, t, want.params,
                       forced ? (const float *const *)(want.draws != NULL ? want.draws : want.gates) : NULL);
     if (show) {
@@ -281,7 +287,9 @@ static void model_case(const ModelCase *t, int show) {
     CHECK(memcmp(got.stats.counts, want.stats.counts,
                  (size_t)(t->L * want.config.router.experts) * sizeof(int64_t)) == 0);
     printf("  %-24s loss %.6f (CPU %.6f)  S %.3f  worst %.1e  %s\n", t->name, losses[0], losses_want[0],
-           sparsity_of(got.stats.active, (int64_t)want.N * t->L * want.config.router.experts), worst,
+           step_sparsity(want.config.router, got.stats.active,
+                         (int64_t)want.N * t->L * want.config.router.experts),
+           worst,
            worst_name);
     model_close(m);
     examination_free(&got);
@@ -357,8 +365,8 @@ static uint64_t bits_of(const ModelCase *t, const float *params, int64_t store_r
     return hash;
 }
 
-static void same_bits_case(void) {
-    const ModelCase t = narrow_if_few({"bits", "relu", 8, 1, 1, 2, 64, 4, 2, 4, 256, 2, 33, 1, 0, 8.0f});
+static void same_bits_of(const char *router) {
+    const ModelCase t = narrow_if_few({"bits", router, 8, 1, 1, 2, 64, 4, 2, 4, 256, 2, 33, 1, 0, 8.0f});
     Options o = model_options(&t);
     Config c = config_from_options(&o);
     float *params = draw_weights(&t, &c);
@@ -369,6 +377,11 @@ static void same_bits_case(void) {
         CHECK(bits_of(&t, params, -1, 1, 1) == all);
     }
     free(params);
+}
+
+static void same_bits_case(void) {
+    same_bits_of("relu");
+    same_bits_of("lory");
 }
 
 // a plan that is too small is noticed, and the step repeated with a larger one gives the same bits
@@ -507,6 +520,8 @@ static void broken_routers_case(void) {
     broken_router_case("auxfree", INFINITY);
     broken_router_case("sparsemixer", NAN);
     broken_router_case("sparsemixer", INFINITY);
+    broken_router_case("lory", NAN);
+    broken_router_case("lory", INFINITY);
     broken_router_case("ec", NAN);
 }
 
@@ -561,25 +576,41 @@ static void update_case(void) {
     update_case_of("auxfree");
 }
 
-// logits with the key/value cache, position by position, are the full forward's
-static void sampling_case(void) {
-    const ModelCase t = narrow_if_few({"sampling", "relu", 4, 1, 1, 2, 48, 2, 1, 2, 67, 1, 20, 1, 0, 8.0f});
+// logits with the key/value cache, position by position, are the full forward's: for lory, of the one that uses the
+// prompt's experts for all of the text
+static void sampling_case_of(const char *router) {
+    const ModelCase t = narrow_if_few({"sampling", router, 4, 1, 1, 2, 48, 2, 1, 2, 67, 1, 20, 1, 0, 8.0f});
     const int first = few_cases ? t.T - 1 : 5;
     Examination x;
     examination_init(&x, &t);
     float *params = draw_weights(&t, &x.config);
     Model *m = open_for(&x, FOR_GRADIENTS);
     examine_on_device(&x, m, &t, params, NULL);
+    double loss = model_loss(m, x.inputs, x.targets, t.B, t.T);
+    CHECK(fabs(loss - x.stats.lm_loss) <= 1e-6 * loss);
+    CHECK(fabs(model_late_loss(m, t.B, t.T, 0) - loss) <= 1e-6 * loss);
+    CHECK(fabs(model_late_loss(m, t.B, t.T, 8) - loss) > 1e-6 * loss);
+    if (router_merges(x.config.router.method)) {
+        int *planned = plan_apart(m, t.T);
+        upload_batch(m, 0, x.inputs, x.targets, t.T);
+        model_forward(m, m->step.batches[0].inputs, 1, t.T, 0, no_draws, &first, NULL);
+        matmul_forward(m->acts.logits, m->acts.normed, m->params.weights.head, t.T, t.d, t.V, &m->gemm, m->stream);
+        download(m, x.logits, m->acts.logits, t.T * t.V);
+        plan_back(m, planned);
+    }
     for (int n = first; n <= t.T; n++) {
         const float *logits = model_next_logits(m, x.inputs, n, n == first ? 0 : n - 1);
         check_close("cached logits", logits, x.logits + (int64_t)(n - 1) * t.V, (size_t)t.V,
                     tolerance(1e-5, 2e-2)); // another tile shape: other rounding
     }
-    double loss = model_loss(m, x.inputs, x.targets, t.B, t.T);
-    CHECK(fabs(loss - x.stats.lm_loss) <= 1e-6 * loss);
     model_close(m);
     free(params);
     examination_free(&x);
+}
+
+static void sampling_case(void) {
+    sampling_case_of("relu");
+    sampling_case_of("lory");
 }
 
 static void model_table_cases(void) {
