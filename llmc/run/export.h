@@ -153,7 +153,7 @@ static inline void export_get(void *of, int unused, int64_t first, int64_t n, fl
     }
     const SafetensorsEntry *entry = safetensors_require(e->saved, tensor->name, tensor->ndim, tensor->shape);
     safetensors_read_f32_range(e->saved, entry, (uint64_t)(first - tensor->offset), (uint64_t)n, out);
-    safetensors_release(e->saved, entry, (uint64_t)(first - tensor->offset), (uint64_t)n);
+    safetensors_release(entry, (uint64_t)(first - tensor->offset), (uint64_t)n);
     for (int64_t i = 0; i < n; i++) {
         if (!isfinite(out[i])) {
             remove_folder(e->temporary);
