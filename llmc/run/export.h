@@ -191,10 +191,12 @@ static inline void export_read_tokenizer(Export *e, int given) {
     const char *folder = given || e->has_state ? tokenizer_folder(&e->options, given) : export_source(e);
     if (tokenizer_is_in(folder)) {
         e->tokenizer = load_tokenizer(folder, &e->config);
-    } else if (given) {
-        die("--tokenizer %s: expected a folder with vocab.json and merges.txt\n  ---> name another", folder);
-    } else {
-        warn("no tokenizer goes along: neither vocab.json nor merges.txt is in %s\n"
+    } else if (given && folder[0] != '\0') {
+        die("--tokenizer %s: expected a folder with vocab.json and merges.txt, or tokenizer.json\n"
+            "  ---> name another",
+            folder);
+    } else if (!given) {
+        warn("no tokenizer goes along: neither vocab.json with merges.txt nor tokenizer.json is in %s\n"
              "  ---> name their folder with --tokenizer",
              export_source(e));
     }
