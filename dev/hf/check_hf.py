@@ -8,13 +8,17 @@ Loads what the trainer exports in transformers, 4 or 5, and compares it with the
 A small model of each router is trained on the built-in sample; TRAINER=./train_remoecu_fp32 names another
 trainer. Of each model, with nothing but the exported folder:
 
-    logits      the trainer's --dump, ||a - b|| / ||b|| <= 1e-5, in float64 as far as transformers goes
+    logits      the trainer's --dump, ||a - b|| / ||b|| <= 1e-5, in float32 and as far as transformers goes in float64
     bf16        of the export in bf16, 3e-2
     tokenizer   AutoTokenizer's ids are build/tokenize's; also from the run's own checkpoint
     generate    greedy, with and without a cache: the trainer's --sample at --temperature 0, character by character
-    save        save_pretrained, loaded again: the same weights, text and token ids; the trainer evaluates it the same
+    save        save_pretrained, loaded again: the same weights, text and token ids; the trainer evaluates and samples it
+                the same, and exports its weights bit for bit
+    shards      save_pretrained in files of 100 KB each: the same of them
 
-And, where no ROUTER is named, the oracle's fixtures: their logits, and save.
+And, where no ROUTER is named, the oracle's fixtures: their logits, and save; and a LlamaForCausalLM that transformers has
+made, in fp32, bf16 and shards: its logits are the trainer's, which trains it further; what the trainer does not compute in
+such a model, it refuses with the reason.
 """
 import json
 import os
@@ -27,13 +31,14 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 LIMIT, BF16_LIMIT = 1e-5, 3e-2
 ROUTERS = ["relu", "topk", "auxfree", "sparsemixer", "ec", "hash", "dense"]
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = str(Path(os.environ.get("TRAINER", ROOT / "train_remoe")).resolve())
 SAMPLE, FIXTURES = ROOT / "build/sample", ROOT / "dev/test/fixtures"
+REFUSED = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "head_dim": 32}
 SHAPE = "--layers 2 --hidden 64 --heads 4 --kv-heads 2 --experts 4 --granularity 2 --seq-len 64 --batch 8"
 PROMPTS = ["static inline", "The", "#include <", "", "it's  naïve"]
 NEW_TOKENS = 40  # with the prompt, less than the window of 64
@@ -48,13 +53,22 @@ def verdict(what, ok, figure=""):
     print(f"{'ok    ' if ok else 'FAILED'} {what:40} {figure}", flush=True)
 
 
+def run_trainer(*words):
+    words = [str(word) for word in words]
+    return subprocess.run([TRAINER, *words], cwd=ROOT, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def trainer(*words):
     """-> what it printed, bytes"""
-    words = [str(word) for word in words]
-    done = subprocess.run([TRAINER, *words], cwd=ROOT, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_trainer(*words)
     if done.returncode != 0:
-        sys.exit(f"{TRAINER} {' '.join(words)}: exit {done.returncode}\n{done.stderr.decode(errors='replace')}")
+        sys.exit(f"{' '.join(done.args)}: exit {done.returncode}\n{done.stderr.decode(errors='replace')}")
     return done.stdout
+
+
+def trainer_logits(folder, shard, here, B, T):
+    trainer("--load", folder, "--dump", here / "dump", "--data", shard, "--batch", B, "--seq-len", T)
+    return load_file(str(here / "dump"))["logits"].double()
 
 
 def load(folder, dtype):
@@ -145,8 +159,24 @@ def check_save(name, folder, ids, here, run=None):
         ok &= all(generate(model, tokenizer, p) == generate(again, other, p) for p in PROMPTS)
         words = ["--eval", "--seq-len", 64, "--batch", 8, "--val-data", SAMPLE / "val.*.bin", "--load"]
         losses = [trainer(*words, which).split(b"|", 1)[1] for which in (run, saved)]
-        ok &= losses[0] == losses[1]
-    verdict(name, ok, f"token ids {token_ids_of(again)}")
+        words = ["--sample", "static", "--temperature", 0, "--sample-tokens", NEW_TOKENS, "--seq-len", 64, "--load"]
+        texts = [trainer(*words, which) for which in (folder, saved)]  # of transformers 5 there is tokenizer.json alone
+        ok &= losses[0] == losses[1] and texts[0] == texts[1]
+    verdict(name, ok and same_export(folder, saved, here), f"token ids {token_ids_of(again)}")
+
+
+def same_export(folder, saved, here):
+    """What the trainer reads of `saved`, however that is laid out, is the weights of `folder`, bit for bit."""
+    again = here / f"again-{saved.name}"
+    trainer("--load", saved, "--export", again)
+    return (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def check_shards(name, folder, here):
+    saved = here / f"shards-{folder.name}"
+    load(folder, torch.float32).save_pretrained(saved, max_shard_size="100KB")
+    files = len(list(saved.glob("model-*.safetensors")))
+    verdict(name, files > 1 and same_export(folder, saved, here), f"{files} files")
 
 
 def check_router(router, here):
@@ -156,11 +186,11 @@ def check_router(router, here):
     trainer("--load", run, "--export", plain)
     trainer("--load", run, "--export", bf16, "--save-dtype", "bf16")
     shard = SAMPLE / "val.c.bin"
-    trainer("--load", run, "--dump", here / "dump", "--data", shard, "--batch", 2, "--seq-len", 64)
+    want = trainer_logits(run, shard, here, 2, 64)
     ids = torch.from_numpy(shard_ids(shard)[:128].reshape(2, 64))
-    want = load_file(str(here / "dump"))["logits"].double()
     if router != "sparsemixer":  # whose dump has drawn, as in training
         check_logits(f"{router}: logits", plain, ids, want)
+        check_logits(f"{router}: logits", plain, ids, want, torch.float32)
         check_logits(f"{router}: bf16", bf16, ids, want, "auto", BF16_LIMIT)
     if router == "dense":
         check_logits(f"{router}: the run's checkpoint itself", run / "latest", ids, want)
@@ -168,6 +198,35 @@ def check_router(router, here):
     check_tokenizer(f"{router}: tokenizer of the run's checkpoint", run / "latest", here)
     check_generate(f"{router}: generate", run, load(plain, torch.float32), load_tokenizer(plain))
     check_save(f"{router}: save", plain, ids, here, run)
+    check_shards(f"{router}: shards", plain, here)
+
+
+def llama(here, name, dtype=torch.float32, shard_size="5GB", **settings):
+    """A model that transformers has made, random, saved where the trainer may find it."""
+    torch.manual_seed(7)
+    shape = dict(vocab_size=2048, hidden_size=96, intermediate_size=200, num_hidden_layers=3, num_attention_heads=6,
+                 num_key_value_heads=2, max_position_embeddings=64)
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings})).to(dtype)
+    model.save_pretrained(here / name, max_shard_size=shard_size)
+
+
+def check_foreign(here):
+    shard = SAMPLE / "val.c.bin"
+    ids = torch.from_numpy(shard_ids(shard)[:128].reshape(2, 64))
+    for name, dtype, size in (("whole", torch.float32, "5GB"), ("shards", torch.float32, "300KB"), ("bf16", torch.bfloat16, "5GB")):
+        llama(here, f"llama-{name}", dtype, size, rms_norm_eps=1e-6, rope_theta=5e4)
+        want = trainer_logits(here / f"llama-{name}", shard, here, 2, 64)
+        check_logits(f"LlamaForCausalLM, {name}: logits", here / f"llama-{name}", ids, want)
+    words = "--steps 2 --seq-len 64 --batch 8 --sample-tokens 0 --out".split()
+    trainer("--load", here / "llama-shards", *words, here / "run-llama")
+    trainer("--load", here / "run-llama", "--export", here / "trained")
+    verdict("LlamaForCausalLM, shards: trained further", type(load(here / "trained", torch.float32)) is LlamaForCausalLM)
+    for setting, value in REFUSED.items():
+        llama(here, f"refused-{setting}", **{setting: value})
+        done = run_trainer("--load", here / f"refused-{setting}", "--export", here / "never")
+        said = done.stderr.decode()
+        verdict(f"LlamaForCausalLM, {setting}: refused", done.returncode == 1 and setting in said and "---> " in said,
+                said.split("\n")[0].split("config.json")[-1])
 
 
 def check_fixture(folder, here):
@@ -191,6 +250,8 @@ def main():
             check_router(router, Path(here))
         for folder in sorted(path.parent for path in FIXTURES.glob("*/args.json")) if not sys.argv[1:] else []:
             check_fixture(folder, Path(here))
+        if not sys.argv[1:]:
+            check_foreign(Path(here))
     print(f"{failed} failed")
     sys.exit(failed > 0)
 

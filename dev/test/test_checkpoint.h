@@ -1025,6 +1025,84 @@ static void test_checkpoint_foreign(void) {
     checkpoint_case_free(&wider);
 }
 
+// every second tensor of m, from the first or the second on, in CHECKPOINT_OUT/NAME
+static void checkpoint_write_shard(const CheckpointCase *m, const char *name, int first) {
+    Ranks alone = silent_rank(0, 1);
+    SafetensorsWriter w;
+    char path[PATH_SIZE];
+    check_format(path, sizeof(path), CHECKPOINT_OUT "/%s", name);
+    safetensors_writer_open(&w, path);
+    for (int i = first; i < m->table.count; i += 2) {
+        const Tensor *t = &m->table.tensors[i];
+        safetensors_declare(&w, t->name, "F32", t->ndim, t->shape);
+    }
+    safetensors_begin(&w, &alone);
+    for (int i = first; i < m->table.count; i += 2) {
+        const Tensor *t = &m->table.tensors[i];
+        safetensors_write_at(&w, (size_t)(i / 2), 0, m->params + t->offset, (uint64_t)t->size);
+    }
+    safetensors_finish(&w, &alone);
+}
+
+// the index of the files a and b; without one tensor (or -1)
+static void checkpoint_write_index(const CheckpointCase *m, const char *a, const char *b, int without) {
+    FILE *file = fopen(CHECKPOINT_OUT "/model.safetensors.index.json", "wb");
+    fputs("{\"metadata\": {\"total_size\": 1}, \"weight_map\": {", file);
+    for (int i = 0, written = 0; i < m->table.count; i++) {
+        if (i != without) {
+            fprintf(file, "%s\"%s\": \"%s\"", written++ ? ", " : "", m->table.tensors[i].name, i % 2 ? b : a);
+        }
+    }
+    fputs("}}", file);
+    fclose(file);
+}
+
+static void checkpoint_write_text(const char *name, const char *text) {
+    char path[PATH_SIZE];
+    check_format(path, sizeof(path), CHECKPOINT_OUT "/%s", name);
+    FILE *file = check_fopen(path, "wb", "");
+    fputs(text, file);
+    check_fclose(file, path);
+}
+
+static void checkpoint_check_shards_refused(CheckpointCase *m) {
+    const char *a = "model-00001-of-00002.safetensors", *b = "model-00002-of-00002.safetensors";
+    checkpoint_write_index(m, a, b, 4);
+    check_dies(1, "model.safetensors.index.json knows 20 tensors, its files hold 21", checkpoint_load_foreign,
+               m);
+    checkpoint_write_index(m, b, a, -1);
+    check_dies(1, "has no tensor model.embed_tokens.weight, which " CHECKPOINT_OUT, checkpoint_load_foreign,
+               m);
+    checkpoint_write_index(m, a, "../checkpoint/model-00002-of-00002.safetensors", -1);
+    check_dies(1, "expected a file of the same folder", checkpoint_load_foreign, m);
+    checkpoint_write_index(m, a, "absent.safetensors", -1);
+    check_dies(1, "cannot open " CHECKPOINT_OUT "/absent.safetensors", checkpoint_load_foreign, m);
+    checkpoint_write_text("model.safetensors.index.json", "{\"weight_map\": {}}");
+    check_dies(1, "expected \"weight_map\": {TENSOR: FILE, ...}", checkpoint_load_foreign, m);
+    checkpoint_write_text("model.safetensors.index.json", "{\"weight_map\": {");
+    check_dies(1, "is not valid JSON", checkpoint_load_foreign, m);
+}
+
+// large models by others: several files and an index
+static void test_checkpoint_shards(void) {
+    CheckpointCase m = checkpoint_case("", 1), other = checkpoint_case("", 2);
+    checkpoint_clean();
+    checkpoint_write_shard(&m, "model-00001-of-00002.safetensors", 0);
+    checkpoint_write_shard(&m, "model-00002-of-00002.safetensors", 1);
+    checkpoint_write_index(&m, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", -1);
+    CHECK(checkpoint_weights_equal(&m, CHECKPOINT_OUT) && !checkpoint_weights_equal(&other, CHECKPOINT_OUT));
+    checkpoint_check_shards_refused(&m);
+    checkpoint_write_foreign(&other, -1, "model.layers.0.self_attn.rotary_emb.inv_freq");
+    checkpoint_load_foreign(&m); // where both are there, the index is not looked at
+    unlink(CHECKPOINT_OUT "/model.safetensors");
+    unlink(CHECKPOINT_OUT "/model.safetensors.index.json");
+    checkpoint_write_text("pytorch_model.bin", "x");
+    check_dies(1, "pytorch_model.bin: weights in PyTorch's own format are not read", checkpoint_load_foreign,
+               &m);
+    checkpoint_case_free(&m);
+    checkpoint_case_free(&other);
+}
+
 // ----------------------------------------------------------------------------
 // damaged states
 
@@ -1123,6 +1201,7 @@ static void test_checkpoint(void) {
     test_checkpoint_token();
     test_checkpoint_second_disk_full();
     test_checkpoint_foreign();
+    test_checkpoint_shards();
     test_checkpoint_unused_moments();
     test_checkpoint_damaged();
     CHECK(system("rm -rf " CHECKPOINT_OUT) == 0);

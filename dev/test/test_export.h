@@ -149,7 +149,7 @@ static void export_check_tokenizer_json(const char *folder) {
 }
 
 static void test_export_moe(void) {
-    export_train("relu", "--granularity 2");
+    export_train("relu", "--granularity 2 --val-data build/test/train.bin");
     export_run("relu", "relu_f32", "");
     export_check_files("relu_f32", 1);
     export_check_ids("relu_f32");
@@ -169,6 +169,9 @@ static void test_export_moe(void) {
     CHECK(export_says("relu_f32", "README.md", "# relu_f32\n"));
     CHECK(export_says("relu_f32", "README.md", "4 steps, 256 tokens (sequences of 16), of: `train.bin`."));
     CHECK(export_says("relu_f32", "README.md", "| experts per layer | 8, 2 active on average"));
+    CHECK(export_says("relu_f32", "README.md", "Training loss, mean of the last 4 steps: 5."));
+    CHECK(export_says("relu_f32", "README.md", "| validation loss after 4 steps | nats per token |"));
+    CHECK(export_says("relu_f32", "README.md", "| all | 5."));
     CHECK(!export_has("relu_f32", "optimizer.safetensors") && !export_has("relu_f32", "state.json"));
 }
 
@@ -221,9 +224,55 @@ static void test_export_card_data(void) {
         char *text = NULL;
         size_t size;
         FILE *file = open_memstream(&text, &size);
-        export_card_data(file, cases[i][0]);
+        card_data(file, cases[i][0]);
         fclose(file);
         CHECK(strcmp(text, cases[i][1]) == 0);
+        free(text);
+    }
+}
+
+// what a card says of the losses in this log, of the checkpoint EXPORT_TEST/card/step_00000003
+static char *export_card_losses(const char *log) {
+    char *text = NULL;
+    size_t size;
+    ModelCard card;
+    RunState state;
+    memset(&card, 0, sizeof(card));
+    memset(&state, 0, sizeof(state));
+    state.step = 3;
+    card.state = &state;
+    card.checkpoint = EXPORT_TEST "/card/step_00000003";
+    make_folder(card.checkpoint);
+    FILE *file = check_fopen(EXPORT_TEST "/card/log.jsonl", "wb", "");
+    fputs(log, file);
+    check_fclose(file, "log.jsonl");
+    file = open_memstream(&text, &size);
+    card_losses(&card, file);
+    fclose(file);
+    return text;
+}
+
+// steps before the checkpoint's, and the last validation up to it; what a kill has torn is passed over
+static void test_export_card_losses(void) {
+    static const char *const cases[][2] = {
+        {"{\"step\": 0, \"lm_loss\": 4.5}\n{\"step\": 1, \"lm_loss\": null}\n{\"step\": 2, \"lm_loss\": 3}\n"
+         "{\"step\": 3, \"lm_loss\": 100}\n",
+         "Training loss, mean of the last 2 steps: 3.7500 nats per token.\n\n"},
+        {"{\"step\": 1, \"val_loss\": 9, \"domain\": \"c\"}\n{\"step\": 1, \"val_loss\": 9, \"domain\": "
+         "\"all\"}\n"
+         "{\"step\": 3, \"val_loss\": 5.25, \"domain\": \"a|b\"}\n{\"step\": 3, \"val_l\n"
+         "{\"step\": 3, \"val_loss\": 5.5, \"domain\": \"all\"}\n{\"step\": 4, \"val_loss\": 1, \"domain\": "
+         "\"all\"}\n",
+         "\n| validation loss after 3 steps | nats per token |\n|---|---|\n| a b | 5.2500 |\n| all | 5.5000 "
+         "|\n\n"},
+        {"[1]\n{\"step\": -1, \"lm_loss\": 1}\n{\"step\": 2, \"val_loss\": 1, \"domain\": 1}\nhalf a row",
+         ""},
+    };
+    for (int i = 0; i < 3; i++) {
+        char *text = export_card_losses(cases[i][0]);
+        if (!CHECK(strcmp(text, cases[i][1]) == 0)) {
+            printf("    %s\n", text);
+        }
         free(text);
     }
 }
@@ -256,6 +305,12 @@ static void test_export_travels(void) {
     trainer_succeeds(trainer_run("--resume " EXPORT_TEST "/relu --steps 6 --warmup-steps 1"), "resume");
     CHECK(strstr(trainer_output, "warning") == NULL && export_has("relu/step_00000006", "merges.txt"));
     export_check_ids("relu/step_00000006");
+    unlink(EXPORT_TEST "/relu_f32/vocab.json"); // as transformers 5 saves it
+    unlink(EXPORT_TEST "/relu_f32/merges.txt");
+    trainer_succeeds(
+        trainer_run("--load " EXPORT_TEST "/relu_f32 --sample he --seq-len 16 --sample-tokens 8"),
+        "sample by tokenizer.json");
+    CHECK(strcmp(trainer_output, text) == 0);
     trainer_refuses(1, "no tokenizer: there is no build/test/nowhere/vocab.json",
                     "--load " EXPORT_TEST "/relu --sample he --tokenizer build/test/nowhere");
     CHECK(rename(EXPORT_TEST "/away", TK_FOLDER) == 0);
@@ -269,6 +324,10 @@ static void test_export_foreign(void) {
     CHECK(export_says("foreign", "config.json", "\"eos_token_id\": null"));
     CHECK(export_says("foreign", "generation_config.json", "\"eos_token_id\": null"));
     CHECK(!export_has("foreign", "vocab.json") && !export_says("foreign", "README.md", "## Training"));
+    trainer_succeeds(
+        trainer_run("--load dev/test/fixtures/topk --tokenizer= --export " EXPORT_TEST "/without"),
+        "without");
+    CHECK(strstr(trainer_output, "warning") == NULL && !export_has("without", "tokenizer.json"));
     trainer_refuses(1, "has 275 tokens, the model's vocabulary only 67",
                     "--load dev/test/fixtures/topk --export " EXPORT_TEST "/refused --tokenizer " TK_FOLDER);
 }
@@ -284,7 +343,7 @@ static void test_export_refused(void) {
         check_format(words, sizeof(words), "%s/%s", load, taken[i]);
         trainer_refuses(1, "there is something there already", words);
     }
-    CHECK(export_has("relu/latest", "optimizer.safetensors") && export_count("relu_f32") == 10);
+    CHECK(export_has("relu/latest", "optimizer.safetensors") && export_count("relu_f32") == 8);
     trainer_refuses(2, "the name of a new folder", "--load " EXPORT_TEST "/relu --export .");
     trainer_refuses(2, "the name of a new folder", "--load " EXPORT_TEST "/relu --export /");
     trainer_refuses(2, "is empty, expected a path", "--load " EXPORT_TEST "/relu --export=");
@@ -317,6 +376,7 @@ static void test_export(void) {
     test_export_dense();
     test_export_bf16();
     test_export_card_data();
+    test_export_card_losses();
     test_export_travels();
     test_export_foreign();
     test_export_refused();

@@ -465,6 +465,77 @@ static void test_tokenizer_damaged(void) {
     check_dies(1, "cannot open build/test/vocabulary/merges.txt", tk_load, (void *)TK_FOLDER);
 }
 
+// tokenizer.json of the tiny vocabulary alone, its merges as strings or as transformers 5 has them, as pairs
+static void tk_write_json(int as_pairs) {
+    tk_write();
+    Tokenizer *t = tokenizer_load(TK_FOLDER);
+    tokenizer_save_json(t, TK_FOLDER);
+    tokenizer_free(t);
+    unlink(TK_FOLDER "/vocab.json");
+    unlink(TK_FOLDER "/merges.txt");
+    char *text = check_read_file(TK_FOLDER "/" TOKENIZER_JSON, NULL, "");
+    FILE *file = check_fopen(TK_FOLDER "/" TOKENIZER_JSON, "wb", "");
+    char *merges = strstr(text, "\"merges\": [");
+    fprintf(file, "%.*s\"merges\": [", (int)(merges - text), text);
+    for (int i = 0; i < TK_MERGES; i++) {
+        const char *form = as_pairs ? "%s[\"%s\", \"%s\"]" : "%s\"%s %s\"";
+        fprintf(file, form, i > 0 ? ", " : "", tk_merges[i][0], tk_merges[i][1]);
+    }
+    fputs("]}}", file);
+    check_fclose(file, TOKENIZER_JSON);
+    free(text);
+}
+
+static void tk_json_refused(const char *find, const char *replacement, const char *message) {
+    tk_write_json(1);
+    char *text = check_read_file(TK_FOLDER "/" TOKENIZER_JSON, NULL, "");
+    char *at = strstr(text, find);
+    if (CHECK(at != NULL)) {
+        FILE *file = check_fopen(TK_FOLDER "/" TOKENIZER_JSON, "wb", "");
+        fprintf(file, "%.*s%s%s", (int)(at - text), text, replacement, at + strlen(find));
+        check_fclose(file, TOKENIZER_JSON);
+        check_dies(1, message, tk_load, (void *)TK_FOLDER);
+        check_dies(1, "---> ", tk_load, (void *)TK_FOLDER);
+    }
+    free(text);
+}
+
+// a folder with the one-file form alone is the same tokenizer; what is of another kind is refused
+static void test_tokenizer_json(void) {
+    const char text[] = "abc ab a b cab\n\xc3\xa9 aab";
+    tk_write();
+    Tokenizer *want = tokenizer_load(TK_FOLDER);
+    for (int as_pairs = 0; as_pairs < 2; as_pairs++) {
+        int *a = NULL, *b = NULL;
+        size_t n = 0, m = 0, a_capacity = 0, b_capacity = 0;
+        tk_write_json(as_pairs);
+        CHECK(tokenizer_is_in(TK_FOLDER));
+        Tokenizer *got = tokenizer_load(TK_FOLDER);
+        tokenizer_encode(want, text, sizeof(text) - 1, &a, &n, &a_capacity);
+        tokenizer_encode(got, text, sizeof(text) - 1, &b, &m, &b_capacity);
+        CHECK(n == m && n > 0 && n < sizeof(text) - 1 && memcmp(a, b, n * sizeof(int)) == 0);
+        CHECK(got->eot == want->eot && got->vocab_size == TK_VOCAB &&
+              tk_round_trip(got, text, sizeof(text) - 1));
+        free(a);
+        free(b);
+        tokenizer_free(got);
+    }
+    tokenizer_free(want);
+    tk_json_refused("\"BPE\"", "\"Unigram\"", "(model: expected the type BPE)");
+    tk_json_refused("\"byte_fallback\": false", "\"byte_fallback\": true", "(byte_fallback)");
+    tk_json_refused("\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}",
+                    "(normalizer: expected null)");
+    tk_json_refused("\"add_prefix_space\": false", "\"add_prefix_space\": true", "(pre_tokenizer: expected");
+    tk_json_refused("\"use_regex\": true", "\"use_regex\": false", "(pre_tokenizer: expected");
+    tk_json_refused("\"content\": \"<|endoftext|>\"", "\"content\": \"<pad>\"", "(added_tokens: a token");
+    tk_json_refused("\"merges\": [", "\"mergers\": [", "(model: expected a vocab");
+    tk_json_refused("\"merges\": [", "\"merges\": [[\"a\", \"b\", \"c\"], ",
+                    "merges, line 1: expected two tokens");
+    tk_json_refused("\"merges\": [", "\"merges\": [7, ", "merges, line 1: expected two tokens");
+    tk_json_refused("\"a\": 97", "\"a\": [97]", "tokenizer.json: the id of token \"a\" is not a number");
+    unlink(TK_FOLDER "/" TOKENIZER_JSON);
+}
+
 static void test_tokenizer_too_many(void) {
     FILE *file = check_fopen(TK_FOLDER "/vocab.json", "wb", "");
     for (int i = 0; i <= TOKENIZER_MAX_VOCAB; i++) {
@@ -848,6 +919,7 @@ static void test_tokenizer(void) {
     check_dies(1, "is not in the vocabulary", tk_piece_outside, t);
     tokenizer_free(t);
     test_tokenizer_damaged();
+    test_tokenizer_json();
     test_tokenizer_fuzz_corpus();
     test_tokenizer_too_many();
     test_tokenizer_too_many_merges();

@@ -69,7 +69,7 @@ static inline void load_buffer(const FlatBuffer *buffer, const Safetensors *st, 
         const SafetensorsEntry *entry = safetensors_require(st, name, tensor->ndim, tensor->shape);
         for (Piece p = before_first_piece; next_piece(&p, tensor, buffer);) {
             safetensors_read_f32_range(st, entry, (uint64_t)p.element, (uint64_t)p.n, values);
-            safetensors_release(st, entry, (uint64_t)p.element, (uint64_t)p.n);
+            safetensors_release(entry, (uint64_t)p.element, (uint64_t)p.n);
             buffer->set(buffer->owner, buffer->which, p.first, p.n, values);
         }
     }

@@ -11,7 +11,8 @@ Written to .tmp_step_00001000/, each file fsynced, then renamed; the link `lates
 the oldest are removed later (remove_oldest). So a full disk or a kill at any moment leaves the earlier
 checkpoints as they were. Each rank writes and reads the ranges that it keeps, piece by piece (ranges.h), of
 the same two safetensors files; rank 0 does all the rest. A folder with config.json and model.safetensors
-alone loads too, in F32 or BF16, its tensors in any order, whoever made it.
+alone loads too, in F32, BF16 or F16, its tensors in any order and in any number of files (weight_files.h),
+whoever made it.
 
 Errors: whatever is missing, does not fit or is not used is named with its file, and exit 1.
 */
@@ -24,6 +25,7 @@ Errors: whatever is missing, does not fit or is not used is named with its file,
 #include "llmc/files/run_folder.h"
 #include "llmc/files/state_file.h"
 #include "llmc/files/tokenizer_files.h"
+#include "llmc/files/weight_files.h"
 #include "llmc/run/ranks.h"
 
 #define TOKEN_NAME ".ranks" // in a temporary folder: a number that tells it from others of its name
@@ -236,12 +238,6 @@ static inline void refuse_unused_tensors(const Safetensors *st, const FlatBuffer
             unused, names, unused > 4 ? ", ..." : "",
             st->hint[0] ? st->hint : "name a folder whose config.json and tensors belong together");
     }
-}
-
-static inline Safetensors *open_weights(const char *folder) {
-    char path[PATH_SIZE];
-    check_format(path, sizeof(path), "%s/model.safetensors", folder);
-    return safetensors_open(path, "name a folder with config.json and model.safetensors");
 }
 
 static inline void checkpoint_load_weights(const FlatBuffer *params, const char *folder) {

@@ -31,11 +31,12 @@ typedef struct {
     const char *dtype;
     int ndim;
     int64_t shape[SAFETENSORS_MAX_DIMS];
-    uint64_t offset; // first byte, from the start of the file (writer: of data)
-    uint64_t size;   // bytes
+    uint64_t offset;           // first byte, from the start of the file (writer: of data)
+    uint64_t size;             // bytes
+    const unsigned char *data; // reader: the first byte in memory
 } SafetensorsEntry;
 
-typedef struct {
+typedef struct Safetensors {
     const char *path;
     const char *hint;          // the command that would make or mend the file
     const unsigned char *data; // the whole file
@@ -43,6 +44,7 @@ typedef struct {
     JsonArena arena;           // owns the names
     SafetensorsEntry *entries; // sorted by name
     size_t count;
+    struct Safetensors *next; // another file, which is closed with this one (weight_files.h)
 } Safetensors;
 
 // ----------------------------------------------------------------------------
@@ -170,6 +172,7 @@ static inline void safetensors_parse_entry(const Safetensors *st, const Json *js
     }
     entry->dtype = dtype->text;
     entry->offset = data_start + (uint64_t)begin;
+    entry->data = st->data + entry->offset;
     entry->size = (uint64_t)(end - begin);
     safetensors_parse_shape(st, json_get(json, "shape"), entry);
 }
@@ -275,10 +278,16 @@ static inline Safetensors *safetensors_open(const char *path, const char *hint) 
 }
 
 static inline void safetensors_close(Safetensors *st) {
-    munmap((void *)st->data, (size_t)st->size);
-    free(st->entries);
-    json_arena_free(&st->arena);
-    free(st);
+    while (st != NULL) {
+        Safetensors *next = st->next;
+        if (st->data != NULL) {
+            munmap((void *)st->data, (size_t)st->size);
+        }
+        free(st->entries);
+        json_arena_free(&st->arena);
+        free(st);
+        st = next;
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -340,7 +349,7 @@ static inline void safetensors_read_f32_range(const Safetensors *st, const Safet
     if (first > safetensors_num_elements(entry) || n > safetensors_num_elements(entry) - first) {
         die("%s: read beyond the end of tensor %s", st->path, entry->name);
     }
-    const unsigned char *in = st->data + entry->offset + first * element;
+    const unsigned char *in = entry->data + first * element;
     if (strcmp(entry->dtype, "F32") == 0) {
         memcpy(out, in, (size_t)(4 * n));
     } else if (strcmp(entry->dtype, "F64") == 0) {
@@ -363,12 +372,11 @@ static inline void safetensors_read_f32_range(const Safetensors *st, const Safet
 }
 
 // Lets go of the memory of what was read: a mapped file counts as this process's as far as it was touched
-static inline void safetensors_release(const Safetensors *st, const SafetensorsEntry *entry, uint64_t first,
-                                       uint64_t n) {
+static inline void safetensors_release(const SafetensorsEntry *entry, uint64_t first, uint64_t n) {
     uint64_t element = safetensors_dtype_size(entry->dtype), page = (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t begin = (entry->offset + first * element) / page * page;
-    uint64_t end = entry->offset + (first + n) * element;
-    madvise((void *)(st->data + begin), (size_t)(end - begin), MADV_DONTNEED); // unchanged, it is read again
+    uintptr_t begin = (uintptr_t)(entry->data + first * element) / page * page;
+    uintptr_t end = (uintptr_t)(entry->data + (first + n) * element);
+    madvise((void *)begin, (size_t)(end - begin), MADV_DONTNEED); // unchanged, it is read again
 }
 
 static inline void safetensors_read_f32(const Safetensors *st, const SafetensorsEntry *entry, float *out) {

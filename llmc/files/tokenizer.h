@@ -14,7 +14,7 @@ Shapes: ids [n] int. Errors: as in vocabulary.h.
 
 #include <sys/mman.h>
 // defines: mmap, munmap, madvise
-#include "llmc/files/vocabulary.h"
+#include "llmc/files/tokenizer_json.h"
 
 enum {
     TOKENIZER_BLANK = 0x10,    // marks of ' ', which may begin a word of any class,
@@ -365,16 +365,36 @@ static inline void tokenizer_new_scratch(Tokenizer *t) {
     t->heap_capacity = 0;
 }
 
-static inline Tokenizer *tokenizer_load(const char *dir) {
+static inline int tokenizer_has(const char *folder, const char *name) {
     char path[4096];
+    check_format(path, sizeof(path), "%s/%s", folder, name);
+    return access(path, F_OK) == 0;
+}
+
+// does the folder hold a tokenizer, in two files or in one?
+static inline int tokenizer_is_in(const char *folder) {
+    return folder[0] != '\0' &&
+           ((tokenizer_has(folder, "vocab.json") && tokenizer_has(folder, "merges.txt")) ||
+            tokenizer_has(folder, TOKENIZER_JSON));
+}
+
+static inline Tokenizer *tokenizer_load(const char *dir) {
+    char vocab[4096], merges[4096];
+    int in_one = !tokenizer_has(dir, "vocab.json") && tokenizer_has(dir, TOKENIZER_JSON);
     TokenizerLoader loader;
     Tokenizer *t = NEW(Tokenizer, 1);
     tokenizer_init_classes(t);
-    check_format(path, sizeof(path), "%s/vocab.json", dir);
-    tokenizer_load_vocab(t, &loader, path);
-    tokenizer_require_tokens(t, &loader, path);
-    check_format(path, sizeof(path), "%s/merges.txt", dir);
-    tokenizer_load_merges(t, &loader, path);
+    check_format(vocab, sizeof(vocab), "%s/%s", dir, in_one ? TOKENIZER_JSON : "vocab.json");
+    check_format(merges, sizeof(merges), "%s/%s", dir, in_one ? TOKENIZER_JSON "'s merges" : "merges.txt");
+    if (in_one) {
+        tokenizer_read_json(t, vocab);
+    } else {
+        t->vocab_text = check_read_file(vocab, &t->vocab_bytes, TOKENIZER_HINT);
+        t->merges_text = check_read_file(merges, &t->merges_bytes, TOKENIZER_HINT);
+    }
+    tokenizer_load_vocab(t, &loader, vocab);
+    tokenizer_require_tokens(t, &loader, vocab);
+    tokenizer_load_merges(t, &loader, merges);
     free(loader.slots);
     tokenizer_new_scratch(t);
     return t;

@@ -101,10 +101,10 @@ static inline const Json **tokenizer_sort_vocab(const Json *vocab, const char *p
     return by_id;
 }
 
+// of t->vocab_text
 static inline void tokenizer_load_vocab(Tokenizer *t, TokenizerLoader *loader, const char *path) {
     JsonArena arena;
     json_arena_init(&arena);
-    t->vocab_text = check_read_file(path, &t->vocab_bytes, TOKENIZER_HINT);
     const Json *vocab = json_parse_text(t->vocab_text, t->vocab_bytes, &arena, path, TOKENIZER_HINT);
     if (vocab->type != JSON_OBJECT || vocab->count < 257 || vocab->count > TOKENIZER_MAX_VOCAB) {
         die("%s holds %zu tokens; expected an object of 257 (bytes and %s) to %d tokens\n  ---> %s", path,
@@ -191,8 +191,8 @@ static inline void tokenizer_add_merge(Tokenizer *t, const TokenizerLoader *load
     t->filter[bit / 64] |= 1ull << bit % 64;
 }
 
+// of t->merges_text
 static inline void tokenizer_load_merges(Tokenizer *t, TokenizerLoader *loader, const char *path) {
-    t->merges_text = check_read_file(path, &t->merges_bytes, TOKENIZER_HINT);
     const char *text = t->merges_text;
     size_t size = t->merges_bytes, lines = 1;
     char *scratch = NEW(char, size + 1);

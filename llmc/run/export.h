@@ -18,6 +18,7 @@ Errors: exit 1 with the folder or file that is wrong and the remedy; 2 for what 
 #define EXPORT_H
 
 #include "build/hf_code.h"
+#include "llmc/run/model_card.h"
 #include "llmc/run/startup.h"
 #include <signal.h>
 // defines: configuration_remoe_py, modeling_remoe_py; signal
@@ -153,7 +154,7 @@ static inline void export_get(void *of, int unused, int64_t first, int64_t n, fl
     }
     const SafetensorsEntry *entry = safetensors_require(e->saved, tensor->name, tensor->ndim, tensor->shape);
     safetensors_read_f32_range(e->saved, entry, (uint64_t)(first - tensor->offset), (uint64_t)n, out);
-    safetensors_release(e->saved, entry, (uint64_t)(first - tensor->offset), (uint64_t)n);
+    safetensors_release(entry, (uint64_t)(first - tensor->offset), (uint64_t)n);
     for (int64_t i = 0; i < n; i++) {
         if (!isfinite(out[i])) {
             remove_folder(e->temporary);
@@ -173,108 +174,12 @@ static inline void export_weights(Export *e) {
     safetensors_close(e->saved);
 }
 
-// ----------------------------------------------------------------------------
-// the model card
-
-static inline void export_card_shape(const Export *e, FILE *file) {
-    const Config *c = &e->config;
-    const Router *r = &c->router;
-    fprintf(file, "| | |\n|---|---|\n| parameters | %lld", (long long)config_params(c, r->experts));
-    if (router_has_experts(r->method)) {
-        fprintf(file,
-                ", of which %lld are active per token |\n"
-                "| experts per layer | %d, %d active%s; granularity %d |\n| router | %s |\n",
-                (long long)config_params(c, r->active), r->experts, r->active,
-                router_row(r->method)->leaves_number_open ? " on average" : "", c->granularity,
-                router_name(r->method));
-    } else {
-        fputs(" |\n", file);
-    }
-    fprintf(file,
-            "| layers | %d |\n| hidden size | %d |\n| heads | %d, %d for keys and values, of %d |\n"
-            "| feed-forward width | %d |\n| vocabulary | %d |\n| longest context in training | %d tokens |\n"
-            "| weights | %s |\n\n",
-            c->layers, c->hidden, c->heads, c->kv_heads, c->head_size, c->ffn, c->vocab_size, c->max_seq_len,
-            export_is_bf16(e) ? "bf16, rounded from fp32" : "fp32");
-}
-
-// "data/pile/train_*.bin:0.7,b.bin" -> `train_*.bin:0.7`, `b.bin`: folders are the user's business
-static inline void export_card_data(FILE *file, const char *list) {
-    for (const char *before = " ", *end; list != NULL; before = ", ", list = end) {
-        size_t size = strcspn(list, ",");
-        const char *name = list + size;
-        end = *name == ',' ? name + 1 : NULL;
-        while (name > list && name[-1] != '/') {
-            name--;
-        }
-        fprintf(file, "%s`%.*s`", before, (int)(list + size - name), name);
-    }
-}
-
-static inline void export_card_training(const Export *e, FILE *file) {
-    const Options *o = &e->options;
-    if (!e->has_state) {
-        return;
-    }
-    fprintf(file, "## Training\n\n%lld steps, %lld tokens (sequences of %lld), of:", (long long)e->state.step,
-            (long long)(e->state.sequences * o->seq_len), (long long)o->seq_len);
-    export_card_data(file, o->train_data);
-    fprintf(file, ".\nAdamW, learning rate %g to %g, weight decay %g, seed %lld.\n\n", o->lr, o->lr_min,
-            o->weight_decay, (long long)o->seed);
-}
-
-static inline void export_card_use(const Export *e, FILE *file) {
-    int moe = router_has_experts(e->config.router.method);
-    const char *trust = moe ? ", trust_remote_code=True" : "";
-    fprintf(file,
-            "## Use\n\n"
-            "```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "folder = \"%s\"\n"
-            "tokenizer = AutoTokenizer.from_pretrained(folder%s)\n"
-            "model = AutoModelForCausalLM.from_pretrained(folder%s)\n"
-            "prompt = tokenizer(tokenizer.bos_token + \"Once upon a time\", return_tensors=\"pt\")\n"
-            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))\n"
-            "```\n\n"
-            "Every text in training began with `" TOKENIZER_EOT
-            "`, so a prompt should; the tokenizer does not "
-            "add it.\n",
-            e->name, trust, trust);
-    if (moe) {
-        fputs("transformers (4 or 5) asks for `trust_remote_code` because the experts' code, "
-              "`modeling_remoe.py`, lies in this folder.\n",
-              file);
-    }
-    if (router_row(e->config.router.method)->for_one_token != e->config.router.method) {
-        fprintf(
-            file,
-            "\nThe experts choose among all tokens of a batch (%s). A token that is being generated has no "
-            "such batch:\nwhile generating, each token takes its %d best experts (%s). On whole texts each "
-            "token sees later ones through\nthe experts' choice: losses cannot be compared with other "
-            "routers'.\n",
-            router_name(e->config.router.method), e->config.router.active,
-            router_name(router_row(e->config.router.method)->for_one_token));
-    }
-    fprintf(file,
-            "\nremoe.c reads the folder too: `./train_remoe --load %s --sample \"Once upon a time\"`.\n",
-            e->name);
-}
-
 static inline void export_card(const Export *e) {
     NewFile file;
-    int moe = router_has_experts(e->config.router.method);
+    ModelCard card = {e->name,          &e->config,       &e->options, e->has_state ? &e->state : NULL,
+                      export_source(e), export_is_bf16(e)};
     export_open(e, "README.md", &file);
-    fprintf(
-        file.file,
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- %s\n---\n\n# %s\n\n%s\n\n",
-        moe ? "remoe\n- mixture-of-experts" : "llama", e->name,
-        moe ? "A mixture-of-experts language model: LLaMA's layers, their feed-forward part replaced by "
-              "experts "
-              "among which a\nrouter chooses for each token. Trained with remoe.c."
-            : "A dense language model, LLaMA's architecture. Trained with remoe.c.");
-    export_card_shape(e, file.file);
-    export_card_training(e, file.file);
-    export_card_use(e, file.file);
+    model_card_write(&card, file.file);
     newfile_close(&file);
 }
 
@@ -286,10 +191,12 @@ static inline void export_read_tokenizer(Export *e, int given) {
     const char *folder = given || e->has_state ? tokenizer_folder(&e->options, given) : export_source(e);
     if (tokenizer_is_in(folder)) {
         e->tokenizer = load_tokenizer(folder, &e->config);
-    } else if (given) {
-        die("--tokenizer %s: expected a folder with vocab.json and merges.txt\n  ---> name another", folder);
-    } else {
-        warn("no tokenizer goes along: neither vocab.json nor merges.txt is in %s\n"
+    } else if (given && folder[0] != '\0') {
+        die("--tokenizer %s: expected a folder with vocab.json and merges.txt, or tokenizer.json\n"
+            "  ---> name another",
+            folder);
+    } else if (!given) {
+        warn("no tokenizer goes along: neither vocab.json with merges.txt nor tokenizer.json is in %s\n"
              "  ---> name their folder with --tokenizer",
              export_source(e));
     }

@@ -206,7 +206,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     check_format(vocab, sizeof(vocab), "%s/vocab.json", folder);
     if (o->eval || o->dump[0] != '\0') {
         run->tokenizer = NULL; // no text is shown
-    } else if (folder[0] != '\0' && path_exists(vocab)) {
+    } else if (tokenizer_is_in(folder)) {
         run->tokenizer = load_tokenizer(folder, c);
     } else if (o->sampling) {
         check_not_closed(vocab);
