@@ -635,6 +635,28 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     return classifier(m, targets, (int64_t)B * T, 0.0f, NULL);
 }
 
+void model_look(Model *m, const int *inputs, int B, int T) {
+    model_forward(m, inputs, B, T, 0, no_draws, NULL);
+}
+
+void model_masks(Model *m, int64_t N, uint64_t *masks) {
+    int E = m->config.router.experts;
+    for (int l = 0; l < m->config.layers; l++) {
+        pairs_to_bits(masks + l * N * bit_words(E), &m->acts.layers[l].pairs, E);
+    }
+}
+
+void model_gates(Model *m, int64_t N, float *const *gates) {
+    (void)N; // the lists know
+    for (int l = 0; l < m->config.layers; l++) {
+        pairs_to_dense(gates[l], &m->acts.layers[l].pairs, m->config.router.experts);
+    }
+}
+
+void model_token_losses(Model *m, int64_t N, float *losses) {
+    memcpy(losses, m->acts.losses, (size_t)N * sizeof(float));
+}
+
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     int d = m->config.hidden;
     model_forward(m, ids + start, 1, n, start, no_draws, NULL);
@@ -656,8 +678,8 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     model_backward(m, inputs, B, T, reg_weight);
     stats_add_micro_batch(s, m, N);
     s->grad_norm = gradient_norm(m);
-    for (int l = 0; l < m->config.layers && gates != NULL; l++) {
-        pairs_to_dense(gates[l], &m->acts.layers[l].pairs, m->config.router.experts);
+    if (gates != NULL) {
+        model_gates(m, N, gates);
     }
     for (int l = 0; l < m->config.layers && draws != NULL; l++) {
         router_sparsemixer_draws(draws[l], m->acts.layers[l].pairs.rounds, N, m->config.router.experts, m->k);

@@ -115,6 +115,11 @@ static inline int router_has_weights(RouterMethod method) {
     return router_row(method)->has_weights;
 }
 
+// does it switch experts on and off, token by token?
+static inline int router_has_mask(RouterMethod method) {
+    return router_row(method)->has_experts;
+}
+
 // is its loss weighed by lambda, which then steers the sparsity (lambda.h)?
 static inline int router_has_lambda(RouterMethod method) {
     return router_row(method)->loss_weight == WEIGHS_LAMBDA;

@@ -26,9 +26,9 @@ static StepRecord logger_record(int64_t step) {
     r.stage = 2;
     r.layer_sparsity = logger_layers;
     r.layers = 3;
-    r.tokens_min = 1;
-    r.tokens_mean = 12.5;
-    r.tokens_max = (int64_t)1 << 40;
+    r.tokens_per_expert.min = 1;
+    r.tokens_per_expert.mean = 12.5;
+    r.tokens_per_expert.max = (int64_t)1 << 40;
     r.dead_experts = 4;
     r.zero_expert_tokens = 5;
     r.active_experts = 1.0625;
@@ -98,7 +98,7 @@ static void test_logger_not_finite(void) {
     r.lm_loss = NAN;
     r.reg_loss = INFINITY;
     r.grad_norm = -NAN;
-    r.tokens_mean = NAN;
+    r.tokens_per_expert.mean = NAN;
     r.layer_sparsity = layers;
     r.layers = 2;
     const Json *json = logger_row(&r, &arena);

@@ -13,13 +13,14 @@ warning.
 #include "llmc/files/dataloader.h"
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
+#include "llmc/run/statistics.h"
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
-// The loss of sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since the run
-// began into one that the vocabulary lacks
-static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
-                                        double *loss) {
+// The loss of a domain's sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since
+// the run began into one that the vocabulary lacks
+static inline Validation validate_batch(Run *run, int domain, int64_t first, int B, double *loss) {
+    const DataLoader *loader = &run->domains[domain].loader;
     int64_t T = run->options.seq_len, bad_token;
     for (int b = 0; b < B; b++) {
         if (dataloader_try_sequence(loader, first + b, run->config.vocab_size, run->inputs + b * T,
@@ -28,6 +29,10 @@ static inline Validation validate_batch(Run *run, const DataLoader *loader, int6
         }
     }
     *loss = model_loss(run->model, run->inputs, run->targets, B, (int)T);
+    if (run->statistics != NULL) {
+        model_masks(run->model, B * T, run->statistics->masks);
+        statistics_add(run->statistics, domain, run->inputs, B * T);
+    }
     return VALIDATED;
 }
 
@@ -50,11 +55,12 @@ static inline Validation gather_losses(Run *run, double *losses, int64_t count, 
     return outcome;
 }
 
-// Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in
-// turns; *tokens counts the targets. A signal ends it early
-static inline Validation validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
+// Mean loss of up to validation_windows() of one domain, its windows in order, of which the ranks take
+// micro-batches in turns; *tokens counts the targets. A signal ends it early
+static inline Validation validate_domain(Run *run, int domain, double *loss, int64_t *tokens) {
     const Options *o = &run->options;
-    int64_t sequences = dataloader_num_sequences(loader), most = o->val_batches * o->batch;
+    int64_t sequences = dataloader_num_sequences(&run->domains[domain].loader);
+    int64_t most = validation_windows(run);
     sequences = sequences < most ? sequences : most;
     int64_t count = (sequences + o->batch - 1) / o->batch;
     double *losses = NEW(double, count), sum = 0.0;
@@ -64,7 +70,7 @@ static inline Validation validate_domain(Run *run, const DataLoader *loader, dou
         int B = (int)(left < o->batch ? left : o->batch);
         ranks_beat(&run->ranks, run->state.step, "validation");
         outcome =
-            stop_requested ? VALIDATION_STOPPED : validate_batch(run, loader, i * o->batch, B, &losses[i]);
+            stop_requested ? VALIDATION_STOPPED : validate_batch(run, domain, i * o->batch, B, &losses[i]);
     }
     outcome = gather_losses(run, losses, count, outcome);
     *tokens = sequences * o->seq_len;
@@ -112,7 +118,12 @@ static inline void validate(Run *run) {
         const DataDomain *domain = &run->domains[i];
         int64_t tokens;
         double loss;
-        outcome = validate_domain(run, &domain->loader, &loss, &tokens);
+        outcome = validate_domain(run, i, &loss, &tokens);
+        if (outcome == VALIDATION_DAMAGED && run->statistics != NULL) {
+            die("%s has changed since this process began, and is damaged: it cannot be counted\n"
+                "  ---> mend it, and begin again",
+                domain->path);
+        }
         if (outcome == VALIDATION_DAMAGED) {
             warn("%s was not validated: it has changed since the run began, and is damaged", domain->path);
         }
