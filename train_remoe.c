@@ -167,8 +167,8 @@ static int64_t most_segments(const Config *c, int B, int T) {
 static double merged_bytes(const Config *c, const ModelSettings *s) {
     int training = s->purpose != FOR_INFERENCE, merges = router_merges(c->router.method);
     return !merges ? 0.0
-                   : 4.0 * merged_floats(c->layers, most_segments(c, s->B, s->T), c->router.experts, c->hidden,
-                                         c->ffn, training);
+                   : 4.0 * merged_floats(c->layers, most_segments(c, s->B, s->T), c->router.experts,
+                                         c->hidden, c->ffn, training);
 }
 
 // GB, rounded up to what is printed, so that printed numbers add up
@@ -673,8 +673,27 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     return classifier(m, targets, (int64_t)B * T, 0.0f, NULL);
 }
 
-double model_late_loss(Model *m, int B, int T, int first) {
-    return mean_late_loss(m->acts.losses, B, T, first);
+void model_look(Model *m, const int *inputs, int B, int T) {
+    model_forward(m, inputs, B, T, 0, no_draws, NULL, NULL);
+}
+
+void model_masks(Model *m, int64_t N, uint64_t *masks) {
+    int E = m->config.router.experts;
+    for (int l = 0; l < m->config.layers; l++) {
+        pairs_to_bits(masks + l * N * bit_words(E), &m->acts.layers[l].pairs, E);
+    }
+}
+
+void model_gates(Model *m, int64_t N, float *const *gates) {
+    (void)N; // the lists know
+    for (int l = 0; l < m->config.layers; l++) {
+        const LayerActs *a = &m->acts.layers[l];
+        router_gates(gates[l], &a->pairs, a->router_logits, router_in_force(m));
+    }
+}
+
+void model_token_losses(Model *m, int64_t N, float *losses) {
+    memcpy(losses, m->acts.losses, (size_t)N * sizeof(float));
 }
 
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {
@@ -698,8 +717,8 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     model_backward(m, inputs, B, T, reg_weight);
     stats_add_micro_batch(s, m, N);
     s->grad_norm = gradient_norm(m);
-    for (int l = 0; l < m->config.layers && gates != NULL; l++) {
-        router_gates(gates[l], &m->acts.layers[l].pairs, m->acts.layers[l].router_logits, router_in_force(m));
+    if (gates != NULL) {
+        model_gates(m, N, gates);
     }
     for (int l = 0; l < m->config.layers && draws != NULL; l++) {
         router_sparsemixer_draws(draws[l], m->acts.layers[l].pairs.rounds, N, m->config.router.experts, m->k);

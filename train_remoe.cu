@@ -479,6 +479,7 @@ static int read_step(Model *m, int64_t tokens, StepStats *s) {
     } else {
         s->tokens += tokens;
         s->grad_norm = sqrt(squares);
+        s->ms_waiting = m->comm.ranks > 1 ? waits_ms(&m->comm.waits) : -1.0;
         arena_remember(m->routing.recent_rows, rows, m->config.layers);
         arena_plan(&m->routing.arena, m->routing.recent_rows);
     }
@@ -522,6 +523,7 @@ static void begin_draws(Model *m, int64_t step) {
 
 void model_gradients(Model *m, Prefetcher *ahead, int64_t step, int micro_batches, int B, int T,
                      double reg_weight, StepStats *s) {
+    m->comm.waits.count = 0; // those of a validation are not the step's
     if (router_draws(m->config.router.method)) {
         begin_draws(m, step);
     }
@@ -683,14 +685,6 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     return loss;
 }
 
-double model_late_loss(Model *m, int B, int T, int first) {
-    float *losses = NEW(float, (int64_t)B *T);
-    copy_now(losses, m->acts.losses, (size_t)(B * T) * sizeof(float), cudaMemcpyDeviceToHost, m->stream);
-    double loss = mean_late_loss(losses, B, T, first);
-    free(losses);
-    return loss;
-}
-
 static void download(const Model *m, float *host, const floatX *device, int64_t n) {
 #ifdef PRECISION_FP32
     copy_now(host, device, (size_t)n * sizeof(float), cudaMemcpyDeviceToHost, m->stream);
@@ -718,7 +712,30 @@ const float *model_next_logits(Model *m, const int *ids, int n, int start) {
     return m->host_logits;
 }
 
-static void download_gates(Model *m, float *const *gates, int N) {
+void model_look(Model *m, const int *inputs, int B, int T) {
+    int *planned = plan_apart(m, B * T);
+    upload_batch(m, 0, inputs, inputs, B * T);
+    model_forward(m, m->step.batches[0].inputs, B, T, 0, no_draws, NULL, NULL);
+    CUDA_CHECK(cudaStreamSynchronize(m->stream)); // the staging buffer is free again
+    plan_back(m, planned);
+}
+
+void model_masks(Model *m, int64_t N, uint64_t *masks) {
+    int E = m->config.router.experts;
+    int64_t words = N * bit_words(E);
+    uint64_t *bits = (uint64_t *)m->scratch;
+    for (int l = 0; l < m->config.layers; l++) {
+        pairs_to_bits(bits, m->acts.layers[l].pairs, (int)N, E, m->stream);
+        copy_now(masks + l * words, bits, (size_t)words * sizeof(uint64_t), cudaMemcpyDeviceToHost,
+                 m->stream);
+    }
+}
+
+void model_token_losses(Model *m, int64_t N, float *losses) {
+    copy_now(losses, m->acts.losses, (size_t)N * sizeof(float), cudaMemcpyDeviceToHost, m->stream);
+}
+
+void model_gates(Model *m, int64_t N, float *const *gates) {
     int E = m->config.router.experts;
     float *dense = NULL;
     CUDA_CHECK(cudaMalloc(&dense, (size_t)N * (size_t)E * sizeof(float)));
@@ -761,7 +778,7 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
         CUDA_CHECK(cudaFree(all_logits));
     }
     if (gates != NULL) {
-        download_gates(m, gates, N);
+        model_gates(m, N, gates);
     }
     if (draws != NULL) {
         download_draws(m, draws, N);

@@ -223,6 +223,27 @@ static inline void pairs_from_mask(DevicePairs pairs, const float *score, const 
 // ----------------------------------------------------------------------------
 // what is read off a list
 
+// a thread per word: a token has few pairs, and its words read the same ones
+static __global__ void __launch_bounds__(GROUP_BLOCK)
+    pairs_to_bits_kernel(uint64_t *bits, DevicePairs pairs, int N, int W) {
+    int i = (int)(blockIdx.x * GROUP_BLOCK + threadIdx.x), t = i / W;
+    uint64_t word = 0;
+    for (int p = t < N ? pairs.row_start[t] : 0; t < N && p < pairs.row_start[t + 1]; p++) {
+        int e = pairs.expert[p];
+        word |= (uint64_t)(e / 64 == i % W) << e % 64;
+    }
+    if (t < N) {
+        bits[i] = word;
+    }
+}
+
+// bits [N, bit_words(E)]
+static inline void pairs_to_bits(uint64_t *bits, DevicePairs pairs, int N, int E, cudaStream_t stream) {
+    int W = bit_words(E);
+    launch(pairs_to_bits_kernel, ceil_div(N * W, (int)GROUP_BLOCK), GROUP_BLOCK, 0, stream, bits, pairs, N,
+           W);
+}
+
 static __global__ void __launch_bounds__(GROUP_BLOCK)
     pairs_to_dense_kernel(float *gates, DevicePairs pairs, int N, int E, int lanes) {
     int t = group_token(lanes), lane = group_lane(lanes);

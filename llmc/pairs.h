@@ -111,6 +111,22 @@ static inline void pairs_from_mask(PairList *pairs, const float *score, const fl
     pairs_count(pairs, E);
 }
 
+// words of a token's active set, as bits: bit e % 64 of word e / 64 is 1 iff expert e is active
+static inline int bit_words(int E) {
+    return (E + 63) / 64;
+}
+
+// bits [N, bit_words(E)]
+static inline void pairs_to_bits(uint64_t *bits, const PairList *pairs, int E) {
+    int W = bit_words(E);
+    memset(bits, 0, (size_t)(pairs->tokens * W) * sizeof(uint64_t));
+    for (int64_t t = 0; t < pairs->tokens; t++) {
+        for (int64_t p = pairs->row_start[t]; p < pairs->row_start[t + 1]; p++) {
+            bits[t * W + pairs->expert[p] / 64] |= (uint64_t)1 << pairs->expert[p] % 64;
+        }
+    }
+}
+
 // dense [N, E] picture of the gates: 0 where not active
 static inline void pairs_to_dense(float *gates, const PairList *pairs, int E) {
     memset(gates, 0, (size_t)(pairs->tokens * E) * sizeof(float));

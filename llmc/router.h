@@ -136,6 +136,11 @@ static inline int router_merges(RouterMethod method) {
     return method == ROUTER_LORY;
 }
 
+// does it switch experts on and off, token by token?
+static inline int router_has_mask(RouterMethod method) {
+    return router_has_experts(method) && !router_merges(method);
+}
+
 // is there an active set of experts to choose?
 static inline int router_can_be_forced(RouterMethod method) {
     return router_has_weights(method) && !router_draws(method) && !router_merges(method);

@@ -10,6 +10,7 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     gradients, update     an optimizer step, in two halves
     balance               between them: the routers' state that no gradient moves
     loss, next_logits     forward alone: validation, sampling
+    look                  the same as far as the routers go; masks, gates, token_losses: what a forward left
     examine               one micro-batch with all that can be compared (dump)
     memory, peak, profile what it costs; takes_ranks: whether several processes can share the work
 
@@ -55,17 +56,9 @@ typedef struct {
     int64_t active;           // pairs
     double lm_loss, reg_loss; // means over the micro-batches
     double grad_norm;         // of all gradients together
+    double ms_waiting;        // in which this rank's device stood still for other ranks; < 0: there are none
     int stop;                 // before: whether this rank wants the run to end; after: whether any rank does
 } StepStats;
-
-// mean over the positions from `first` on of losses [B, T]
-static inline double mean_late_loss(const float *losses, int B, int T, int first) {
-    double sum = 0.0;
-    for (int64_t n = 0; n < (int64_t)B * T; n++) {
-        sum += n % T >= first ? losses[n] : 0.0;
-    }
-    return sum / ((double)B * (T - first));
-}
 
 // all but `stop`
 static inline void stats_reset(StepStats *s, const Config *c) {
@@ -76,6 +69,7 @@ static inline void stats_reset(StepStats *s, const Config *c) {
     memset(s->counts, 0, (size_t)cells * sizeof(int64_t));
     s->tokens = s->zero_expert = s->active = 0;
     s->lm_loss = s->reg_loss = s->grad_norm = 0.0;
+    s->ms_waiting = -1.0;
 }
 
 // Allocates all that the micro-batches need, and refuses what does not fit. For training, the start-up
@@ -108,8 +102,13 @@ void model_balance(Model *m, float rate, const int64_t *counts);
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t);
 // mean over the B x T targets, no gradient
 double model_loss(Model *m, const int *inputs, const int *targets, int B, int T);
-// after model_loss: the mean over its targets at the positions from `first` on, first < T
-double model_late_loss(Model *m, int B, int T, int first);
+// forward alone, without a loss
+void model_look(Model *m, const int *inputs, int B, int T);
+// What the last model_loss or model_look did with its N tokens: the active experts, as bits
+// [L, N, bit_words(E)] (pairs.h); the gates, L matrices [N, E]; of model_loss, each token's loss [N]
+void model_masks(Model *m, int64_t N, uint64_t *masks);
+void model_gates(Model *m, int64_t N, float *const *gates);
+void model_token_losses(Model *m, int64_t N, float *losses);
 // [V] on the host: logits of position n - 1 of one sequence; the positions before start are in the cache
 const float *model_next_logits(Model *m, const int *ids, int n, int start);
 // One micro-batch forward and backward, its gradient into the gradient buffer. forced: NULL, or L active sets

@@ -1,6 +1,6 @@
 /*
-logger.h: every row is JSON with the values that went in, whatever they were; a log is cut back to the step of
-a resumed run, whatever state it was left in.
+logger.h, log_keys.h: every row is JSON with the values that went in, whatever they were; dev/doc/log.md explains
+each key; a log is cut back to the step of a resumed run, whatever state it was left in.
 */
 #ifndef TEST_LOGGER_H
 #define TEST_LOGGER_H
@@ -14,6 +14,7 @@ a resumed run, whatever state it was left in.
 // rows
 
 static const double logger_layers[3] = {0.5, 0.875, 1.0 / 3.0};
+static const int64_t logger_cells[6] = {0, (int64_t)1 << 40, 2, 3, 4, 5};
 
 static StepRecord logger_record(int64_t step) {
     StepRecord r;
@@ -26,9 +27,10 @@ static StepRecord logger_record(int64_t step) {
     r.stage = 2;
     r.layer_sparsity = logger_layers;
     r.layers = 3;
-    r.tokens_min = 1;
-    r.tokens_mean = 12.5;
-    r.tokens_max = (int64_t)1 << 40;
+    r.experts = 2;
+    r.tokens_per_expert.min = 1;
+    r.tokens_per_expert.mean = 12.5;
+    r.tokens_per_expert.max = (int64_t)1 << 40;
     r.dead_experts = 4;
     r.zero_expert_tokens = 5;
     r.active_experts = 1.0625;
@@ -40,6 +42,9 @@ static StepRecord logger_record(int64_t step) {
     r.tflops_active = 0.0625;
     r.mfu = r.mfu_active = -1.0;
     r.mem_gb = 1.5;
+    r.time = 1764368667.1239;
+    r.ms_waiting = r.flip_rate = r.flip_count = -1.0;
+    r.stage2_step = r.stage3_step = -1;
     return r;
 }
 
@@ -81,12 +86,64 @@ static void test_logger_step(void) {
     CHECK(logger_real(json, "lr") == 5e-4 && logger_real(json, "ms") == 1234.5);
     CHECK(logger_real(json, "tok_s") == 65536.0 && logger_real(json, "tflops") == 0.125);
     CHECK(logger_real(json, "tflops_active") == 0.0625 && logger_real(json, "mem_gb") == 1.5);
+    CHECK(logger_real(json, "time") == 1764368667.124);                           // to milliseconds
     CHECK(json_get(json, "mfu") == NULL && json_get(json, "mfu_active") == NULL); // the peak is unknown
+    json_arena_free(&arena);
+}
+
+// what is not known has no key; 0 is known
+static void test_logger_known(void) {
+    static const char *const keys[] = {"mfu",         "mfu_active", "ms_waiting", "stage2_step",
+                                       "stage3_step", "flip_rate",  "flip_count"};
+    JsonArena arena;
+    StepRecord r = logger_record(7);
+    json_arena_init(&arena);
+    const Json *json = logger_row(&r, &arena);
+    for (int i = 0; i < 7; i++) {
+        CHECK(json_get(json, keys[i]) == NULL);
+    }
+    CHECK(json_get(json, "layer_flip_rate") == NULL && json_get(json, "layer_expert_tokens") == NULL);
     r.mfu = 0.5;
     r.mfu_active = 0.25;
+    r.ms_waiting = r.flip_rate = 0.0;
+    r.flip_count = 0.125;
+    r.stage2_step = 0;
+    r.stage3_step = 55;
+    r.layer_flip_rate = logger_layers;
+    r.layer_expert_tokens = logger_cells;
     json = logger_row(&r, &arena);
-    CHECK(logger_real(json, "mfu") == 0.5 && logger_real(json, "mfu_active") == 0.25);
+    const double values[] = {0.5, 0.25, 0.0, 0.0, 55.0, 0.0, 0.125};
+    for (int i = 0; i < 7; i++) {
+        CHECK(logger_real(json, keys[i]) == values[i]);
+    }
+    const Json *flips = json_get(json, "layer_flip_rate"), *cells = json_get(json, "layer_expert_tokens");
+    CHECK(flips->count == 3 && strcmp(flips->child->next->text, "0.875") == 0);
+    CHECK(cells->count == 3 && cells->child->count == 2 && cells->child->next->next->count == 2);
+    CHECK(strcmp(cells->child->child->next->text, "1099511627776") == 0);
+    CHECK(strcmp(cells->child->next->next->child->next->text, "5") == 0);
     json_arena_free(&arena);
+}
+
+// the table's keys are those of dev/doc/log.md, in order: first a step's, then a validation's
+static void test_logger_explained(void) {
+    int count, explained = 0, wrong = 0;
+    const LogKey *keys = log_keys(&count);
+    char *page = check_read_file("dev/doc/log.md", NULL, "");
+    for (char *line = strtok(page, "\n"); line != NULL; line = strtok(NULL, "\n")) {
+        char name[64];
+        if (sscanf(line, "| `%63[^`]` |", name) != 1) {
+            continue;
+        }
+        const char *want = explained < count                         ? keys[explained].name
+                           : explained < count + LOG_VALIDATION_KEYS ? log_validation_keys[explained - count]
+                                                                     : "nothing more";
+        if (strcmp(name, want) != 0 && ++wrong == 1) {
+            printf("    dev/doc/log.md explains %s where the table has %s\n", name, want);
+        }
+        explained++;
+    }
+    CHECK(wrong == 0 && explained == count + LOG_VALIDATION_KEYS);
+    free(page);
 }
 
 // a diverged run still writes JSON
@@ -98,7 +155,7 @@ static void test_logger_not_finite(void) {
     r.lm_loss = NAN;
     r.reg_loss = INFINITY;
     r.grad_norm = -NAN;
-    r.tokens_mean = NAN;
+    r.tokens_per_expert.mean = NAN;
     r.layer_sparsity = layers;
     r.layers = 2;
     const Json *json = logger_row(&r, &arena);
@@ -296,6 +353,8 @@ static void test_logger_print(void) {
 static void test_logger(void) {
     CHECK(system("mkdir -p build/test") == 0);
     test_logger_step();
+    test_logger_known();
+    test_logger_explained();
     test_logger_not_finite();
     test_logger_validation();
     check_dies(1, "cannot write /dev/full", logger_write_full, NULL);

@@ -1,5 +1,5 @@
 /*
-pairs.h: the compressed rows against a mask read entry by entry, lists reused and empty.
+pairs.h: the compressed rows, and the bits, against a mask read entry by entry; lists reused and empty.
 */
 #ifndef TEST_PAIRS_H
 #define TEST_PAIRS_H
@@ -75,8 +75,32 @@ static void test_pairs_none(void) {
     pairs_free(&pairs);
 }
 
+// one word, a full one, two, and some more; all bits were 1 before
+static void test_pairs_bits(int E) {
+    enum { N = 19, MOST = 130 };
+    float mask[N * MOST];
+    uint64_t bits[N * 3 + 1];
+    int W = bit_words(E), wrong = 0;
+    PairList pairs = pairs_empty();
+    memset(bits, 0xFF, sizeof(bits));
+    pairs_sample_mask(mask, N, E);
+    pairs_from_mask(&pairs, NULL, mask, N, E);
+    pairs_to_bits(bits, &pairs, E);
+    for (int i = 0; i < N * 64 * W; i++) {
+        int t = i / (64 * W), e = i % (64 * W);
+        int on = (int)(bits[t * W + e / 64] >> e % 64 & 1);
+        wrong += on != (e < E && mask[t * E + e] != 0.0f);
+    }
+    CHECK(wrong == 0 && bits[N * W] == UINT64_MAX);
+    pairs_free(&pairs);
+}
+
 static void test_pairs(void) {
+    const int experts[] = {1, 5, 63, 64, 65, 128, 130};
     test_pairs_from_mask();
+    for (size_t i = 0; i < sizeof(experts) / sizeof(experts[0]); i++) {
+        test_pairs_bits(experts[i]);
+    }
     test_pairs_none();
 }
 

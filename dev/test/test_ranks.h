@@ -171,6 +171,20 @@ static void stars_must(const Ranks *r, int fact, const char *what) {
     }
 }
 
+// more than at once, of numbers that no float holds
+static void stars_sum(Ranks *r) {
+    int64_t n = SUM_AT_ONCE + 3, wrong = 0, big = (int64_t)1 << 54, *x = NEW(int64_t, n);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = big + i * (r->rank + 1);
+    }
+    ranks_sum(r, x, n);
+    for (int64_t i = 0; i < n; i++) {
+        wrong += x[i] != r->count * big + i * r->count * (r->count + 1) / 2;
+    }
+    stars_must(r, wrong == 0, "sum");
+    free(x);
+}
+
 static void stars_calls(Ranks *r) {
     static const size_t sizes[] = {0, 1, 80, 1000, 70000};
     for (int i = 0; i < (r->count < 10 ? 5 : 4); i++) {
@@ -204,6 +218,7 @@ static void stars_calls(Ranks *r) {
         free(all);
         free(mine);
     }
+    stars_sum(r);
     ranks_agree(r, "the data", "a 1\nb 2\n");
     ranks_agree(r, "nothing", "");
     printf("rank %d prints\n", r->rank);
@@ -242,6 +257,9 @@ static void test_ranks_alone(void) {
     ranks_share(&r, &mine, sizeof(mine));
     ranks_barrier(&r);
     CHECK(ranks_any(&r, 2) == 1 && ranks_any(&r, 0) == 0 && mine == 5);
+    int64_t alone[2] = {7, -1};
+    ranks_sum(&r, alone, 2);
+    CHECK(alone[0] == 7 && alone[1] == -1);
     ranks_agree(&r, "x", "y");
     ranks_beat(&r, 1, "x");
     ranks_remedy(&r, "x");

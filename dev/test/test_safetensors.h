@@ -117,6 +117,44 @@ static void test_safetensors_round_trip(void) {
     safetensors_close(st);
 }
 
+// values that are no floats, as they are; remarks in the header; what cannot be written
+static void test_safetensors_integers(void) {
+    static const int64_t longs[3] = {INT64_MIN, 0, ((int64_t)1 << 53) + 1}, two[1] = {2}, three[1] = {3};
+    static const int32_t ints[2] = {INT32_MIN, 7};
+    Ranks alone = silent_rank(0, 1);
+    SafetensorsWriter w;
+    safetensors_writer_open(&w, ST_PATH);
+    safetensors_note(&w, "made of", "a \"b\"\n\\x41");
+    safetensors_note(&w, "empty", "");
+    safetensors_declare(&w, "longs", "I64", 1, three);
+    safetensors_declare(&w, "ints", "I32", 1, two);
+    safetensors_declare(&w, "bytes", "U8", 1, three);
+    safetensors_begin(&w, &alone);
+    safetensors_write_at(&w, 0, 1, longs + 1, 2);
+    safetensors_write_at(&w, 0, 0, longs, 1);
+    safetensors_write_at(&w, 1, 0, ints, 2);
+    safetensors_write_at(&w, 2, 0, "\xFF\0z", 3);
+    safetensors_finish(&w, &alone);
+    Safetensors *st = safetensors_open(ST_PATH, "");
+    const SafetensorsEntry *l = safetensors_require(st, "longs", 1, three);
+    const SafetensorsEntry *i = safetensors_require(st, "ints", 1, two);
+    const SafetensorsEntry *b = safetensors_require(st, "bytes", 1, three);
+    CHECK(strcmp(l->dtype, "I64") == 0 && memcmp(st->data + l->offset, longs, 24) == 0);
+    CHECK(strcmp(i->dtype, "I32") == 0 && memcmp(st->data + i->offset, ints, 8) == 0);
+    CHECK(strcmp(b->dtype, "U8") == 0 && memcmp(st->data + b->offset, "\xFF\0z", 3) == 0);
+    static const char notes[] = "{\"__metadata__\":{\"format\":\"pt\",\"made of\":\"a \\\"b\\\"\\n\\\\x41\","
+                                "\"empty\":\"\"},\"longs\"";
+    CHECK(memcmp(st->data + 8, notes, sizeof(notes) - 1) == 0);
+    safetensors_close(st);
+}
+
+static void st_declare_unknown(void *dtype) {
+    const int64_t one[1] = {1};
+    SafetensorsWriter w;
+    safetensors_writer_open(&w, ST_PATH);
+    safetensors_declare(&w, "x", (const char *)dtype, 1, one);
+}
+
 static void test_safetensors_many(void) {
     enum { MANY = 10000 };
     const int64_t one[1] = {1};
@@ -452,6 +490,8 @@ static void test_safetensors(void) {
     test_safetensors_bf16();
     test_safetensors_f16();
     test_safetensors_round_trip();
+    test_safetensors_integers();
+    check_dies(1, "cannot be written as F16", st_declare_unknown, (void *)"F16");
     test_safetensors_many();
     test_safetensors_foreign();
     test_safetensors_huge();

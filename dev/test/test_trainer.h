@@ -493,6 +493,44 @@ static void trainer_bad_command_lines(void) {
     trainer_refuses(1, "token", TRAINER_TINY "--vocab-size 8 --steps 1 --out build/test/refused");
 }
 
+// the keys that a run's rows have are those of the table, but for what a CPU alone does not know
+static void trainer_log_keys(void) {
+    int count, missing = 0, unknown = 0;
+    const LogKey *keys = log_keys(&count);
+    JsonArena arena;
+    char error[128];
+    trainer_clear("keys");
+    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 40 --flip-every 13 --log-experts-every 13 --val-data "
+                                              "build/test/train.bin --lambda-init 1 --out build/test/keys"),
+                     "a run with all keys");
+    char *log = check_read_file("build/test/keys/log.jsonl", NULL, ""), *seen = NEW(char, count);
+    json_arena_init(&arena);
+    for (char *line = log, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+        const Json *row = json_parse(line, (size_t)(end - line), &arena, error, sizeof(error));
+        int validation = row != NULL && json_get(row, "val_loss") != NULL;
+        for (const Json *member = row != NULL ? row->child : NULL; member != NULL; member = member->next) {
+            int known = 0;
+            for (int i = 0; i < count && !validation; i++) {
+                int is = strcmp(member->key, keys[i].name) == 0;
+                known |= is;
+                seen[i] |= (char)is;
+            }
+            for (int i = 0; i < LOG_VALIDATION_KEYS && validation; i++) {
+                known |= strcmp(member->key, log_validation_keys[i]) == 0;
+            }
+            unknown += !known;
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        int absent = strncmp(keys[i].name, "mfu", 3) == 0 || strcmp(keys[i].name, "ms_waiting") == 0;
+        missing += seen[i] == absent;
+    }
+    CHECK(missing == 0 && unknown == 0);
+    json_arena_free(&arena);
+    free(log);
+    free(seen);
+}
+
 // layer 0 of 2 is off for 19 steps, on once, and off for 20; layer 1 is off all the time
 static void trainer_layers_off(void *unused) {
     (void)unused;
@@ -673,6 +711,7 @@ static void test_trainer(void) {
     trainer_contexts();
     trainer_lory();
     trainer_bad_command_lines();
+    trainer_log_keys();
     trainer_guards_layers();
     trainer_guards_loss();
     trainer_says();

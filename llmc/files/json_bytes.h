@@ -28,7 +28,8 @@ static inline int json_byte_escape(const char *text, size_t size) {
     return value;
 }
 
-static inline void json_write_bytes(FILE *file, const char *text, size_t size) {
+// the spelling, which is UTF-8, without quotes, for the caller to free
+static inline char *json_spell_bytes(const char *text, size_t size) {
     char *spelled = GROW(char, NULL, 4 * size + 1);
     size_t n = 0;
     const char *end = text + size;
@@ -43,7 +44,13 @@ static inline void json_write_bytes(FILE *file, const char *text, size_t size) {
         }
         text += bytes;
     }
-    json_write_string(file, spelled, n);
+    spelled[n] = '\0';
+    return spelled;
+}
+
+static inline void json_write_bytes(FILE *file, const char *text, size_t size) {
+    char *spelled = json_spell_bytes(text, size);
+    json_write_string(file, spelled, strlen(spelled));
     free(spelled);
 }
 

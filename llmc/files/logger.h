@@ -11,33 +11,23 @@ dropped with a warning.
 
 #include "llmc/files/json.h"
 #include "llmc/files/json_bytes.h"
+#include "llmc/files/log_keys.h"
 #include "llmc/files/newfile.h"
 #include "llmc/lambda.h"
 #include <sys/resource.h>
 #include <time.h>
-// defines: clock_gettime, getrusage
-
-typedef struct {
-    int64_t step; // from 0
-    double lm_loss, reg_loss, lambda, sparsity;
-    int stage;                    // 0: the router has no stages
-    const double *layer_sparsity; // [L]
-    int layers;
-    int64_t tokens_min, tokens_max; // tokens per expert, over layers and experts
-    double tokens_mean;
-    int64_t dead_experts;       // (layer, expert) pairs without a token
-    int64_t zero_expert_tokens; // (layer, token) pairs without an expert
-    double active_experts;      // mean per token
-    double grad_norm, lr, ms, tok_s;
-    double tflops;          // by the paper's formula at nominal k
-    double tflops_active;   // the same at the measured active experts
-    double mfu, mfu_active; // over the device's peak; < 0: the peak is unknown
-    double mem_gb;
-} StepRecord;
+// defines: StepRecord, LogKey, log_keys; clock_gettime, getrusage
 
 static inline double seconds_now(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// seconds since 1970
+static inline double unix_time(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
@@ -71,7 +61,8 @@ static inline int log_has_validation(const char *path, int64_t step) {
     size_t size, tail = sizeof(last) - 1;
     int found = 0;
     char *text = log_read(path, &size);
-    check_format(first, sizeof(first), "{\"step\": %lld, \"val_loss\": ", (long long)step);
+    check_format(first, sizeof(first), "{\"%s\": %lld, \"%s\": ", log_validation_keys[0], (long long)step,
+                 log_validation_keys[1]);
     for (char *line = text, *end; text != NULL && !found && (end = strchr(line, '\n')) != NULL;
          line = end + 1) {
         found = (size_t)(end + 1 - line) > strlen(first) + tail && strncmp(line, first, strlen(first)) == 0 &&
@@ -132,39 +123,62 @@ static inline void log_value(FILE *log, double value) {
     }
 }
 
-static inline void log_number(FILE *log, const char *key, double value) {
-    fprintf(log, ", \"%s\": ", key);
-    log_value(log, value);
+// numbers in brackets
+static inline void log_reals(FILE *log, const double *x, int n) {
+    for (int i = 0; i < n; i++) {
+        fputs(i > 0 ? ", " : "[", log);
+        log_value(log, x[i]);
+    }
+    fputc(']', log);
+}
+
+// x [L, E]: a list per layer
+static inline void log_cells(FILE *log, const int64_t *x, int layers, int experts) {
+    for (int i = 0; i < layers * experts; i++) {
+        fputs(i == 0 ? "[[" : i % experts == 0 ? "], [" : ", ", log);
+        fprintf(log, "%lld", (long long)x[i]);
+    }
+    fputs("]]", log);
+}
+
+static inline int log_is_known(const LogKey *key, const void *field) {
+    switch (key->kind) {
+    case LOG_INTEGER: return *(const int64_t *)field >= 0;
+    case LOG_REAL:
+    case LOG_SECONDS: return !(*(const double *)field < 0.0); // not a number is a value
+    case LOG_LAYERS: return *(const double *const *)field != NULL;
+    case LOG_CELLS: return *(const int64_t *const *)field != NULL;
+    default: return 1;
+    }
+}
+
+// the value alone
+static inline void log_field(FILE *log, const LogKey *key, const void *field, const StepRecord *r) {
+    const LogRange *range = (const LogRange *)field;
+    switch (key->kind) {
+    case LOG_INTEGER: fprintf(log, "%lld", (long long)*(const int64_t *)field); break;
+    case LOG_REAL: log_value(log, *(const double *)field); break;
+    case LOG_SECONDS: fprintf(log, "%.3f", *(const double *)field); break;
+    case LOG_LAYERS: log_reals(log, *(const double *const *)field, r->layers); break;
+    case LOG_CELLS: log_cells(log, *(const int64_t *const *)field, r->layers, r->experts); break;
+    case LOG_RANGE:
+        fprintf(log, "{\"min\": %lld, \"mean\": ", (long long)range->min);
+        log_value(log, range->mean);
+        fprintf(log, ", \"max\": %lld}", (long long)range->max);
+        break;
+    }
 }
 
 static inline void log_step(FILE *log, const char *path, const StepRecord *r) {
-    fprintf(log, "{\"step\": %lld", (long long)r->step);
-    log_number(log, "lm_loss", r->lm_loss);
-    log_number(log, "reg_loss", r->reg_loss);
-    log_number(log, "lambda", r->lambda);
-    log_number(log, "sparsity", r->sparsity);
-    fprintf(log, ", \"stage\": %d, \"layer_sparsity\": [", r->stage);
-    for (int l = 0; l < r->layers; l++) {
-        fputs(l > 0 ? ", " : "", log);
-        log_value(log, r->layer_sparsity[l]);
+    int count;
+    const LogKey *keys = log_keys(&count);
+    for (int i = 0; i < count; i++) {
+        const void *field = (const char *)r + keys[i].offset;
+        if (keys[i].presence == LOG_ALWAYS || log_is_known(&keys[i], field)) {
+            fprintf(log, "%s\"%s\": ", i == 0 ? "{" : ", ", keys[i].name);
+            log_field(log, &keys[i], field, r);
+        }
     }
-    fprintf(log, "], \"tokens_per_expert\": {\"min\": %lld", (long long)r->tokens_min);
-    log_number(log, "mean", r->tokens_mean);
-    fprintf(log, ", \"max\": %lld}", (long long)r->tokens_max);
-    fprintf(log, ", \"dead_experts\": %lld, \"zero_expert_tokens\": %lld", (long long)r->dead_experts,
-            (long long)r->zero_expert_tokens);
-    log_number(log, "active_experts", r->active_experts);
-    log_number(log, "grad_norm", r->grad_norm);
-    log_number(log, "lr", r->lr);
-    log_number(log, "ms", r->ms);
-    log_number(log, "tok_s", r->tok_s);
-    log_number(log, "tflops", r->tflops);
-    log_number(log, "tflops_active", r->tflops_active);
-    if (r->mfu >= 0.0) {
-        log_number(log, "mfu", r->mfu);
-        log_number(log, "mfu_active", r->mfu_active);
-    }
-    log_number(log, "mem_gb", r->mem_gb);
     fprintf(log, "}\n");
     log_flush(log, path);
 }
@@ -172,12 +186,13 @@ static inline void log_step(FILE *log, const char *path, const StepRecord *r) {
 // late: NULL, or the loss without the first segment, which is routed by its own mean (router_lory.h)
 static inline void log_validation(FILE *log, const char *path, int64_t step, double loss, const double *late,
                                   const char *domain) {
-    fprintf(log, "{\"step\": %lld", (long long)step);
-    log_number(log, "val_loss", loss);
+    fprintf(log, "{\"%s\": %lld, \"%s\": ", log_validation_keys[0], (long long)step, log_validation_keys[1]);
+    log_value(log, loss);
     if (late != NULL) {
-        log_number(log, "val_loss_after_first_segment", *late);
+        fprintf(log, ", \"%s\": ", log_validation_keys[2]);
+        log_value(log, *late);
     }
-    fprintf(log, ", \"domain\": ");
+    fprintf(log, ", \"%s\": ", log_validation_keys[3]);
     json_write_bytes(log, domain, strlen(domain));
     fprintf(log, "}\n");
     log_flush(log, path);

@@ -3,14 +3,14 @@ Writes a safetensors file (safetensors.h has the format). Its tensors are declar
 so that all know where each tensor lies; then each rank writes what it keeps of them, in pieces of any size
 and in any order, to its place in the one file.
 
-    open -> declare NAME, dtype, shape ... -> begin -> write_at values ... -> finish
+    open -> declare NAME, dtype, shape ...; note KEY, TEXT ... -> begin -> write_at values ... -> finish
 
 Begin and finish are said by all ranks together: rank 0 makes the file, its header and its full size before
 the others open it, and gives it its name (newfile.h) once all say that theirs is on the disk. What fails on
 one rank ends all of them, and leaves an earlier file of that name as it was.
 
-Shapes: any up to 8 dimensions, F32 or BF16. Errors: values that do not fit the declared ones, or are missing,
-die; a write that fails is remembered until finish, which dies naming rank, file and cause.
+Shapes: any up to 8 dimensions; F32, BF16, I64, I32 or U8. Errors: values that do not fit the declared ones,
+or are missing, die; a write that fails is remembered until finish, which dies naming rank, file and cause.
 */
 #ifndef SAFETENSORS_WRITER_H
 #define SAFETENSORS_WRITER_H
@@ -34,7 +34,10 @@ typedef struct {
     JsonArena arena;           // owns the names
     SafetensorsEntry *entries; // as declared
     size_t count;
-    uint64_t total;      // bytes of all
+    uint64_t total; // bytes of all
+    char *notes;    // the header's metadata behind its first, each with a comma before it, or NULL
+    size_t notes_size;
+    FILE *notes_out;
     uint64_t data_start; // bytes before them
     char *header;        // these bytes
     WriteReport report;
@@ -46,11 +49,33 @@ static inline void safetensors_writer_open(SafetensorsWriter *w, const char *pat
     w->file = -1;
 }
 
-// dtype: "F32" or "BF16"; returns the tensor's number, for safetensors_write_at
+// a remark of the header: the format wants text
+static inline void safetensors_note(SafetensorsWriter *w, const char *key, const char *text) {
+    if (w->notes_out == NULL) {
+        w->notes_out = open_memstream(&w->notes, &w->notes_size);
+    }
+    if (w->notes_out == NULL) {
+        die("out of memory for the header of %s", w->name.path);
+    }
+    fputc(',', w->notes_out);
+    json_write_string(w->notes_out, key, strlen(key));
+    fputc(':', w->notes_out);
+    json_write_string(w->notes_out, text, strlen(text));
+}
+
+static inline int safetensors_can_write(const char *dtype) {
+    static const char *const dtypes[] = {"F32", "BF16", "I64", "I32", "U8"};
+    int can = 0;
+    for (size_t i = 0; i < sizeof(dtypes) / sizeof(dtypes[0]); i++) {
+        can |= strcmp(dtype, dtypes[i]) == 0;
+    }
+    return can;
+}
+
+// dtype: one of the above; returns the tensor's number, for safetensors_write_at
 static inline size_t safetensors_declare(SafetensorsWriter *w, const char *name, const char *dtype, int ndim,
                                          const int64_t *shape) {
-    int is_bf16 = strcmp(dtype, "BF16") == 0;
-    if ((!is_bf16 && strcmp(dtype, "F32") != 0) || ndim < 0 || ndim > SAFETENSORS_MAX_DIMS) {
+    if (!safetensors_can_write(dtype) || ndim < 0 || ndim > SAFETENSORS_MAX_DIMS) {
         die("%s: tensor %s cannot be written as %s with %d dimensions", w->name.path, name, dtype, ndim);
     }
     if ((w->count & (w->count - 1)) == 0) { // full at each power of two
@@ -59,13 +84,13 @@ static inline size_t safetensors_declare(SafetensorsWriter *w, const char *name,
     SafetensorsEntry *entry = &w->entries[w->count++];
     memset(entry, 0, sizeof(*entry));
     entry->name = safetensors_copy_text(&w->arena, name);
-    entry->dtype = is_bf16 ? "BF16" : "F32";
+    entry->dtype = safetensors_copy_text(&w->arena, dtype);
     entry->ndim = ndim;
     for (int i = 0; i < ndim; i++) {
         entry->shape[i] = shape[i];
     }
     entry->offset = w->total;
-    entry->size = safetensors_num_elements(entry) * (is_bf16 ? 2 : 4);
+    entry->size = safetensors_num_elements(entry) * safetensors_dtype_size(dtype);
     w->total += entry->size;
     return w->count - 1;
 }
@@ -90,8 +115,13 @@ static inline void safetensors_make_header(SafetensorsWriter *w) {
     if (out == NULL) {
         die("out of memory for the header of %s", w->name.path);
     }
-    fwrite(&n, sizeof(n), 1, out);                         // its length, known at its end
-    fprintf(out, "{\"__metadata__\":{\"format\":\"pt\"}"); // without it transformers refuses the file
+    fwrite(&n, sizeof(n), 1, out);                        // its length, known at its end
+    fprintf(out, "{\"__metadata__\":{\"format\":\"pt\""); // without it transformers refuses the file
+    if (w->notes_out != NULL) {
+        fflush(w->notes_out);
+        fwrite(w->notes, 1, w->notes_size, out);
+    }
+    fputc('}', out);
     for (size_t i = 0; i < w->count; i++) {
         safetensors_print_entry(out, &w->entries[i]);
     }
@@ -163,8 +193,8 @@ static inline void safetensors_put_bf16(SafetensorsWriter *w, const float *x, ui
     }
 }
 
-// elements [first, first + n) of the tensor
-static inline void safetensors_write_at(SafetensorsWriter *w, size_t tensor, uint64_t first, const float *x,
+// elements [first, first + n) of the tensor; x: floats for F32 and BF16, else what the dtype says
+static inline void safetensors_write_at(SafetensorsWriter *w, size_t tensor, uint64_t first, const void *x,
                                         uint64_t n) {
     const SafetensorsEntry *entry = &w->entries[tensor];
     uint64_t element = safetensors_dtype_size(entry->dtype), most = entry->size / element;
@@ -172,10 +202,10 @@ static inline void safetensors_write_at(SafetensorsWriter *w, size_t tensor, uin
     if (first > most || n > most - first) {
         die("%s: more values than declared for %s", w->name.path, entry->name);
     }
-    if (element == 2) {
-        safetensors_put_bf16(w, x, n, at);
+    if (strcmp(entry->dtype, "BF16") == 0) {
+        safetensors_put_bf16(w, (const float *)x, n, at);
     } else {
-        safetensors_put(w, x, 4 * n, at);
+        safetensors_put(w, x, element * n, at);
     }
     w->report.written += element * n;
 }
@@ -189,6 +219,10 @@ static inline void safetensors_close_file(SafetensorsWriter *w) {
         safetensors_failed(w);
     }
     w->file = -1;
+    if (w->notes_out != NULL) {
+        fclose(w->notes_out);
+    }
+    free(w->notes);
     free(w->header);
     free(w->entries);
     json_arena_free(&w->arena);

@@ -51,6 +51,7 @@ on one GPU, a GPU that is not there.
 #include "llmc/gpu/memory.cuh"
 #include "llmc/gpu/profile.cuh"
 #include "llmc/gpu/buckets.cuh"
+#include "llmc/gpu/waits.cuh"
 #include "llmc/model.h"
 #include "llmc/run/ranks.h"
 #include <cuda.h>
@@ -103,6 +104,8 @@ typedef struct {
     cudaEvent_t ready;     // what is to be moved is complete
     cudaEvent_t here;      // what was moved has come: exchanges, counts, votes, which are waited for soon
     cudaEvent_t *gathered; // [buckets]
+    int *arriving;         // [buckets] gathered since a forward last waited for it
+    Waits waits;           // of the step
     const Bucket *buckets;
     int bucket_count;
     int pending; // bucket whose parts have landed or will, and are not yet added up; -1: none
@@ -222,7 +225,9 @@ static inline void comm_move(Comm *c, RegionName name, const void *from, const c
 // `stream` goes on when what was moved is here
 static inline void comm_await(Comm *c, cudaEvent_t here, cudaStream_t stream) {
     profile_mark(c->profile, PROFILE_WAITING, stream);
+    waits_begin(&c->waits, stream);
     CUDA_CHECK(cudaStreamWaitEvent(stream, here, 0));
+    waits_end(&c->waits, stream);
 }
 
 // every rank's own piece of a region goes to the same place of everyone's; pieces: bytes, of each rank
@@ -330,12 +335,15 @@ static inline void comm_gather(Comm *c, int bucket, cudaStream_t stream) {
         comm_share_bucket(c, REGION_FP32, bucket, sizeof(float), what, c->here, stream);
     }
     comm_share_bucket(c, REGION_WORKING, bucket, sizeof(floatX), what, c->gathered[bucket], stream);
+    c->arriving[bucket] = 1;
 }
 
-// what reads the weights of a bucket may begin. Those gathered before it are here too
+// What reads the weights of a bucket may begin. Those gathered before it are here too. Once a stream has waited
+// for them, later forwards need not
 static inline void comm_wait(Comm *c, int bucket, cudaStream_t stream) {
-    if (c->ranks > 1) {
+    if (c->ranks > 1 && c->arriving[bucket]) {
         comm_await(c, c->gathered[bucket], stream);
+        c->arriving[bucket] = 0;
     }
 }
 

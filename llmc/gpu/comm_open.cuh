@@ -182,6 +182,7 @@ static inline void comm_open(Comm *c, Ranks *star, const char *wanted, int divid
     CUDA_CHECK(cudaEventCreateWithFlags(&c->ready, cudaEventDisableTiming));
     CUDA_CHECK(cudaEventCreateWithFlags(&c->here, cudaEventDisableTiming));
     c->gathered = NEW(cudaEvent_t, c->bucket_count);
+    c->arriving = NEW(int, c->bucket_count);
     for (int b = 0; b < c->bucket_count; b++) {
         CUDA_CHECK(cudaEventCreateWithFlags(&c->gathered[b], cudaEventDisableTiming));
     }
@@ -208,6 +209,7 @@ static inline void comm_close(Comm *c) {
     for (int b = 0; b < c->bucket_count; b++) {
         CUDA_CHECK(cudaEventDestroy(c->gathered[b]));
     }
+    waits_close(&c->waits);
     CUDA_CHECK(cudaEventDestroy(c->ready));
     CUDA_CHECK(cudaEventDestroy(c->here));
 #ifdef REMOE_NCCL
@@ -217,6 +219,7 @@ static inline void comm_close(Comm *c) {
 #endif
     CUDA_CHECK(cudaStreamDestroy(c->stream));
     free(c->gathered);
+    free(c->arriving);
     free(c->out);
     free(c->in);
 }

@@ -15,6 +15,7 @@ warning.
 #include "llmc/files/dataloader.h"
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
+#include "llmc/run/statistics.h"
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
@@ -24,10 +25,21 @@ static inline int leaking_positions(const Run *run) {
     return router_merges(r->method) && r->segment < run->options.seq_len ? r->segment : 0;
 }
 
-// The loss of sequences first .. first + B - 1, and *late, that of the positions which cannot see later tokens,
-// where others can. VALIDATION_DAMAGED when a token has changed since the run began into one that the vocabulary lacks
-static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
-                                        double *loss, double *late) {
+// mean over the positions from `first` on of losses [B, T]
+static inline double mean_late_loss(const float *losses, int B, int T, int first) {
+    double sum = 0.0;
+    for (int64_t n = 0; n < (int64_t)B * T; n++) {
+        sum += n % T >= first ? losses[n] : 0.0;
+    }
+    return sum / ((double)B * (T - first));
+}
+
+// The loss of a domain's sequences first .. first + B - 1, and *late, that of the positions which cannot see
+// later tokens, where others can. VALIDATION_DAMAGED when a token has changed since the run began into one that
+// the vocabulary lacks
+static inline Validation validate_batch(Run *run, int domain, int64_t first, int B, double *loss,
+                                        double *late) {
+    const DataLoader *loader = &run->domains[domain].loader;
     int64_t T = run->options.seq_len, bad_token;
     for (int b = 0; b < B; b++) {
         if (dataloader_try_sequence(loader, first + b, run->config.vocab_size, run->inputs + b * T,
@@ -37,7 +49,14 @@ static inline Validation validate_batch(Run *run, const DataLoader *loader, int6
     }
     *loss = model_loss(run->model, run->inputs, run->targets, B, (int)T);
     if (leaking_positions(run) > 0) {
-        *late = model_late_loss(run->model, B, (int)T, leaking_positions(run));
+        float *losses = NEW(float, B *T);
+        model_token_losses(run->model, B * T, losses);
+        *late = mean_late_loss(losses, B, (int)T, leaking_positions(run));
+        free(losses);
+    }
+    if (run->statistics != NULL) {
+        model_masks(run->model, B * T, run->statistics->masks);
+        statistics_add(run->statistics, domain, run->inputs, B * T);
     }
     return VALIDATED;
 }
@@ -73,15 +92,17 @@ static inline double mean_of_batches(const double *losses, int64_t count, int64_
 
 // of a domain, or of all
 typedef struct {
-    double loss, late; // means over all targets, and over those behind the leaking positions, if there are such
+    double loss,
+        late; // means over all targets, and over those behind the leaking positions, if there are such
     int64_t sequences;
 } ValidationLoss;
 
-// Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in
-// turns. A signal ends it early
-static inline Validation validate_domain(Run *run, const DataLoader *loader, ValidationLoss *v) {
+// Mean loss of up to validation_windows() of one domain, its windows in order, of which the ranks take
+// micro-batches in turns. A signal ends it early
+static inline Validation validate_domain(Run *run, int domain, ValidationLoss *v) {
     const Options *o = &run->options;
-    int64_t sequences = dataloader_num_sequences(loader), most = o->val_batches * o->batch;
+    int64_t sequences = dataloader_num_sequences(&run->domains[domain].loader);
+    int64_t most = validation_windows(run);
     sequences = sequences < most ? sequences : most;
     int64_t count = (sequences + o->batch - 1) / o->batch;
     double *losses = NEW(double, count), *late = NEW(double, count);
@@ -91,7 +112,7 @@ static inline Validation validate_domain(Run *run, const DataLoader *loader, Val
         int B = (int)(left < o->batch ? left : o->batch);
         ranks_beat(&run->ranks, run->state.step, "validation");
         outcome = stop_requested ? VALIDATION_STOPPED
-                                 : validate_batch(run, loader, i * o->batch, B, &losses[i], &late[i]);
+                                 : validate_batch(run, domain, i * o->batch, B, &losses[i], &late[i]);
     }
     outcome = gather_losses(run, losses, count, outcome);
     outcome = leaking_positions(run) > 0 ? gather_losses(run, late, count, outcome) : outcome;
@@ -152,7 +173,12 @@ static inline void validate(Run *run) {
     for (int i = 0; i < run->num_domains && outcome != VALIDATION_STOPPED; i++) {
         const DataDomain *domain = &run->domains[i];
         ValidationLoss v;
-        outcome = validate_domain(run, &domain->loader, &v);
+        outcome = validate_domain(run, i, &v);
+        if (outcome == VALIDATION_DAMAGED && run->statistics != NULL) {
+            die("%s has changed since this process began, and is damaged: it cannot be counted\n"
+                "  ---> mend it, and begin again",
+                domain->path);
+        }
         if (outcome == VALIDATION_DAMAGED) {
             warn("%s was not validated: it has changed since the run began, and is damaged", domain->path);
         }
@@ -171,8 +197,9 @@ static inline void validate(Run *run) {
     report_loss(run, &all, "all");
     printf("\n");
     if (leaking > 0) {
-        printf("          (in brackets: without the first %d positions, which are routed by their own mean)\n",
-               leaking);
+        printf(
+            "          (in brackets: without the first %d positions, which are routed by their own mean)\n",
+            leaking);
     }
 }
 
@@ -201,9 +228,9 @@ static inline void dump(Run *run) {
                   draws, &run->stats);
     double lm_loss = run->stats.lm_loss, reg = run->stats.reg_loss;
     double loss = lm_loss + weight * reg;
-    double sparsity =
-        dense ? 0.0
-              : step_sparsity(c->router, run->stats.active, run->stats.tokens * c->layers * c->router.experts);
+    double sparsity = dense ? 0.0
+                            : step_sparsity(c->router, run->stats.active,
+                                            run->stats.tokens * c->layers * c->router.experts);
     float scalars[DUMP_SCALARS] = {(float)lm_loss, (float)reg, (float)loss, (float)sparsity};
     Dump dump = {N,
                  scalars,

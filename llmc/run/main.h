@@ -2,7 +2,7 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --dump FILE, --export DIR
+    train (the default), or: --bench, --eval, --sample TEXT, --trace FILE, --dump FILE, --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
@@ -13,8 +13,10 @@ it.
 #include "llmc/run/export.h"
 #include "llmc/run/generate.h"
 #include "llmc/run/open.h"
+#include "llmc/run/trace.h"
 #include "llmc/run/train.h"
-// defines: machine_start; bench; validate, dump; export_model; generate; open_run, close_run; train
+// defines: machine_start; bench; validate, dump; statistics_write, trace; export_model; generate; open_run,
+// close_run; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
@@ -34,6 +36,24 @@ static inline void catch_signals(void) {
     }
 }
 
+static inline void evaluate(Run *run) {
+    validate(run);
+    if (run->statistics != NULL) {
+        statistics_write(run, run->statistics);
+    }
+    if (run->trace != NULL) {
+        trace(run);
+    }
+}
+
+// a trace is of the weights after the last step
+static inline void train_and_trace(Run *run) {
+    train(run);
+    if (run->trace != NULL && run->state.step == run->options.steps) {
+        trace(run);
+    }
+}
+
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
     machine_start(argv);
@@ -46,9 +66,11 @@ static inline int run_main(const char *program, int argc, char **argv) {
     if (run->options.dump[0] != '\0') {
         dump(run);
     } else if (run->options.eval) {
-        validate(run);
+        evaluate(run);
     } else if (run->options.sampling) {
         sample(run);
+    } else if (traces_only(&run->options)) {
+        trace(run);
     } else if (run->options.bench) {
         print_table(run);
         bench(run);
@@ -56,7 +78,7 @@ static inline int run_main(const char *program, int argc, char **argv) {
         catch_signals();
         print_table(run);
         open_log(run);
-        train(run);
+        train_and_trace(run);
     }
     close_run(run);
     return 0;

@@ -16,9 +16,12 @@ Errors: exit 1 or 2 with the file or option that is wrong, before anything has b
 #endif
 // defines: omp_set_num_threads, omp_get_max_threads
 #include "llmc/run/agree.h"
+#include "llmc/run/flips.h"
 #include "llmc/run/launch.h"
 #include "llmc/run/run.h"
 #include "llmc/run/startup.h"
+#include "llmc/run/statistics.h"
+#include "llmc/run/trace.h"
 
 // what stays the same from step to step
 static inline StepSettings step_settings(const Options *o, const Config *c, int ranks) {
@@ -139,7 +142,8 @@ static inline void build_state(Run *run, int lambda_given) {
     state->sparsity.alpha = (float)o->alpha;
     if (o->load[0] != '\0' && checkpoint_load_state(&loaded, NULL, o->load)) {
         state->optimizer_step = loaded.optimizer_step;
-        state->step = o->eval ? loaded.step : state->step; // which the losses are printed beside
+        int looks = o->eval || traces_only(o);
+        state->step = looks ? loaded.step : state->step; // which is told of the weights
         state->sparsity.lambda = lambda_given ? (float)o->lambda_init : loaded.sparsity.lambda;
     }
     if (wants_training(o)) {
@@ -187,14 +191,35 @@ static inline void open_training_data(Run *run, int data_given) {
 static inline void open_validation_data(Run *run) {
     const Options *o = &run->options;
     if (o->val_data[0] != '\0') {
-        run->num_domains = domains_open(o->val_data, &run->domains, (int)o->seq_len,
-                                        o->val_batches * o->batch, run->config.vocab_size);
+        run->num_domains = domains_open(o->val_data, &run->domains, (int)o->seq_len, validation_windows(run),
+                                        run->config.vocab_size);
     }
     if (o->eval && run->num_domains == 0) {
         die("--eval has nothing to evaluate: every shard of %s is too short\n"
             "  ---> use a smaller --seq-len, or more data",
             o->val_data);
     }
+}
+
+// what looks at the routers, and needs some that switch experts on and off
+static inline void open_routing(Run *run) {
+    const Options *o = &run->options;
+    RouterMethod method = run->config.router.method;
+    int flips = o->flip_every > 0 && writes_run(o);
+    if (!router_has_mask(method) && (o->stats[0] != '\0' || o->trace[0] != '\0' || flips)) {
+        die("%s: a %s model switches no experts on and off\n  ---> %s",
+            o->stats[0] != '\0'   ? "--stats"
+            : o->trace[0] != '\0' ? "--trace"
+                                  : "--flip-every",
+            router_name(method), flips ? "leave it out (--flip-every 0)" : "--load another model");
+    }
+    run->statistics = o->stats[0] != '\0' ? statistics_open(run) : NULL;
+    run->trace = o->trace[0] != '\0' ? trace_open(run) : NULL;
+    if (flips && run->num_domains == 0) {
+        die("--flip-every: every shard of %s is too short\n  ---> a smaller --seq-len, or --flip-every 0",
+            o->val_data);
+    }
+    run->flips = flips ? flips_open(run) : NULL;
 }
 
 // data, text and buffers; what a run cannot do without is opened before it starts
@@ -204,11 +229,11 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     const char *folder = tokenizer_folder(o, tokenizer_given);
     char vocab[PATH_SIZE];
     check_format(vocab, sizeof(vocab), "%s/vocab.json", folder);
-    if (o->eval || o->dump[0] != '\0') {
+    if ((o->eval || o->dump[0] != '\0') && o->trace[0] == '\0') {
         run->tokenizer = NULL; // no text is shown
     } else if (tokenizer_is_in(folder)) {
         run->tokenizer = load_tokenizer(folder, c);
-    } else if (o->sampling) {
+    } else if (o->sampling || o->trace[0] != '\0') {
         check_not_closed(vocab);
         die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
             "sample-data`",
@@ -220,13 +245,14 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     run->inputs = NEW(int, o->batch * o->seq_len);
     run->targets = NEW(int, o->batch * o->seq_len);
     run->layer_sparsity = NEW(double, c->layers);
-    if (o->eval || writes_run(o)) {
+    if (o->eval || writes_run(o) || (traces_only(o) && o->text[0] == '\0')) {
         open_validation_data(run);
     }
-    if (!o->eval && !o->sampling) {
+    if (!o->eval && !o->sampling && !traces_only(o)) {
         open_training_data(run, data_given);
     }
     agree_on_data(run);
+    open_routing(run);
 }
 
 static inline void print_table(const Run *run) {
@@ -306,6 +332,9 @@ static inline void close_run(Run *run) {
         prefetch_stop(&run->ahead);
     }
     dataloader_close(&run->train);
+    statistics_close(run->statistics);
+    flips_close(run->flips);
+    trace_close(run->trace);
     domains_close(run->domains, run->num_domains);
     provenance_free(&run->provenance);
     free(run->inputs);

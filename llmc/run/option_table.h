@@ -70,6 +70,10 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, ONCE, save_dtype, "f32", 0, 0, "weights of an export: f32 or bf16")                         \
     OPTION(INT, RUN, val_every, "0", 0, INT64_MAX, "steps between validations (0: only after the last)")     \
     OPTION(INT, RUN, val_batches, "20", 1, 1e12, "micro-batches per validation and domain, at most")         \
+    OPTION(INT, RUN, flip_every, "0", 0, INT64_MAX,                                                          \
+           "steps between counts of what an update changes in the routing (Eq. 14; 0: none)")                \
+    OPTION(INT, RUN, log_experts_every, "0", 0, INT64_MAX,                                                   \
+           "steps between rows of the log with the tokens of each layer and expert (0: none)")               \
     OPTION(INT, RUN, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")      \
     OPTION(INT, RUN, sample_tokens, "256", 0, INT64_MAX, "tokens to generate per sample")                    \
     OPTION(TEXT, ONCE, resume, "", 1, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")        \
@@ -81,6 +85,16 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, ONCE, export_to, "", 1, 0,                                                                  \
            "write --load's model to this new folder, for Hugging Face's libraries (also --export)")          \
     OPTION(FLAG, ONCE, eval, "0", 0, 1, "validation only")                                                   \
+    OPTION(TEXT, ONCE, stats, "", 1, 0,                                                                      \
+           "with --eval: write to this file which experts take which tokens of all validation data")         \
+    OPTION(TEXT, ONCE, stats_layers, "middle", 1, 0,                                                         \
+           "with --stats: layers whose experts are counted by token id: middle or all")                      \
+    OPTION(INT, ONCE, stats_tokens, "0", 0, INT64_MAX, "with --stats: tokens of each domain (0: all)")       \
+    OPTION(                                                                                                  \
+        TEXT, ONCE, trace, "", 1, 0,                                                                         \
+        "write a text's experts, gates and losses, token by token, to this file (with --load: only that)")   \
+    OPTION(TEXT, ONCE, text, "", 1, 0, "with --trace: this text, instead of the first validation data")      \
+    OPTION(INT, ONCE, trace_tokens, "2048", 2, 1 << 24, "with --trace: the first tokens, so many at most")   \
     OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load)")                      \
     OPTION(REAL, RUN, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")              \
     OPTION(INT, RUN, top_k, "50", 0, 1 << 24, "sample among so many likeliest tokens (0: all)")              \

@@ -154,6 +154,24 @@ static inline void ranks_barrier(Ranks *r) {
     }
 }
 
+enum { SUM_AT_ONCE = 1 << 16 }; // of each rank, so that all of them take little memory
+
+// x [n]: the sum of all ranks'
+static inline void ranks_sum(Ranks *r, int64_t *x, int64_t n) {
+    int64_t *all = r->count > 1 ? NEW(int64_t, (int64_t)r->count * SUM_AT_ONCE) : NULL;
+    for (int64_t first = 0; first < n && r->count > 1; first += SUM_AT_ONCE) {
+        int64_t piece = n - first < SUM_AT_ONCE ? n - first : (int64_t)SUM_AT_ONCE;
+        ranks_gather(r, x + first, (size_t)piece * sizeof(int64_t), all);
+        for (int64_t i = 0; i < piece; i++) {
+            x[first + i] = 0;
+            for (int k = 0; k < r->count; k++) {
+                x[first + i] += all[k * piece + i];
+            }
+        }
+    }
+    free(all);
+}
+
 // is the flag set on any rank?
 static inline int ranks_any(Ranks *r, int flag) {
     int any = flag != 0;

@@ -4,7 +4,8 @@ the files beside this one; a trainer includes main.h last, below all that a run 
 
     open.h       options -> model, weights, state, data          train.h      step after step (step.h)
     evaluate.h   validation; the dump for checkers               generate.h   text
-    bench.h      speed                                           main.h       which of these
+    statistics.h, flips.h, trace.h: what the routers do          bench.h      speed
+    main.h       which of these
 
 Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot experts, k = k_tot active.
 */
@@ -28,6 +29,10 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 
 static volatile sig_atomic_t stop_requested; // a signal's only way to speak
 
+typedef struct Statistics Statistics; // statistics.h
+typedef struct Flips Flips;           // flips.h
+typedef struct Trace Trace;           // trace.h
+
 typedef struct {
     Options options;
     Launch launch;
@@ -42,7 +47,10 @@ typedef struct {
     Prefetcher ahead;    // batches of `train`, assembled while a step computes
     DataDomain *domains; // to validate on
     int num_domains;
-    Tokenizer *tokenizer; // NULL: no text can be shown
+    Tokenizer *tokenizer;   // NULL: no text can be shown
+    Statistics *statistics; // NULL where it was not asked for, and so the next two
+    Flips *flips;
+    Trace *trace;
     char log_path[PATH_SIZE];
     FILE *log;
     StepStats stats;
@@ -75,8 +83,22 @@ static inline FlatBuffer model_buffer(Model *m, ModelBuffer which, Holding holdi
     return buffer;
 }
 
+static inline int every(int64_t period, int64_t step) {
+    return period > 0 && step % period == 0;
+}
+
 static inline int has_lambda(const Run *run) {
     return router_has_lambda(run->config.router.method);
+}
+
+// windows of a domain that are validated, at most
+static inline int64_t validation_windows(const Run *run) {
+    const Options *o = &run->options;
+    if (o->stats[0] == '\0') {
+        return o->val_batches * o->batch;
+    }
+    return o->stats_tokens == 0 ? INT64_MAX
+                                : (o->stats_tokens + o->seq_len - 1) / o->seq_len; // for any batch
 }
 
 // what the log has of a step that took so many seconds; before: the state that it began with
@@ -92,21 +114,22 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
     r->lambda = before->sparsity.lambda;
     r->stage = has_lambda(run) ? run->state.sparsity.stage : 0;
     r->layers = c->layers;
+    r->experts = E;
     r->layer_sparsity = run->layer_sparsity;
-    r->tokens_min = s->counts[0];
+    r->tokens_per_expert.min = s->counts[0];
     for (int l = 0; l < c->layers; l++) {
         int64_t active = 0;
         for (int e = 0; e < E; e++) {
             int64_t count = s->counts[(int64_t)l * E + e];
             active += count;
-            r->tokens_min = count < r->tokens_min ? count : r->tokens_min;
-            r->tokens_max = count > r->tokens_max ? count : r->tokens_max;
+            r->tokens_per_expert.min = count < r->tokens_per_expert.min ? count : r->tokens_per_expert.min;
+            r->tokens_per_expert.max = count > r->tokens_per_expert.max ? count : r->tokens_per_expert.max;
             r->dead_experts += count == 0;
         }
         counted += active;
         run->layer_sparsity[l] = step_sparsity(c->router, active, s->tokens * E);
     }
-    r->tokens_mean = (double)counted / (double)cells;
+    r->tokens_per_expert.mean = (double)counted / (double)cells;
     r->zero_expert_tokens = s->zero_expert;
     r->sparsity = step_sparsity(c->router, s->active, s->tokens * cells);
     r->active_experts = (double)s->active / (double)(s->tokens * c->layers);
@@ -121,6 +144,12 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
     r->mfu = peak > 0.0 ? r->tflops / peak : -1.0;
     r->mfu_active = peak > 0.0 ? r->tflops_active / peak : -1.0;
     r->mem_gb = model_memory_gb(run->model);
+    r->time = unix_time();
+    r->ms_waiting = s->ms_waiting;
+    r->stage2_step = has_lambda(run) ? run->state.sparsity.stage2_step : -1;
+    r->stage3_step = has_lambda(run) ? run->state.sparsity.stage3_step : -1;
+    r->flip_rate = r->flip_count = -1.0;
+    r->layer_expert_tokens = every(run->options.log_experts_every, before->step) ? s->counts : NULL;
 }
 
 // all but the newest --keep checkpoints go

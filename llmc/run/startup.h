@@ -16,9 +16,14 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 #include "llmc/run/help.h"
 #include "llmc/run/options.h"
 
-// --dump, --eval, --sample and --export only look at a model
+// --trace of a model that is loaded; else it follows the training
+static inline int traces_only(const Options *o) {
+    return o->trace[0] != '\0' && o->load[0] != '\0';
+}
+
+// --dump, --eval, --sample, --export and this --trace only look at a model
 static inline int wants_training(const Options *o) {
-    return o->dump[0] == '\0' && !o->eval && !o->sampling && o->export_to[0] == '\0';
+    return o->dump[0] == '\0' && !o->eval && !o->sampling && !traces_only(o) && o->export_to[0] == '\0';
 }
 
 // ... and --bench trains, but keeps nothing of it
@@ -202,13 +207,13 @@ static inline void stop_if_finished(const Options *o, const RunState *state) {
     exit(0);
 }
 
-// --load: another run's weights. To look at them (--eval, --sample, --export), its data and vocabulary come
-// along
+// --load: another run's weights. To look at them (--eval, --sample, --trace, --export), its data and
+// vocabulary come along
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sampling || o->export_to[0] != '\0') {
+    if (o->eval || o->sampling || traces_only(o) || o->export_to[0] != '\0') {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
     }
@@ -261,7 +266,28 @@ static inline void check_batch(const Options *o, int ranks) {
               (long long)o->global_batch, (long long)o->batch, ranks, remedy);
 }
 
+// what looks at the routers
+static inline void check_routing_options(const Options *o) {
+    if (o->stats[0] != '\0' && !o->eval) {
+        die_usage("--stats belongs to --eval\n  ---> --load RUN --eval --stats %s", o->stats);
+    }
+    if (strcmp(o->stats_layers, "middle") != 0 && strcmp(o->stats_layers, "all") != 0) {
+        die_usage("--stats-layers %s: expected middle or all", o->stats_layers);
+    }
+    if (o->text[0] != '\0' && o->trace[0] == '\0') {
+        die_usage("--text belongs to --trace\n  ---> --load RUN --trace FILE --text %s", o->text);
+    }
+    if (o->trace[0] != '\0' && (o->dump[0] != '\0' || o->sampling || o->bench || o->export_to[0] != '\0')) {
+        die_usage("--trace and --dump, --sample, --bench or --export: one at a time");
+    }
+    if (o->flip_every > 0 && o->val_data[0] == '\0' && writes_run(o)) {
+        die_usage("--flip-every needs validation data, on which flips are counted\n"
+                  "  ---> name shards with --val-data, or leave it out");
+    }
+}
+
 static inline void check_options(const Options *o, int ranks) {
+    check_routing_options(o);
     check_batch(o, ranks);
     if (o->batch * o->seq_len > INT32_MAX) {
         die_usage("--batch %lld x --seq-len %lld: more than %d tokens a micro-batch", (long long)o->batch,

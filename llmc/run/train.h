@@ -14,6 +14,7 @@ on again.
 
 #include "llmc/files/logger.h"
 #include "llmc/run/evaluate.h"
+#include "llmc/run/flips.h"
 #include "llmc/run/generate.h"
 #include "llmc/run/run.h"
 #include "llmc/step.h"
@@ -138,10 +139,6 @@ static inline void guard_finite(Run *run, int finite) {
     }
 }
 
-static inline int every(int64_t period, int64_t step) {
-    return period > 0 && step % period == 0;
-}
-
 static inline int out_of_time(const Run *run) {
     return run->options.max_minutes > 0.0 && seconds_now() - run->started > 60.0 * run->options.max_minutes;
 }
@@ -162,6 +159,16 @@ static inline double seconds_left(Run *run, double seconds) {
     return run->step_seconds * (double)(run->options.steps - run->state.step);
 }
 
+static inline int is_flip_step(const Run *run, int64_t step) {
+    return run->flips != NULL && every(run->options.flip_every, step);
+}
+
+static inline void record_flips(const Run *run, StepRecord *r) {
+    r->flip_rate = run->flips->rate;
+    r->flip_count = run->flips->rate * run->config.router.experts; // (Eq. 15)
+    r->layer_flip_rate = run->flips->layer_rate;
+}
+
 // all that is said of a step that took so many seconds; before: the state that it began with
 static inline void report_step(Run *run, const RunState *before, double seconds, double *last_print) {
     const Options *o = &run->options;
@@ -169,6 +176,9 @@ static inline void report_step(Run *run, const RunState *before, double seconds,
     double now = seconds_now(), left = seconds_left(run, seconds);
     int last = run->state.step == o->steps;
     fill_record(run, &record, before, seconds);
+    if (is_flip_step(run, record.step)) {
+        record_flips(run, &record);
+    }
     log_step(run->log, run->log_path, &record);
     if (now - *last_print > 1.0 || run->state.step - run->first_step <= 3 || last) {
         print_step(&record, o->steps, left);
@@ -219,9 +229,16 @@ static inline void train(Run *run) {
         run->stats.stop = wants_stop(run);
         ranks_beat(&run->ranks, run->state.step, "training");
         RunState before = run->state;
+        if (is_flip_step(run, before.step)) {
+            flips_before(run);
+        }
         double begin = seconds_now();
         int finite = train_step(run->model, &run->ahead, &run->config, &run->step, &run->state, &run->stats);
-        report_step(run, &before, seconds_now() - begin, &last_print);
+        double seconds = seconds_now() - begin;
+        if (is_flip_step(run, before.step)) {
+            flips_after(run);
+        }
+        report_step(run, &before, seconds, &last_print);
         guard_finite(run, finite);
         if (run->state.step < o->steps && every(o->save_every, run->state.step)) {
             save(run);

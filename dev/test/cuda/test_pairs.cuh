@@ -1,5 +1,5 @@
 /*
-pairs.cuh: compressed rows, counts, the dense picture and the statistics against pairs.h on the same masks:
+pairs.cuh: compressed rows, counts, bits, the dense picture and the statistics against pairs.h on the same masks:
 every width of a mask's word, tokens without pairs, experts without tokens, all pairs, none, sizes that end
 within a tile. All of it is exact.
 */
@@ -98,6 +98,21 @@ static void check_stats(DevicePairs pairs, const PairList *want, int N, int E) {
     device_release(device_counts);
 }
 
+static void check_bits(DevicePairs pairs, const PairList *want, int N, int E) {
+    int64_t words = (int64_t)N * bit_words(E), wrong = 0;
+    uint64_t *device = device_new<uint64_t>(words), *host = NEW(uint64_t, words);
+    pairs_to_bits(device, pairs, N, E, NULL);
+    pairs_to_bits(host, want, E);
+    uint64_t *got = fetch_raw(device, words);
+    for (int64_t i = 0; i < words; i++) {
+        wrong += got[i] != host[i];
+    }
+    CHECK(wrong == 0);
+    free(got);
+    free(host);
+    device_release(device);
+}
+
 static void test_pairs_of(int kind, int N, int E) {
     int64_t cells = (int64_t)N * E;
     float *mask = sample_mask(kind, N, E, 3), *score = host_random(cells, 4, 2.0f),
@@ -115,6 +130,7 @@ static void test_pairs_of(int kind, int N, int E) {
         if (scored) {
             check_pairs("pairs_from_mask", got, &want, N, E, 0.0);
             check_stats(got, &want, N, E);
+            check_bits(got, &want, N, E);
             pairs_to_dense(picture, &want, E);
             pairs_to_dense(device_mask, got, N, E, NULL); // over what the mask was
             check_device("pairs_to_dense", device_mask, picture, cells, 0.0);
