@@ -193,7 +193,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
         run->tokenizer = NULL; // no text is shown
     } else if (folder[0] != '\0' && path_exists(vocab)) {
         run->tokenizer = load_tokenizer(folder, c);
-    } else if (o->sampling) {
+    } else if (o->sampling || has_requests(o)) {
         check_not_closed(vocab);
         die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
             "sample-data`",
@@ -208,7 +208,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (o->eval || writes_run(o)) {
         open_validation_data(run);
     }
-    if (!o->eval && !o->sampling) {
+    if (!o->eval && !o->sampling && !has_requests(o)) {
         open_training_data(run, data_given);
     }
     agree_on_data(run);
