@@ -2,7 +2,7 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --score FILE, --dump FILE, --export DIR
+    train (the default), or: --bench, --eval, --sample TEXT, --score FILE, --generate FILE, --dump FILE, --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
@@ -11,11 +11,13 @@ it.
 #include "llmc/run/bench.h"
 #include "llmc/run/evaluate.h"
 #include "llmc/run/export.h"
-#include "llmc/run/generate.h"
+#include "llmc/run/generate_run.h"
+#include "llmc/run/interactive.h"
 #include "llmc/run/open.h"
 #include "llmc/run/score_run.h"
 #include "llmc/run/train.h"
-// defines: machine_start; bench; validate, dump; export_model; generate; open_run, close_run; score; train
+// defines: machine_start; bench; validate, dump; export_model; generate_file; sample; open_run,
+// close_run; score; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
@@ -54,6 +56,9 @@ static inline int run_main(const char *program, int argc, char **argv) {
     } else if (run->options.score[0] != '\0') {
         catch_signals();
         status = score(run);
+    } else if (run->options.generate[0] != '\0') {
+        catch_signals();
+        status = generate_file(run);
     } else if (run->options.bench) {
         print_table(run);
         bench(run);

@@ -16,10 +16,11 @@ another process is writing.
 #include "llmc/check.h"
 #include "llmc/files/folder.h"
 #include "llmc/files/json.h"
+#include "llmc/files/logger.h"
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
-// defines: PATH_SIZE, json_*, open, flock, ftruncate
+// defines: PATH_SIZE, json_*, seconds_now, open, flock, ftruncate
 
 // a JSON Lines file that is read line by line
 typedef struct {
@@ -253,6 +254,49 @@ __attribute__((noreturn)) static inline void results_foreign(const Results *r, c
     die("%s:%lld is not the result of line %lld of %s: it belongs to other requests\n"
         "  ---> name another --out, or remove it",
         r->path, (long long)r->lines, (long long)r->lines, requests);
+}
+
+__attribute__((noreturn)) static inline void results_superfluous(const Results *r, const char *requests) {
+    die("%s has more results than %s has requests: it belongs to others\n  ---> name another --out, or "
+        "remove "
+        "it",
+        r->path, requests);
+}
+
+// ----------------------------------------------------------------------------
+// progress, on stderr
+
+typedef struct {
+    double begun, shown;            // seconds_now()
+    double work, done, done_before; // in any unit; before: by an earlier process
+    int64_t tokens, tokens_before;  // computed
+    int64_t requests, bytes;        // of the file, so far
+    int quiet;                      // this rank is not the one that speaks
+} RequestProgress;
+
+static inline void request_progress_begin(RequestProgress *p, int quiet) {
+    p->begun = p->shown = seconds_now();
+    p->quiet = quiet;
+}
+
+// a line that is written over on a terminal, else one now and then
+static inline void request_progress_show(RequestProgress *p, int last) {
+    double now = seconds_now(), seconds = now - p->begun + 1e-9, here = p->done - p->done_before;
+    int terminal = isatty(STDERR_FILENO);
+    char ahead[64] = "";
+    if (p->quiet || (last && p->tokens == p->tokens_before) ||
+        (!last && now - p->shown < (terminal ? 0.5 : 10.0))) {
+        return;
+    }
+    p->shown = now;
+    if (!last && here > 0.0) {
+        int64_t eta = (int64_t)(seconds * (p->work - p->done) / here);
+        snprintf(ahead, sizeof(ahead), "  %.1f %%  ETA %lld:%02d:%02d", 100.0 * p->done / p->work,
+                 (long long)(eta / 3600), (int)(eta / 60 % 60), (int)(eta % 60));
+    }
+    fprintf(stderr, "%s%.1f MB  %lld requests  %lld tokens  %.0f tok/s%s   %s", terminal ? "\r" : "",
+            1e-6 * (double)p->bytes, (long long)p->requests, (long long)p->tokens,
+            (double)(p->tokens - p->tokens_before) / seconds, ahead, terminal && !last ? "" : "\n");
 }
 
 #endif

@@ -195,54 +195,28 @@ static inline void score_add_spans(ScoreBlock *b) {
 }
 
 // ----------------------------------------------------------------------------
-// progress
-
-typedef struct {
-    const char *unit; // what is counted: requests
-    double begun, shown;
-    int64_t work, done, from; // tokens: in all, so far, at the beginning
-    int64_t requests, bytes;  // so far, of the file
-    int quiet;                // not the rank that speaks
-} ScoreProgress;
-
-static inline void score_show(ScoreProgress *p, int last) {
-    double now = seconds_now(), seconds = now - p->begun + 1e-9;
-    int terminal = isatty(STDERR_FILENO);
-    char ahead[64] = "";
-    if (p->quiet || (!last && now - p->shown < (terminal ? 0.5 : 10.0))) {
-        return;
-    }
-    p->shown = now;
-    if (!last && p->done > p->from) {
-        int64_t eta = (int64_t)(seconds * (double)(p->work - p->done) / (double)(p->done - p->from));
-        snprintf(ahead, sizeof(ahead), "  %.1f %%  ETA %lld:%02d:%02d",
-                 100.0 * (double)p->done / (double)p->work, (long long)(eta / 3600), (int)(eta / 60 % 60),
-                 (int)(eta % 60));
-    }
-    fprintf(stderr, "%s%.1f MB  %lld requests  %lld tokens  %.0f tok/s%s   %s", terminal ? "\r" : "",
-            1e-6 * (double)p->bytes, (long long)p->requests, (long long)p->done,
-            (double)(p->done - p->from) / seconds, ahead, terminal && !last ? "" : "\n");
-}
+// a block, computed
 
 // All of a block's batches, of which this rank computes every count-th. 0: a signal has interrupted it, on any
 // rank
-static inline int score_block(Run *run, ScoreBlock *b, ScoreProgress *progress) {
+static inline int score_block(Run *run, ScoreBlock *b, RequestProgress *progress) {
     const Options *o = &run->options;
     ScoreOrder *order = score_order(b);
     unsigned char *mine = NEW(unsigned char, b->spans.count);
-    int64_t begun = progress->done;
+    int64_t begun = progress->tokens;
     for (int first = 0, i = 0, n; first < b->sequences.count && !stop_requested; first += n, i++) {
         int longest;
         n = score_batch_size(b, order, first, o->batch * o->seq_len, &longest);
         for (int k = first; k < first + n; k++) {
             const ScoreSequence *s = &b->sequences.items[order[k].index];
             memset(mine + s->first, i % run->ranks.count == run->ranks.rank, (size_t)s->count);
-            progress->done += s->length;
+            progress->tokens += s->length;
         }
         if (i % run->ranks.count == run->ranks.rank) {
             ranks_beat(&run->ranks, run->state.step, "scoring");
             score_batch(run, b, order + first, n, longest);
-            score_show(progress, 0);
+            progress->done = (double)progress->tokens;
+            request_progress_show(progress, 0);
         }
     }
     free(order);
@@ -251,7 +225,7 @@ static inline int score_block(Run *run, ScoreBlock *b, ScoreProgress *progress) 
         score_gather(run, b, mine);
         score_add_spans(b);
     } else {
-        progress->done = begun;
+        progress->tokens = begun;
     }
     free(mine);
     return whole;

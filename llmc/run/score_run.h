@@ -36,7 +36,7 @@ typedef struct {
     Results results; // rank 0's
     NewestResults newest;
     ScorePlan plan;
-    ScoreProgress progress;
+    RequestProgress progress;
     ScoreSums sums;
 } Scoring;
 
@@ -94,9 +94,7 @@ static inline void score_plan(Scoring *s) {
     }
     size_t size;
     if (s->run->ranks.rank == 0 && results_next(&s->results, &size) != NULL) {
-        die("%s has more results than %s has requests: it belongs to others\n  ---> name another --out, or "
-            "remove it",
-            s->results.path, s->requests.path);
+        results_superfluous(&s->results, s->requests.path);
     }
     p->results = s->results.lines;
     p->again_line = p->results > SCORE_AGAIN ? p->results - SCORE_AGAIN : 0;
@@ -185,7 +183,8 @@ static inline int score_blocks(Scoring *s) {
     int whole = 1;
     memset(&b, 0, sizeof(b));
     requests_go_to(&s->requests, s->plan.block_line, s->plan.block_end);
-    s->progress.done = s->progress.from = s->plan.block_done;
+    s->progress.tokens = s->progress.tokens_before = s->plan.block_done;
+    s->progress.done = s->progress.done_before = (double)s->plan.block_done;
     while (whole && s->requests.line < s->plan.requests) {
         int64_t first = s->requests.line;
         score_fill_block(s, &b, s->plan.requests);
@@ -195,7 +194,7 @@ static inline int score_blocks(Scoring *s) {
         }
     }
     block_free(&b);
-    score_show(&s->progress, 1);
+    request_progress_show(&s->progress, 1);
     return whole;
 }
 
@@ -227,8 +226,7 @@ static inline void scoring_open(Scoring *s, Run *run) {
     memset(s, 0, sizeof(*s));
     s->run = run;
     s->rules = rules;
-    s->progress.quiet = run->ranks.rank != 0;
-    s->progress.begun = s->progress.shown = seconds_now();
+    request_progress_begin(&s->progress, run->ranks.rank != 0);
     requests_open(&s->requests, o->score, "score");
     if (run->ranks.rank == 0) {
         results_open(&s->results, o->out);
@@ -252,12 +250,12 @@ static inline int score(Run *run) {
     route_for_one_token(run, "--score");
     scoring_open(&s, run);
     score_plan(&s);
-    s.progress.work = s.plan.work;
+    s.progress.work = (double)s.plan.work;
     int whole = score_check_weights(&s);
     if (whole && run->ranks.rank == 0) {
         results_begin(&s.results);
     }
-    s.progress.begun = seconds_now();
+    request_progress_begin(&s.progress, run->ranks.rank != 0);
     if (s.plan.results < s.plan.requests) {
         whole = whole && score_blocks(&s);
     }
