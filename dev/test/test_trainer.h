@@ -383,10 +383,12 @@ static void trainer_dump_without_lambda(void) {
 
 // every position's logits, computed one at a time with the key/value cache, equal the full forward bit for
 // bit
-static void trainer_cached_sampling(void) {
+static void trainer_cached_sampling(const char *router) {
     enum { T = 40, V = 64 };
     Options o;
     options_defaults(&o, "tiny");
+    check_format(o.router, sizeof(o.router), "%s", router);
+    o.experts = strcmp(router, "dense") == 0 ? 1 : 8;
     o.layers = 2;
     o.hidden = 48;
     o.heads = 4;
@@ -398,6 +400,7 @@ static void trainer_cached_sampling(void) {
     ModelSettings settings = model_settings(&o, &c, FOR_INFERENCE, &alone);
     Model *m = model_open(&c, &settings);
     int ids[T];
+    model_route(m, router_row(c.router.method)->for_one_token, c.router.active);
     fill_uniform(m->params.values, (size_t)m->params.table.flat_size, 7, 0.2f);
     for (int t = 0; t < T; t++) {
         ids[t] = (t * 37 + 11) % V;
@@ -581,7 +584,9 @@ static void test_trainer(void) {
     trainer_route_from_itself();
     trainer_eval();
     trainer_dump_without_lambda();
-    trainer_cached_sampling();
+    for (int method = 0; method < ROUTER_COUNT; method++) {
+        trainer_cached_sampling(router_name((RouterMethod)method));
+    }
     trainer_bad_command_lines();
     trainer_guards_layers();
     trainer_guards_loss();

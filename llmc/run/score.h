@@ -99,7 +99,7 @@ static inline void score_buffers_fill(ScoreBuffers *u, const ScoreBlock *b, cons
         u->lengths[i] = s->length;
         u->contexts[i] = s->context;
         for (int k = 0; k < s->count; k++) {
-            const Span *span = &b->spans.items[s->first + k];
+            const ScoreSpan *span = &b->spans.items[s->first + k];
             for (int t = 0; t < span->count; t++, n++) {
                 u->rows[n] = i * batch->T + span->row + t;
                 u->targets[n] = b->ids[span->targets + (size_t)t];
@@ -136,7 +136,7 @@ static inline void score_batch(Run *run, ScoreBlock *b, const ScoreOrder *order,
     for (int i = 0; i < n; i++) {
         const ScoreSequence *s = &b->sequences.items[order[i].index];
         for (int k = 0; k < s->count; k++) {
-            Span *span = &b->spans.items[s->first + k];
+            ScoreSpan *span = &b->spans.items[s->first + k];
             span->greedy = 1;
             for (int t = 0; t < span->count; t++, at++) {
                 span->ll += (double)u.ll[at];
@@ -179,7 +179,7 @@ static inline void score_gather(Run *run, ScoreBlock *b, const unsigned char *mi
 static inline void score_add_spans(ScoreBlock *b) {
     double *sums = NEW(double, b->continuations.count);
     for (int i = 0; i < b->spans.count; i++) {
-        const Span *span = &b->spans.items[i];
+        const ScoreSpan *span = &b->spans.items[i];
         sums[span->continuation] += span->ll;
         b->continuations.items[span->continuation].greedy &= span->greedy;
     }

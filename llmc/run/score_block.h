@@ -79,13 +79,13 @@ typedef struct {
     size_t targets; // where they begin among the ids
     double ll;
     int greedy;
-} Span;
+} ScoreSpan;
 
 typedef struct {
     LIST(ScoreRequest) requests;
     LIST(Continued) continuations;
     LIST(ScoreSequence) sequences;
-    LIST(Span) spans;
+    LIST(ScoreSpan) spans;
     int *ids;
     size_t num_ids, capacity;
     int64_t inputs; // tokens of all sequences: the work
@@ -205,8 +205,8 @@ static inline void block_span(ScoreBlock *b, size_t inputs, int length, size_t t
     }
     ScoreSequence *s = &b->sequences.items[b->sequences.count - 1];
     ScoreRequest *request = &b->requests.items[b->requests.count - 1];
-    Span *span = LIST_ADD(Span, b->spans);
-    Span fresh = {b->continuations.count - 1, context - 1, count, targets, 0.0, 0};
+    ScoreSpan *span = LIST_ADD(ScoreSpan, b->spans);
+    ScoreSpan fresh = {b->continuations.count - 1, context - 1, count, targets, 0.0, 0};
     *span = fresh;
     s->count++;
     request->longest = s->length > request->longest ? s->length : request->longest;
@@ -240,18 +240,24 @@ static inline void block_add_continuation(ScoreBlock *b, const ScoreRules *rules
     block_span(b, first + cut, (int)(length - cut), border, (int)count);
 }
 
-static inline void block_add_text(ScoreBlock *b, const ScoreRules *rules, const char *text, size_t size) {
-    size_t first = b->num_ids, T = (size_t)rules->T;
-    block_add_id(b, rules->tokenizer->eot);
-    block_encode(b, rules, text, size);
-    size_t tokens = b->num_ids - first - 1;
-    block_continue(b, (int64_t)tokens, -1);
+// the last continuation: `tokens` tokens behind end-of-text, which stands at `first`
+static inline void block_add_windows(ScoreBlock *b, const ScoreRules *rules, size_t first, size_t tokens) {
+    size_t T = (size_t)rules->T;
     for (size_t done = 0; done < tokens;) {
         size_t count = tokens - done < T ? tokens - done : T, end = done + count;
         size_t length = end < T ? end : T; // inputs: as many before the last target as there are, up to T
         block_span(b, first + end - length, (int)length, first + 1 + done, (int)count);
         done = end;
     }
+}
+
+static inline void block_add_text(ScoreBlock *b, const ScoreRules *rules, const char *text, size_t size) {
+    size_t first = b->num_ids;
+    block_add_id(b, rules->tokenizer->eot);
+    block_encode(b, rules, text, size);
+    size_t tokens = b->num_ids - first - 1;
+    block_continue(b, (int64_t)tokens, -1);
+    block_add_windows(b, rules, first, tokens);
 }
 
 // ----------------------------------------------------------------------------
