@@ -51,6 +51,7 @@ the tests that watch it from outside.
 #include "dev/test/test_safetensors.h"
 #include "dev/test/test_sampler.h"
 #include "dev/test/test_schedule.h"
+#include "dev/test/test_score.h"
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_data.h"
 #include "dev/test/test_trainer.h"
@@ -102,6 +103,7 @@ static const TestRow test_rows[] = {
     {"data", test_data},
     {"trainer", test_trainer},
     {"export", test_export},
+    {"score", test_score},
 };
 
 enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };

@@ -31,8 +31,9 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/files/prefetch.h"
 // defines: matmul_forward, matmul_backward, sgemm
 #include "llmc/matmul.h"
-// defines: embedding_*, rmsnorm_*, rope_*, attention_* (forward, backward)
+// defines: embedding_*, rmsnorm_*, rope_*, attention_* (forward, backward); Branch, branches_*
 #include "llmc/attention.h"
+#include "llmc/branches.h"
 #include "llmc/embedding.h"
 #include "llmc/rmsnorm.h"
 #include "llmc/rope.h"
@@ -351,18 +352,36 @@ static void layer_reserve_pairs(Model *m, LayerActs *a) {
 // ----------------------------------------------------------------------------
 // forward
 
-// x [N, d] -> mid [N, d] = x + Attn(RMSNorm(x)); rows start .. T-1 of each sequence
-static void attention_block_forward(Model *m, int l, int B, int T, int start) {
+// which positions the rows of a forward are: start .. T-1 of B sequences (start > 0 only with B = 1: the
+// earlier positions are in the qkv buffers), or the rows of B branches in sequences of up to T tokens
+typedef struct {
+    int B, T, start;
+    const Branch *branches; // NULL: none
+    int64_t N;              // rows
+} Positions;
+
+static Positions plain_positions(int B, int T, int start) {
+    Positions p = {B, T, start, NULL, (int64_t)B * (T - start)};
+    return p;
+}
+
+// x [N, d] -> mid [N, d] = x + Attn(RMSNorm(x))
+static void attention_block_forward(Model *m, int l, Positions p) {
     const Config *c = &m->config;
     const LayerWeights *w = &m->params.weights.layers[l];
     LayerActs *a = &m->acts.layers[l];
-    int64_t N = (int64_t)B * (T - start);
-    int d = c->hidden, width = (int)config_qkv_width(c);
-    float *qkv = a->qkv + (int64_t)start * width; // start > 0 has B = 1: its rows follow the cached ones
+    int64_t N = p.N;
+    int d = c->hidden, width = (int)config_qkv_width(c), H = c->heads, KV = c->kv_heads, hd = c->head_size;
+    float *qkv = a->qkv + (int64_t)p.start * width; // behind the cached rows
     rmsnorm_forward(a->attn_normed, a->attn_rstd, a->x, w->attn_norm, N, d, (float)c->norm_eps);
     matmul_forward(qkv, a->attn_normed, w->qkv, N, d, width);
-    rope_forward(qkv, m->acts.rope, B, T - start, start, c->heads + c->kv_heads, c->head_size, width);
-    attention_forward(a->att, a->lse, a->qkv, B, T, start, c->heads, c->kv_heads, c->head_size);
+    if (p.branches != NULL) {
+        branches_rope_forward(qkv, m->acts.rope, p.branches, p.B, H + KV, hd, width);
+        branches_attention_forward(a->att, qkv, p.branches, p.B, p.T, H, KV, hd);
+    } else {
+        rope_forward(qkv, m->acts.rope, p.B, p.T - p.start, p.start, H + KV, hd, width);
+        attention_forward(a->att, a->lse, a->qkv, p.B, p.T, p.start, H, KV, hd);
+    }
     copy_floats(a->mid, a->x, N * d);
     sgemm(0, 1, (int)N, d, d, a->att, d, w->o, d, a->mid, d, 1); // mid += att W_o^T
 }
@@ -414,27 +433,32 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, Segme
     }
 }
 
-// ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
-// buffers). draws: what chance decides; contexts: NULL, or [B] how many of its first tokens route each sequence
-// (lory; a call with start > 0 has the experts that the call before has merged); forced: NULL, or for each layer
-// an active set [N, E] that replaces the router's own
-static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
-                          const int *contexts, const float *const *forced) {
+// ids [N]. draws: what chance decides; segments: of the tokens that are routed together; forced: NULL, or for
+// each layer an active set [N, E] that replaces the router's own
+static void forward_rows(Model *m, const int *ids, Positions p, Segments segments, RouterDraws draws,
+                         const float *const *forced) {
     const Config *c = &m->config;
-    int64_t N = (int64_t)B * (T - start);
-    Segments segments = segments_of(B, T - start, c->router.segment, contexts);
-    segments.kept = start > 0;
+    int64_t N = p.N;
     embedding_forward(m->acts.layers[0].x, ids, m->params.weights.embed, N, c->hidden);
     lap(m, TIME_EMBEDDING);
     for (int l = 0; l < c->layers; l++) {
         float *out = l + 1 < c->layers ? m->acts.layers[l + 1].x : m->acts.x;
-        attention_block_forward(m, l, B, T, start);
+        attention_block_forward(m, l, p);
         lap(m, TIME_ATTENTION);
         moe_block_forward(m, l, out, ids, segments, draws, forced != NULL ? forced[l] : NULL);
         lap(m, TIME_MOE);
     }
     rmsnorm_forward(m->acts.normed, m->acts.rstd, m->acts.x, m->params.weights.norm, N, c->hidden,
                     (float)c->norm_eps);
+}
+
+// Rows start .. T-1 of B sequences. contexts: NULL, or [B] how many of its first tokens route each sequence
+// (lory; a call with start > 0 has the experts that the call before has merged)
+static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
+                          const int *contexts, const float *const *forced) {
+    Segments segments = segments_of(B, T - start, m->config.router.segment, contexts);
+    segments.kept = start > 0;
+    forward_rows(m, ids, plain_positions(B, T, start), segments, draws, forced);
 }
 
 // mean loss over N targets. grad_scale != 0: the head's gradient and dnormed too, of grad_scale * sum of the
@@ -694,6 +718,52 @@ void model_gates(Model *m, int64_t N, float *const *gates) {
 
 void model_token_losses(Model *m, int64_t N, float *losses) {
     memcpy(losses, m->acts.losses, (size_t)N * sizeof(float));
+}
+
+// log likelihoods of n targets, of the packed rows `rows`
+static void score_rows(Model *m, const int *rows, const int *targets, int64_t n, float *ll,
+                       unsigned char *greedy) {
+    int d = m->config.hidden, V = m->config.vocab_size;
+    float *gathered = m->acts.x; // which nobody reads after the last norm
+    for (int64_t first = 0; first < n; first += m->acts.logit_rows) {
+        int64_t count = n - first < m->acts.logit_rows ? n - first : m->acts.logit_rows;
+        for (int64_t i = 0; i < count; i++) {
+            memcpy(gathered + i * d, m->acts.normed + (int64_t)rows[first + i] * d,
+                   (size_t)d * sizeof(float));
+        }
+        matmul_forward(m->acts.logits, gathered, m->params.weights.head, count, d, V);
+        crossentropy_score(ll + first, greedy + first, m->acts.logits, targets + first, count, V);
+    }
+}
+
+// sequences that begin alike share what they have in common
+static void score_branches(Model *m, const ScoreBatch *s, float *ll, unsigned char *greedy) {
+    Branch *branches = NEW(Branch, s->B);
+    int *packed = NEW(int, (int64_t)s->B * s->T), *rows = NEW(int, s->n);
+    int N = branches_plan(branches, packed, s->ids, s->lengths, s->contexts, s->B, s->T);
+    Positions positions = {s->B, s->T, 0, branches, N};
+    forward_rows(m, packed, positions, segments_of(1, N, N, NULL), no_draws, NULL);
+    for (int64_t i = 0; i < s->n; i++) {
+        rows[i] = branch_row(&branches[s->rows[i] / s->T], s->rows[i] % s->T);
+    }
+    score_rows(m, rows, s->targets, s->n, ll, greedy);
+    free(branches);
+    free(packed);
+    free(rows);
+}
+
+// (where a sequence's context decides how its experts are merged, each sequence has its own)
+void model_score(Model *m, const ScoreBatch *s, float *ll, unsigned char *greedy) {
+    if (router_merges(m->config.router.method)) {
+        model_forward(m, s->ids, s->B, s->T, 0, no_draws, s->contexts, NULL);
+        score_rows(m, s->rows, s->targets, s->n, ll, greedy);
+    } else {
+        score_branches(m, s, ll, greedy);
+    }
+}
+
+int model_shares_contexts(void) {
+    return 1;
 }
 
 const float *model_next_logits(Model *m, const int *ids, int n, int start) {

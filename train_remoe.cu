@@ -50,7 +50,7 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/router.cuh"
 // defines: DeviceMerged, merged_forward, merged_backward (lory)
 #include "llmc/merged_experts.cuh"
-// defines: crossentropy_forward_backward, sum_losses
+// defines: crossentropy_forward_backward, crossentropy_score, sum_losses
 #include "llmc/crossentropy.cuh"
 
 // --bench's table of where the time goes: what is queued from here on is part of `part`
@@ -257,8 +257,8 @@ static CombineChunk layer_experts_backward(Model *m, int l, int N) {
     const LayerActs *a = &m->acts.layers[l];
     if (router_merges(m->config.router.method)) {
         return merged_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh,
-                               a->router_logits, a->pairs, a->dispatch, &m->routing.merged, &m->routing.arena, l,
-                               m->stream);
+                               a->router_logits, a->pairs, a->dispatch, &m->routing.merged, &m->routing.arena,
+                               l, m->stream);
     }
     return experts_backward(m->back.dgate, m->back.dx, a->ffn_normed, layer_bank(m, l), m->fresh, a->pairs,
                             a->dispatch, &m->routing.arena, l, N, m->stream);
@@ -683,6 +683,56 @@ double model_loss(Model *m, const int *inputs, const int *targets, int B, int T)
     copy_now(&loss, &m->step.sums->lm_loss, sizeof(double), cudaMemcpyDeviceToHost, m->stream);
     plan_back(m, planned);
     return loss;
+}
+
+// rows [n, d] = normed[which]
+static __global__ void __launch_bounds__(256)
+    gather_rows_kernel(floatX *rows, const floatX *normed, const int *which, int64_t n, int d) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n * d) {
+        rows[i] = normed[(int64_t)which[i / d] * d + i % d];
+    }
+}
+
+// log likelihoods of up to N targets of what model_forward has left; fp32 logits take the place of floatX ones
+static void score_rows(Model *m, const int *rows, const int *targets, int64_t n, float *ll,
+                       unsigned char *greedy) {
+    int64_t d = m->config.hidden, V = m->config.vocab_size;
+    int64_t wide = (int64_t)(sizeof(float) / sizeof(floatX)), most = larger(m->acts.logit_rows / wide, 1);
+    floatX *gathered = m->acts.x; // which nobody reads after the last norm
+    float *logits = (float *)m->acts.logits;
+    int *d_targets = m->step.batches[0].targets;
+    copy_now(m->acts.score_rows, rows, (size_t)n * sizeof(int), cudaMemcpyHostToDevice, m->stream);
+    copy_now(d_targets, targets, (size_t)n * sizeof(int), cudaMemcpyHostToDevice, m->stream);
+    for (int64_t first = 0; first < n; first += most) {
+        int64_t count = n - first < most ? n - first : most;
+        launch(gather_rows_kernel, (unsigned)ceil_div<int64_t>(count * d, 256), 256, 0, m->stream, gathered,
+               m->acts.normed, m->acts.score_rows + first, count, (int)d);
+        gemm(&m->gemm, 0, 1, count, V, d, gathered, d, m->params.weights.head, d, logits, V, NULL, m->stream);
+        crossentropy_score(m->acts.losses + first, m->acts.score_greedy + first, logits, d_targets + first,
+                           count, (int)V, m->stream);
+    }
+    copy_now(ll, m->acts.losses, (size_t)n * sizeof(float), cudaMemcpyDeviceToHost, m->stream);
+    copy_now(greedy, m->acts.score_greedy, (size_t)n, cudaMemcpyDeviceToHost, m->stream);
+}
+
+// (a sequence alone costs its padding here, and its context's computation: contexts are not shared)
+void model_score(Model *m, const ScoreBatch *s, float *ll, unsigned char *greedy) {
+    int N = s->B * s->T;
+    int64_t most = (int64_t)m->settings.B * m->settings.T;
+    int *planned = plan_apart(m, N);
+    copy_now(m->step.batches[0].inputs, s->ids, (size_t)N * sizeof(int), cudaMemcpyHostToDevice, m->stream);
+    model_forward(m, m->step.batches[0].inputs, s->B, s->T, 0, no_draws,
+                  router_merges(m->config.router.method) ? s->contexts : NULL, NULL);
+    for (int64_t first = 0; first < s->n; first += most) {
+        int64_t count = s->n - first < most ? s->n - first : most;
+        score_rows(m, s->rows + first, s->targets + first, count, ll + first, greedy + first);
+    }
+    plan_back(m, planned);
+}
+
+int model_shares_contexts(void) {
+    return 0;
 }
 
 static void download(const Model *m, float *host, const floatX *device, int64_t n) {

@@ -20,9 +20,13 @@ exp(z - max) is computed as 2^(z log2(e) - max log2(e)), one multiply-add before
 Rows of an odd V begin anywhere (EDGES), so packs are laid on the 16-byte lines of memory rather than on the
 row: a row's first and last packs may hang over its ends, and are then read and written by elements.
 
+Scoring wants log likelihoods to more digits than a bf16 logit has (2^-9 of 20 is 0.04), and an argmax that
+does not tie where bf16 does: its logits are fp32, what the head's product has summed up. It reads a row once:
+the target is beaten by a larger logit, or an equal one of a lower index.
+
 logits [N, V] floatX, targets [N], losses [N] fp32. With scale != 0 the logits are overwritten by their
-gradient; with scale = 0 they stay. All V columns take part. Equals crossentropy_forward_backward of
-crossentropy.h. Errors: none; a logit that is not finite makes the loss not finite.
+gradient; with scale = 0 they stay. All V columns take part. Equals crossentropy_forward_backward and
+crossentropy_score of crossentropy.h. Errors: none; a logit that is not finite makes the loss not finite.
 */
 #ifndef CROSSENTROPY_CUH
 #define CROSSENTROPY_CUH
@@ -203,6 +207,37 @@ static inline void crossentropy_forward_backward(float *losses, floatX *logits, 
                           : crossentropy_kept_kernel<false>;
     launch(kernel, (unsigned)N, keeps ? CROSSENTROPY_KEPT_THREADS : CROSSENTROPY_THREADS, 0, stream, losses,
            logits, targets, V, scale);
+}
+
+// ----------------------------------------------------------------------------
+
+// a block owns a row
+static __global__ void __launch_bounds__(CROSSENTROPY_THREADS)
+    crossentropy_score_kernel(float *ll, unsigned char *greedy, const float *logits, const int *targets,
+                              int V) {
+    const float *z = logits + (int64_t)blockIdx.x * V;
+    int target = targets[blockIdx.x];
+    float target_logit = z[target], max = -INFINITY, sum = 0.0f, beaten = 0.0f;
+    for (int v = (int)threadIdx.x; v < V; v += CROSSENTROPY_THREADS) {
+        float x = z[v], larger = fmaxf(max, x);
+        sum = sum * power_of_2(max * LOG2_E - larger * LOG2_E) + power_of_2(x * LOG2_E - larger * LOG2_E);
+        max = larger;
+        beaten += x > target_logit || (x == target_logit && v < target) ? 1.0f : 0.0f;
+    }
+    float all_max = block_max(max);
+    float all_sum = block_sum(sum > 0.0f ? sum * power_of_2(max * LOG2_E - all_max * LOG2_E) : sum);
+    beaten = block_sum(beaten);
+    if (threadIdx.x == 0) {
+        ll[blockIdx.x] = (target_logit - all_max) - logf(all_sum);
+        greedy[blockIdx.x] = beaten == 0.0f;
+    }
+}
+
+// fp32 logits [N, V], which stay as they are
+static inline void crossentropy_score(float *ll, unsigned char *greedy, const float *logits,
+                                      const int *targets, int64_t N, int V, cudaStream_t stream) {
+    launch(crossentropy_score_kernel, (unsigned)N, CROSSENTROPY_THREADS, 0, stream, ll, greedy, logits,
+           targets, V);
 }
 
 // ----------------------------------------------------------------------------

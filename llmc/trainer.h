@@ -11,6 +11,7 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     balance               between them: the routers' state that no gradient moves
     loss, next_logits     forward alone: validation, sampling
     look                  the same as far as the routers go; masks, gates, token_losses: what a forward left
+    score                 forward alone: log likelihoods of chosen targets (score.h)
     examine               one micro-batch with all that can be compared (dump)
     memory, peak, profile what it costs; takes_ranks: whether several processes can share the work
 
@@ -59,6 +60,18 @@ typedef struct {
     double ms_waiting;        // in which this rank's device stood still for other ranks; < 0: there are none
     int stop;                 // before: whether this rank wants the run to end; after: whether any rank does
 } StepStats;
+
+// Sequences to score together: B of them, in rows of T ids, padded behind their ends with any token. A causal
+// model's rows do not see what stands behind them, so that padding changes nothing
+typedef struct {
+    int B, T;            // B T at most what the model was opened for
+    const int *ids;      // [B, T]
+    const int *lengths;  // [B] without the padding
+    const int *contexts; // [B] the first so many tokens of a sequence are its context, >= 1
+    int64_t n;           // targets
+    const int *rows;     // [n] b T + t: the position whose logits predict the target; may repeat
+    const int *targets;  // [n]
+} ScoreBatch;
 
 // all but `stop`
 static inline void stats_reset(StepStats *s, const Config *c) {
@@ -109,6 +122,10 @@ void model_look(Model *m, const int *inputs, int B, int T);
 void model_masks(Model *m, int64_t N, uint64_t *masks);
 void model_gates(Model *m, int64_t N, float *const *gates);
 void model_token_losses(Model *m, int64_t N, float *losses);
+// ll [n]: the targets' log likelihoods; greedy [n]: is the target the likeliest token? (crossentropy.h)
+void model_score(Model *m, const ScoreBatch *batch, float *ll, unsigned char *greedy);
+// does model_score compute once what sequences of a batch have in common? Then those stand side by side
+int model_shares_contexts(void);
 // [V] on the host: logits of position n - 1 of one sequence; the positions before start are in the cache
 const float *model_next_logits(Model *m, const int *ids, int n, int start);
 // One micro-batch forward and backward, its gradient into the gradient buffer. forced: NULL, or L active sets

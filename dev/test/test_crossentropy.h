@@ -64,6 +64,33 @@ static void crossentropy_check(int N, int V, float range) {
     check_close_to("crossentropy losses", losses, r.losses, (size_t)N, 1e-6);
     central_differences(want, r.logits, (size_t)(N * V), crossentropy_objective, &r);
     check_close_to("crossentropy gradient", gradient[0], want, (size_t)(N * V), 1e-6);
+    unsigned char greedy[CROSSENTROPY_MOST];
+    crossentropy_score(again, greedy, logits, targets, N, V);
+    for (int n = 0; n < N; n++) {
+        int best = 0;
+        for (int v = 1; v < V; v++) {
+            best = logits[n * V + v] > logits[n * V + best] ? v : best;
+        }
+        CHECK(greedy[n] == (best == targets[n]));
+        again[n] = -again[n];
+    }
+    check_close_to("crossentropy log likelihoods", again, r.losses, (size_t)N, 1e-6);
+}
+
+// of equal logits the lower index is the greedy choice; the log likelihood of a sure token is 0
+static void test_crossentropy_score(void) {
+    const float rows[5 * 4] = {1.0f, 3.0f, 3.0f,  2.0f, 1.0f,  3.0f, 3.0f,  2.0f, 1.0f,  3.0f,
+                               3.0f, 2.0f, -1e4f, 1e4f, -2e4f, 1e3f, -1e4f, 1e4f, -2e4f, 1e3f};
+    const int targets[5] = {1, 2, 0, 1, 2}, greedy_want[5] = {1, 0, 0, 1, 0};
+    float ll[5];
+    unsigned char greedy[5];
+    crossentropy_score(ll, greedy, rows, targets, 5, 4);
+    double sum = exp(-2.0) + 2.0 + exp(-1.0);
+    CHECK(fabs(ll[0] + log(sum)) < 1e-6 && ll[1] == ll[0] && fabs(ll[2] + 2.0 + log(sum)) < 1e-6);
+    CHECK(ll[3] == 0.0f && ll[4] == -3e4f);
+    for (int n = 0; n < 5; n++) {
+        CHECK(greedy[n] == greedy_want[n]);
+    }
 }
 
 // a target 2e4 below the others: its loss is exact, its gradient -scale
@@ -93,6 +120,7 @@ static void test_crossentropy(void) {
     crossentropy_check(100, 2, 5.0f);
     crossentropy_check(40, 16, 1e-3f);
     test_crossentropy_extremes();
+    test_crossentropy_score();
 }
 
 #endif

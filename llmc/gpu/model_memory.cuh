@@ -77,14 +77,16 @@ typedef struct {
 
 // what forward leaves for backward, and the head
 typedef struct {
-    LayerActs *layers;  // [L]
-    float *rope;        // [T, hd]
-    floatX *x;          // [N, d] the residual stream after the last layer
-    floatX *normed;     // [N, d] final norm
-    float *rstd;        // [N]
-    floatX *logits;     // [chunk, V]
-    int64_t logit_rows; // chunk
-    float *losses;      // [N]
+    LayerActs *layers;           // [L]
+    float *rope;                 // [T, hd]
+    floatX *x;                   // [N, d] the residual stream after the last layer
+    floatX *normed;              // [N, d] final norm
+    float *rstd;                 // [N]
+    floatX *logits;              // [chunk, V]
+    int64_t logit_rows;          // chunk
+    float *losses;               // [N]
+    int *score_rows;             // [N] which rows of the residual stream are scored
+    unsigned char *score_greedy; // [N]
 } Activations;
 
 // gradients of activations: all layers share them, backward passes them on
@@ -260,9 +262,10 @@ static inline void allocate_activations(Model *m) {
     m->acts.normed = take<floatX>(memory, SEGMENT_ACTIVATIONS, N * d);
     m->acts.rstd = take<float>(memory, SEGMENT_ACTIVATIONS, N);
     m->acts.logit_rows = classifier_rows(N, c->vocab_size);
-    // room for the most: largest_batch relies on memory that grows with B
-    m->acts.logits =
-        take<floatX>(memory, SEGMENT_WORKSPACE, classifier_most_rows(N, c->vocab_size) * c->vocab_size);
+    // room for the most: largest_batch relies on memory that grows with B. (Of 2 rows at least, which are one in
+    // fp32)
+    m->acts.logits = take<floatX>(memory, SEGMENT_WORKSPACE,
+                                  larger(classifier_most_rows(N, c->vocab_size), 2) * c->vocab_size);
     m->acts.losses = take<float>(memory, SEGMENT_WORKSPACE, N);
     m->scratch = take<unsigned char>(memory, SEGMENT_WORKSPACE, scratch_bytes(m));
     m->routing.router_parts = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? 3 * E * d : 0);
@@ -277,6 +280,10 @@ static inline void allocate_activations(Model *m) {
         m->back.dqkv = take<floatX>(memory, SEGMENT_WORKSPACE, N * config_qkv_width(c));
         m->back.drouter = take<floatX>(memory, SEGMENT_WORKSPACE, has_logits ? N * E : 0);
         m->back.dgate = take<float>(memory, SEGMENT_WORKSPACE, N * E);
+    }
+    if (m->settings.purpose == FOR_INFERENCE) {
+        m->acts.score_rows = take<int>(memory, SEGMENT_WORKSPACE, N);
+        m->acts.score_greedy = take<unsigned char>(memory, SEGMENT_WORKSPACE, N);
     }
     if (m->settings.purpose == FOR_GRADIENTS) { // a dump may force the routes
         m->routing.forced = take<float>(memory, SEGMENT_WORKSPACE, has_logits ? N * E : 0);

@@ -2,7 +2,8 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --trace FILE, --dump FILE, --export DIR
+    train (the default), or: --bench, --eval, --sample TEXT, --score FILE, --generate FILE, --trace FILE,
+    --dump FILE, --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
@@ -11,12 +12,14 @@ it.
 #include "llmc/run/bench.h"
 #include "llmc/run/evaluate.h"
 #include "llmc/run/export.h"
-#include "llmc/run/generate.h"
+#include "llmc/run/generate_run.h"
+#include "llmc/run/interactive.h"
 #include "llmc/run/open.h"
+#include "llmc/run/score_run.h"
 #include "llmc/run/trace.h"
 #include "llmc/run/train.h"
-// defines: machine_start; bench; validate, dump; statistics_write, trace; export_model; generate; open_run,
-// close_run; train
+// defines: machine_start; bench; validate, dump; statistics_write, trace; export_model; generate_file; sample;
+// open_run, close_run; score; train
 
 static inline void request_stop(int signal_number) {
     if (signal_number == SIGINT) {
@@ -25,7 +28,7 @@ static inline void request_stop(int signal_number) {
     stop_requested = 1;
 }
 
-// Whatever asks a training run to end lets it save first: Ctrl-C, kill, a terminal that closes (unless nohup
+// Whatever asks a run that writes to end lets it save first: Ctrl-C, kill, a terminal that closes (unless nohup
 // had that ignored), a pipe whose reader is gone. All else has nothing to lose and ends at once
 static inline void catch_signals(void) {
     signal(SIGINT, request_stop);
@@ -62,6 +65,7 @@ static inline int run_main(const char *program, int argc, char **argv) {
         return 0;
     }
     Run *run = open_run(program, argc - 1, (const char *const *)(argv + 1));
+    int status = 0;
     signal(SIGXFSZ, SIG_IGN); // a file at its size limit is then a failed write, with a message
     if (run->options.dump[0] != '\0') {
         dump(run);
@@ -71,6 +75,12 @@ static inline int run_main(const char *program, int argc, char **argv) {
         sample(run);
     } else if (traces_only(&run->options)) {
         trace(run);
+    } else if (run->options.score[0] != '\0') {
+        catch_signals();
+        status = score(run);
+    } else if (run->options.generate[0] != '\0') {
+        catch_signals();
+        status = generate_file(run);
     } else if (run->options.bench) {
         print_table(run);
         bench(run);
@@ -81,7 +91,7 @@ static inline int run_main(const char *program, int argc, char **argv) {
         train_and_trace(run);
     }
     close_run(run);
-    return 0;
+    return status;
 }
 
 #endif

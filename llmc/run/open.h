@@ -68,9 +68,11 @@ static inline void print_model(const Options *o, const Config *c) {
 // a router that learns from what it does for the next segment needs one
 static inline void check_segments(const Options *o, const Config *c) {
     if (router_merges(c->router.method) && o->seq_len <= c->router.segment) {
-        die_usage("--seq-len %lld is a single segment of --segment-length %d: a segment is routed by the one before, "
-                  "so the router would learn nothing\n  ---> a longer --seq-len, or a shorter --segment-length",
-                  (long long)o->seq_len, c->router.segment);
+        die_usage(
+            "--seq-len %lld is a single segment of --segment-length %d: a segment is routed by the one "
+            "before, "
+            "so the router would learn nothing\n  ---> a longer --seq-len, or a shorter --segment-length",
+            (long long)o->seq_len, c->router.segment);
     }
 }
 
@@ -233,7 +235,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
         run->tokenizer = NULL; // no text is shown
     } else if (tokenizer_is_in(folder)) {
         run->tokenizer = load_tokenizer(folder, c);
-    } else if (o->sampling || o->trace[0] != '\0') {
+    } else if (o->sampling || o->trace[0] != '\0' || has_requests(o)) {
         check_not_closed(vocab);
         die("no tokenizer: there is no %s\n  ---> name its folder with --tokenizer, or run `make "
             "sample-data`",
@@ -248,7 +250,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (o->eval || writes_run(o) || (traces_only(o) && o->text[0] == '\0')) {
         open_validation_data(run);
     }
-    if (!o->eval && !o->sampling && !traces_only(o)) {
+    if (!o->eval && !o->sampling && !traces_only(o) && !has_requests(o)) {
         open_training_data(run, data_given);
     }
     agree_on_data(run);

@@ -96,6 +96,12 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, ONCE, text, "", 1, 0, "with --trace: this text, instead of the first validation data")      \
     OPTION(INT, ONCE, trace_tokens, "2048", 2, 1 << 24, "with --trace: the first tokens, so many at most")   \
     OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load)")                      \
+    OPTION(INT, ONCE, samples, "1", 1, 1e9, "with --sample: continuations to write")                         \
+    OPTION(TEXT, ONCE, score, "", 1, 0,                                                                      \
+           "log likelihoods of this file's requests (JSON Lines) to the file --out (with --load)")           \
+    OPTION(TEXT, ONCE, delimiter, " ", 0, 0, "with --score: what stands between a query and its choices")    \
+    OPTION(TEXT, ONCE, generate, "", 1, 0,                                                                   \
+           "continue this file's contexts (JSON Lines) into the file --out (with --load)")                   \
     OPTION(REAL, RUN, temperature, "0.8", 0, 1e3, "of samples (0: always the likeliest token)")              \
     OPTION(INT, RUN, top_k, "50", 0, 1 << 24, "sample among so many likeliest tokens (0: all)")              \
     OPTION(FLAG, RUN, overfit_batch, "0", 0, 1,                                                              \

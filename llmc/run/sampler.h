@@ -13,6 +13,13 @@ The maximum is subtracted before exp, so that no logit overflows. logits [V] is 
 #include "llmc/check.h"
 #include "llmc/rng.h"
 
+// how the tokens of a text are drawn; draw i takes uniform number i of (seed, stream)
+typedef struct {
+    double temperature;
+    int top_k, allowed;
+    uint64_t seed, stream;
+} Sampling;
+
 static inline int sample_argmax(const float *logits, int allowed) {
     int best = 0;
     for (int v = 1; v < allowed; v++) {

@@ -3,7 +3,8 @@ What a run is started with: the options of the table, the preset, a checkpoint a
 the one before; and the folder that it writes to. Both trainers start here.
 
     --resume  continues a run: its own options, data position and folder
-    --load    begins a run from weights; to --eval or --sample them, their data and vocabulary come along
+    --load    begins a run from weights; to --eval, --sample or --score them, their data and vocabulary come
+              along
 A shape option beside either is refused: the checkpoint's config.json decides the shape. Errors: exit 2 for a
 command line that contradicts itself, 1 for a folder that does not hold what it should.
 */
@@ -21,9 +22,15 @@ static inline int traces_only(const Options *o) {
     return o->trace[0] != '\0' && o->load[0] != '\0';
 }
 
-// --dump, --eval, --sample, --export and this --trace only look at a model
+// --score and --generate: a file of requests to a file of results
+static inline int has_requests(const Options *o) {
+    return o->score[0] != '\0' || o->generate[0] != '\0';
+}
+
+// --dump, --eval, --sample, --score, --generate, --export and this --trace only look at a model
 static inline int wants_training(const Options *o) {
-    return o->dump[0] == '\0' && !o->eval && !o->sampling && !traces_only(o) && o->export_to[0] == '\0';
+    return o->dump[0] == '\0' && !o->eval && !o->sampling && !traces_only(o) && !has_requests(o) &&
+           o->export_to[0] == '\0';
 }
 
 // ... and --bench trains, but keeps nothing of it
@@ -207,15 +214,18 @@ static inline void stop_if_finished(const Options *o, const RunState *state) {
     exit(0);
 }
 
-// --load: another run's weights. To look at them (--eval, --sample, --trace, --export), its data and
-// vocabulary come along
+// --load: another run's weights. To look at them (--eval, --sample, --trace, --score, --export), its data and
+// vocabulary come along; not the folder that it wrote to
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sampling || traces_only(o) || o->export_to[0] != '\0') {
+    if (o->eval || o->sampling || traces_only(o) || has_requests(o) || o->export_to[0] != '\0') {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
+    }
+    if (!options_given(argc, argv, "out")) {
+        o->out[0] = '\0';
     }
     check_format(o->load, sizeof(o->load), "%s", folder);
 }
@@ -316,7 +326,12 @@ static inline void check_options(const Options *o, int ranks) {
         die_usage("--lr-min %g is larger than --lr %g", o->lr_min, o->lr);
     }
     if (!wants_training(o) && o->load[0] == '\0' && o->resume[0] == '\0') {
-        die_usage("--eval, --sample, --dump and --export need a model\n  ---> name its folder with --load");
+        die_usage("--eval, --sample, --score, --generate, --dump and --export need a model\n"
+                  "  ---> name its folder with --load");
+    }
+    if (has_requests(o) && o->out[0] == '\0') {
+        die_usage("--%s has nowhere to write\n  ---> name a file with --out",
+                  o->score[0] != '\0' ? "score" : "generate");
     }
     if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
         die_usage("--route-from belongs to --dump");
