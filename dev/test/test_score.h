@@ -330,6 +330,11 @@ static void score_goes_on(const char *option) {
             printf("    --%s, cut after %zu bytes\n", option, cut);
         }
     }
+    score_copy_part("build/test/results_part", "build/test/results", SIZE_MAX, "{\"id\":");
+    trainer_succeeds(
+        trainer_run(SCORE_WORDS "--%s build/test/requests --out build/test/results_part", option),
+        "all done, and a torn line");
+    CHECK(trainer_files_equal("build/test/results", "build/test/results_part"));
     free(whole);
 }
 

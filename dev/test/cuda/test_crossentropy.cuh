@@ -39,6 +39,35 @@ static void crossentropy_cuda_case(int64_t N, int V, float range, float scale) {
     free(targets);
 }
 
+// log likelihoods of fp32 logits, with ties at the top
+static void crossentropy_score_case(int64_t N, int V, float range) {
+    float *logits = host_random(N * V, 1, range), *ll = NEW(float, N);
+    unsigned char *greedy = NEW(unsigned char, N);
+    int *targets = NEW(int, N);
+    for (int64_t n = 0; n < N; n++) {
+        float *z = logits + n * V;
+        z[n * 7 % V] = z[n * 13 % V] = n % 3 == 0 ? 2.0f * range : z[0];
+        targets[n] = n % 2 == 0 ? (int)(n * 7 % V) : (int)(n * 13 % V);
+    }
+    crossentropy_score(ll, greedy, logits, targets, N, V);
+    float *d_logits = device_f(logits, N * V), *d_ll = device_new<float>(N);
+    unsigned char *d_greedy = device_new<unsigned char>(N);
+    int *d_targets = device_i(targets, N);
+    crossentropy_score(d_ll, d_greedy, d_logits, d_targets, N, V, 0);
+    check_device("log likelihoods", d_ll, ll, N, 1e-6);
+    unsigned char *got = fetch_raw(d_greedy, N);
+    CHECK(memcmp(got, greedy, (size_t)N) == 0);
+    device_release(d_logits);
+    device_release(d_ll);
+    device_release(d_greedy);
+    device_release(d_targets);
+    free(got);
+    free(logits);
+    free(ll);
+    free(greedy);
+    free(targets);
+}
+
 static void crossentropy_cuda_not_finite(void) {
     float logits[24] = {1.0f, 2.0f};
     logits[13] = NAN;
@@ -90,6 +119,11 @@ static void test_cuda_crossentropy(void) {
     crossentropy_cuda_case(2, 51200, 60.0f, 1.0f);
     crossentropy_cuda_case(2, 51200, 3.0f, 0.0f);
     crossentropy_cuda_not_finite();
+    const int scored[] = {1, 2, 67, 511, 2048, 50257};
+    for (int V : scored) {
+        crossentropy_score_case(V > 2048 ? 4 : 60, V, 3.0f);
+        crossentropy_score_case(V > 2048 ? 4 : 60, V, 60.0f);
+    }
     sum_losses_case(1);
     sum_losses_case(17);
     sum_losses_case(5000);

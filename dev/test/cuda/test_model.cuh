@@ -616,6 +616,55 @@ static void sampling_case(void) {
     sampling_case_of("lory");
 }
 
+// log likelihoods of sequences of different lengths, of which one is scored twice, and of more targets than
+// tokens
+static void score_case(const ModelCase *t) {
+    Examination x;
+    examination_init(&x, t);
+    float *params = draw_weights(t, &x.config);
+    RouterMethod method = router_row(x.config.router.method)->for_one_token;
+    Model *m = open_for(&x, FOR_INFERENCE);
+    cpu::Model *reference = open_on_cpu(&x, FOR_INFERENCE);
+    set_device_weights(m, params);
+    memcpy(reference->params.values, params, (size_t)reference->params.table.flat_size * sizeof(float));
+    model_route(m, method, x.config.router.active);
+    cpu::model_route(reference, method, x.config.router.active);
+    int lengths[2] = {t->T, t->T / 2 + 1}, contexts[2] = {1, 1}, *rows = NEW(int, 2 * x.N);
+    int *targets = NEW(int, 2 * x.N), n = 0;
+    for (int again = 0; again < 2; again++) {
+        for (int i = 0; i < x.N; i++) {
+            if (i % t->T < lengths[i / t->T]) {
+                rows[n] = i;
+                targets[n++] = (i * 11 + 3 + again) % t->V;
+            }
+        }
+    }
+    ScoreBatch batch = {t->B, t->T, x.inputs, lengths, contexts, n, rows, targets};
+    float *ll = NEW(float, n), *want = NEW(float, n);
+    unsigned char *greedy = NEW(unsigned char, n), *greedy_want = NEW(unsigned char, n);
+    model_score(m, &batch, ll, greedy);
+    cpu::model_score(reference, &batch, want, greedy_want);
+    check_close(t->name, ll, want, (size_t)n, tolerance(1e-5, 2e-2));
+    CHECK(!is_fp32() || memcmp(greedy, greedy_want, (size_t)n) == 0);
+    void *buffers[] = {ll, want, greedy, greedy_want, rows, targets, params};
+    for (void *buffer : buffers) {
+        free(buffer);
+    }
+    cpu::model_close(reference);
+    model_close(m);
+    examination_free(&x);
+}
+
+// each router; one token, of which the logits are fp32 in a buffer for bf16
+static void score_cases(void) {
+    for (ModelCase t : few_model_cases) {
+        t.B = 2;
+        score_case(&t);
+    }
+    const ModelCase least = {"score, one token", "relu", 4, 1, 1, 1, 32, 2, 1, 2, 67, 1, 1, 1, 0, 8.0f};
+    score_case(&least);
+}
+
 static void model_table_cases(void) {
     const ModelCase *cases = few_cases ? few_model_cases : model_cases;
     size_t count = (few_cases ? sizeof(few_model_cases) : sizeof(model_cases)) / sizeof(ModelCase);
@@ -638,9 +687,13 @@ static void test_cuda_model(void) {
     const struct {
         const char *name;
         void (*run)(void);
-    } others[] = {{"free routes", free_routes_case}, {"bits", same_bits_case},
-                  {"overflow", overflow_case},       {"graph", graph_cases},
-                  {"update", update_case},           {"sampling", sampling_case},
+    } others[] = {{"free routes", free_routes_case},
+                  {"bits", same_bits_case},
+                  {"overflow", overflow_case},
+                  {"graph", graph_cases},
+                  {"update", update_case},
+                  {"sampling", sampling_case},
+                  {"score", score_cases},
                   {"broken", broken_routers_case}};
     model_table_cases();
     for (size_t i = few_cases; i < sizeof(others) / sizeof(others[0]);
