@@ -775,10 +775,10 @@ void model_masks(Model *m, int64_t N, uint64_t *masks) {
     int64_t words = N * bit_words(E);
     uint64_t *bits = (uint64_t *)m->scratch;
     for (int l = 0; l < m->config.layers; l++) {
-        pairs_to_bits(bits, m->acts.layers[l].pairs, (int)N, E, m->stream);
-        copy_now(masks + l * words, bits, (size_t)words * sizeof(uint64_t), cudaMemcpyDeviceToHost,
-                 m->stream);
+        pairs_to_bits(bits + l * words, m->acts.layers[l].pairs, (int)N, E, m->stream);
     }
+    copy_now(masks, bits, (size_t)(m->config.layers * words) * sizeof(uint64_t), cudaMemcpyDeviceToHost,
+             m->stream);
 }
 
 void model_token_losses(Model *m, int64_t N, float *losses) {

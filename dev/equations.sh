@@ -29,6 +29,8 @@ rows() {
 11|the load f of an expert
 12|fine-grained experts: width
 13|fine-grained experts: count
+14|flip rate: what one update changes in the routing
+15|flip count
 ROWS
 }
 awk -v rows="$(rows)" '

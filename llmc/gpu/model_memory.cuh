@@ -241,7 +241,7 @@ static inline int64_t scratch_bytes(const Model *m) {
     int N = m->settings.B * m->settings.T, E = c->router.experts;
     int64_t bytes = (int64_t)router_scratch_bytes(c->router, N);
     bytes = larger(bytes, (int64_t)dispatch_scratch_bytes(N, E));
-    bytes = larger(bytes, (int64_t)sizeof(uint64_t) * N * bit_words(E));
+    bytes = larger(bytes, (int64_t)sizeof(uint64_t) * c->layers * N * bit_words(E)); // model_masks
     bytes = larger(bytes, router_has_weights(c->router.method) ? 4 * router_sums_floats(N, E) : 0);
     bytes = larger(bytes, 4 * rmsnorm_scratch_floats(c->hidden));
     bytes = larger(bytes, 4 * (int64_t)attention_scratch_floats(m->settings.B, m->settings.T, c->heads));

@@ -87,7 +87,7 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(FLAG, ONCE, eval, "0", 0, 1, "validation only")                                                   \
     OPTION(TEXT, ONCE, stats, "", 1, 0,                                                                      \
            "with --eval: write to this file which experts take which tokens of all validation data")         \
-    OPTION(TEXT, ONCE, stats_layers, "middle", 1, 0,                                                         \
+    OPTION(TEXT, ONCE, stats_layers, "middle", 0, 0,                                                         \
            "with --stats: layers whose experts are counted by token id: middle or all")                      \
     OPTION(INT, ONCE, stats_tokens, "0", 0, INT64_MAX, "with --stats: tokens of each domain (0: all)")       \
     OPTION(                                                                                                  \
