@@ -75,12 +75,14 @@ def main():
         for _ in range(2):
             taken, want = seconds(theirs, requests)
             rates["lm_eval"].append(len(requests) / taken)
-            taken, got = seconds(RemoeLM(args.load, args.trainer, args.options), requests)  # a folder of its own: nothing is left over
+            ours = RemoeLM(args.load, args.trainer, args.options)  # with a folder of its own: no answers are there yet
+            taken, got = seconds(ours, requests)
             rates["score"].append(len(requests) / taken)
             print(f"{len(requests)} requests: lm_eval, batch {size}, {rates['lm_eval'][-1]:.0f} requests/s; --score "
                   f"{rates['score'][-1]:.0f} requests/s", flush=True)
         off = [abs(a[0] - b[0]) / (1 + abs(b[0])) for a, b in zip(got, want, strict=True)]
-        print(f"--score is {min(rates['score']) / max(rates['lm_eval']):.2f} times lm_eval (the slower of ours over the faster of its)")
+        ratio = min(rates["score"]) / max(rates["lm_eval"])
+        print(f"--score is {ratio:.2f} times lm_eval (the slower of ours over the faster of its)")
         print(f"log likelihoods: mean relative difference {sum(off) / len(off):.1e}, largest {max(off):.1e}")
         sys.exit(not math.isfinite(sum(off)) or sum(off) / len(off) > 0.02)
 

@@ -133,7 +133,8 @@ def check_requests():
     verdict("requests: generate_until", [json.loads(text) for text in got], want)
     verdict("requests: the trainer's options", RemoeLM("run", "t", "--gpus 2", batch_size=8, max_length=64).command,
             "t --load run --gpus 2 --batch 8 --seq-len 64".split())
-    for load, program, words in (("bad", trainer, "exit 1"), ("short", trainer, "an answer to each of 2"), ("run", "none", "cannot run")):
+    refused = ("bad", trainer, "exit 1"), ("short", trainer, "an answer to each of 2"), ("run", "none", "cannot run")
+    for load, program, words in refused:
         verdict(f"requests: {words}", words in complaint(load, program), True)
 
 
@@ -148,7 +149,8 @@ def check_paper():
         names = [line.strip(" -") for line in members.strip().splitlines()]
         verdict(f"paper: {group}", [names, all(name in manager.all_subtasks for name in names), group in manager.all_groups],
                 [[*list(COLUMNS)[:6], race], True, True])
-    results = {"results": {name: {"acc,none": 0.1 * i, "acc_stderr,none": 0.01} for i, name in enumerate([*list(COLUMNS)[:6], "race_v2"])}}
+    names = [*list(COLUMNS)[:6], "race_v2"]
+    results = {"results": {name: {"acc,none": 0.1 * i, "acc_stderr,none": 0.01} for i, name in enumerate(names)}}
     verdict("paper: mean of seven", paper_table(results).splitlines()[1].split(),
             ["0.00", "10.00", "20.00", "30.00", "40.00", "50.00", "60.00", "30.00"])
     del results["results"]["piqa"]

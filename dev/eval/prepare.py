@@ -76,7 +76,7 @@ def prepare(name, folder, file=None, today=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(NAMES), metavar="TASK[=FILE]", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("tasks", nargs="*", default=list(NAMES), metavar="TASK[=FILE]", help=f"{', '.join(NAMES)}; default: all")
     parser.add_argument("--out", required=True, type=Path, help="folder for TASK.jsonl")
     parser.add_argument("--today", action="store_true", help="RACE in the harness's present form, not the paper's")
     args = parser.parse_args()

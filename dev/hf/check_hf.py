@@ -194,6 +194,9 @@ def check_router(router, here):
         check_logits(f"{router}: bf16", bf16, ids, want, "auto", BF16_LIMIT)
     if router == "dense":
         check_logits(f"{router}: the run's checkpoint itself", run / "latest", ids, want)
+        model = LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32, trust_remote_code=False).eval()
+        off, tokenizer = error(logits_of(model, ids), want), AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
+        verdict(f"{router}: without trust_remote_code", off <= LIMIT and tokenizer("a")["input_ids"] != [], f"{off:9.2e}")
     check_tokenizer(f"{router}: tokenizer", plain, here)
     check_tokenizer(f"{router}: tokenizer of the run's checkpoint", run / "latest", here)
     check_generate(f"{router}: generate", run, load(plain, torch.float32), load_tokenizer(plain))
