@@ -63,13 +63,13 @@ def layer_sparsity(subjects):
     for s in with_stats(subjects):
         y = 1 - s.stats.ratio_all.sum(1) / s.stats.experts
         traces.append(line(np.arange(len(y)), y, s.name, s.colour, width=2, mode="lines+markers", hovertemplate="layer %{x}<br>S %{y:.4f}<extra>%{fullData.name}</extra>"))
-        traces.append(line(np.array([0, max(1, len(y) - 1)]), [y.mean()] * 2, f"{s.name}: mean", s.colour, width=1, dash="dot", hovertemplate="mean S %{y:.4f}<extra>%{fullData.name}</extra>"))
+        traces.append(line(np.array([0, max(1, len(y) - 1)]), [y.mean()] * 2, s.name, s.colour, width=1, dash="dot", hovertemplate="mean S %{y:.4f}<extra>%{fullData.name}</extra>"))
         ks.add(s.stats.share)
     if not traces:
         return None
     layers = max(s.stats.layers for s in with_stats(subjects))
     shapes = [level(1 - share, f"1 - k/E = {1 - share:.4g}") for share in sorted(ks)]
-    return Figure("layer-sparsity", "Sparsity by layer", "1 - (mean active experts) / E of each layer, on the validation tokens.", "Figure 8d",
+    return Figure("layer-sparsity", "Sparsity by layer", "1 - (mean active experts) / E of each layer (dotted: their mean), on the validation tokens.", "Figure 8d",
                   [Panel(traces, {"xaxis": {"title": {"text": "layer"}, **whole_ticks(layers)}, "yaxis": {"title": {"text": "S of the layer"}}, "shapes": shapes}, "", 320, wide=True)])
 
 
@@ -99,7 +99,7 @@ def domain_bars(s, l, names, most):
     ratio = s.stats.ratio[:, l].astype(np.float32)
     traces = [go.Bar(x=np.arange(ratio.shape[1]), y=ratio[d], name=escape(name), marker={"color": colour(names.index(name))}, meta={"layer": None},
                      hovertemplate="expert %{x}: %{y:.2%}<extra>%{fullData.name}</extra>") for d, name in enumerate(s.stats.domains)]
-    return Panel(traces, {"barmode": "group", "bargap": 0.25, "bargroupgap": 0, "shapes": [level(s.stats.share, "k/E")],
+    return Panel(traces, {"barmode": "group", "bargap": 0.25, "bargroupgap": 0, "shapes": [level(s.stats.share, "")],
                           "xaxis": {"title": {"text": "expert"}, **whole_ticks(ratio.shape[1])},
                           "yaxis": {"range": [0, most * 1.08], "tickformat": ".0%"}}, f"layer {l} · {title(s)}", 240, layer=l)
 
@@ -144,8 +144,8 @@ def active_by_domain(subjects):
         traces = [go.Bar(x=x, y=[*mean[d].astype(np.float32).tolist(), float(mean[d].mean())], name=escape(name), marker={"color": colour(names.index(name))},
                          hovertemplate="layer %{x}: %{y:.3f} experts<extra>%{fullData.name}</extra>") for d, name in enumerate(s.stats.domains)]
         panels.append(Panel(traces, {"barmode": "group", "bargap": 0.25, "xaxis": {"title": {"text": "layer"}, "type": "category"}, "yaxis": {"title": {"text": "experts per token"}},
-                                     "shapes": [level(s.stats.active, "k")]}, title(s), 300, wide=mean.shape[1] > 6))
-    return Figure("active-by-domain", "Experts per token by domain", "Mean active experts of each layer: a ReLU router may spend more where text is harder.", "Figure 11",
+                                     "shapes": [level(s.stats.active, "")]}, title(s), 300, wide=mean.shape[1] > 6))
+    return Figure("active-by-domain", "Experts per token by domain", "Mean active experts of each layer (dashed: k): a ReLU router may spend more where text is harder.", "Figure 11",
                   panels, missing=notes) if panels or notes else None
 
 
@@ -197,13 +197,13 @@ def token_frequency(subjects):
                   line(np.arange(len(smooth)) + window // 2, smooth, f"its mean over {window} ids", "#c2410c", width=2, yaxis="y2", hovertemplate="%{y:.2e} of the tokens<extra></extra>"),
                   line(drawn, mean[drawn], "experts per layer", "#3d82e0", width=2.5, hovertemplate="%{y:.3f} experts per layer<extra></extra>")]
         panels.append(Panel(traces, {"hovermode": "closest", "xaxis": {"title": {"text": "token ids by their experts per layer"}},
-                                     "yaxis": {"title": {"text": "experts per layer"}, "rangemode": "tozero"}, "shapes": [level(stats.active, "k")],
-                                     "yaxis2": {"title": {"text": "share of tokens"}, "type": "log", "overlaying": "y", "side": "right", "exponentformat": "power", "showgrid": False}},
+                                     "yaxis": {"title": {"text": "experts per layer"}, "rangemode": "tozero"}, "shapes": [level(stats.active, "")],
+                                     "yaxis2": {"title": {"text": "share of tokens"}, "type": "log", "dtick": 1, "overlaying": "y", "side": "right", "exponentformat": "power", "showgrid": False}},
                             f"{title(s)}: Spearman {spearman(mean, np.log(share)):+.3f}", 360, wide=True))
         rows.append([s.name, tokens_html(words, seen[:12], mean[:12]), tokens_html(words, seen[::-1][:12], mean[::-1][:12])])
     if not panels and not notes:
         return None
-    return Figure("frequency", "Experts by token frequency", f"Token ids that occur at least {LEAST_COUNT} times, from the fewest experts to the most, and how frequent they are. The paper finds that "
+    return Figure("frequency", "Experts by token frequency", f"Token ids that occur at least {LEAST_COUNT} times, from the fewest experts to the most, and how frequent they are (dashed: k). The paper finds that "
                   "rare tokens get more experts: a clearly negative Spearman correlation.", "Figure 7", panels,
                   table(["run", "fewest experts per layer", "most"], rows) if rows else "", notes)
 

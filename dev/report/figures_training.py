@@ -13,8 +13,8 @@ from plot import (DEPTH_COLOURS, HEAT, STAGE_NAMES, Figure, Html, Panel, colour,
 EXPERTS_OPTION, FLIP_OPTION = "--log-experts-every", "--flip-every"
 STEP_AXIS = {"title": {"text": "step"}}
 # the paper's Table 6: 469M active parameters, 120 billion tokens; hours in the stages
-PUBLISHED_HOURS = [("paper, MoE, 469M, 120B tokens", 0.12, 0.41, 119.12, 119.65),
-                   ("paper, ReMoE, 469M, 120B tokens", 0.32, 0.91, 119.25, 120.48)]
+PUBLISHED_HOURS = [("paper: MoE, 469M", 0.12, 0.41, 119.12, 119.65),
+                   ("paper: ReMoE, 469M", 0.32, 0.91, 119.25, 120.48)]
 
 
 def retrain(subject, option):
@@ -38,23 +38,26 @@ def stages(subjects):
     panels = []
     for s in subjects:
         run = s.run
-        if not run.rows:
+        if not run.stage_spans:
             continue
         steps, loss, penalty = run.steps, run.column("lm_loss"), run.column("lambda") * run.column("reg_loss")
-        spans = run.stage_spans
-        traces = [line(steps, loss, Html("L<sub>lm</sub>"), "#3d82e0", hovertemplate=hover("loss %{y:.4f}"))]
-        layout = {"yaxis": {"title": {"text": "loss"}, "domain": [0.7, 1] if spans else [0, 1]},
-                  "xaxis": {**STEP_AXIS, "anchor": "y3" if spans else "y"}, "shapes": stage_shapes(run)}
-        if spans:
-            positive = lambda y: np.where(y > 0, y, np.nan)
-            traces += [line(steps, positive(run.column("lambda")), "λ", "#b05fd6", yaxis="y2", hovertemplate=hover("λ %{y:.3e}")),
-                       line(steps, positive(penalty), Html("λ L<sub>reg</sub>"), "#e8762d", yaxis="y2", hovertemplate=hover("λ L_reg %{y:.3e}")),
-                       line(steps, run.column("sparsity"), "S", "#23a06b", yaxis="y3", hovertemplate=hover("S %{y:.4f}"))]
-            layout["yaxis2"] = {"title": {"text": "λ, λL<sub>reg</sub>"}, "type": "log", "domain": [0.36, 0.66], "exponentformat": "power"}
-            layout["yaxis3"] = {"title": {"text": "S"}, "domain": [0, 0.32], "range": [min(0.4, np.nanmin([0.4, *run.column("sparsity")])), 1.02]}
-            if run.target is not None:
-                layout["shapes"].append(level(run.target, f"1 - k/E = {run.target:.4g}", yref="y3"))
-        panels.append(Panel(traces, layout, title(s), 460 if spans else 300, steps=True))
+        keep = kept_points(steps, [loss, run.column("sparsity")])
+        curve = lambda y, name, colour, axis, form: line(steps[keep], y[keep], name, colour, yaxis=axis, hovertemplate=hover(form))
+        positive = lambda y: np.where(y > 0, y, np.nan)
+        traces = [curve(loss, Html("L<sub>lm</sub>"), "#3d82e0", "y", "%{y:.4f}"),
+                  curve(positive(run.column("lambda")), "λ", "#b05fd6", "y2", "%{y:.3e}"),
+                  curve(positive(penalty), Html("λ L<sub>reg</sub>"), "#e8762d", "y2", "%{y:.3e}"),
+                  curve(run.column("sparsity"), "S", "#23a06b", "y3", "%{y:.4f}")]
+        least = np.nanmin([0.4, *run.column("sparsity")])
+        layout = {"xaxis": {**STEP_AXIS, "anchor": "y3"}, "shapes": stage_shapes(run),
+                  "yaxis": {"title": {"text": "loss"}, "domain": [0.7, 1]},
+                  "yaxis2": {"title": {"text": "λ, λL<sub>reg</sub>"}, "type": "log", "domain": [0.36, 0.66], "exponentformat": "power"},
+                  "yaxis3": {"title": {"text": "S"}, "domain": [0, 0.32], "range": [float(least) - 0.02, 1.02]}}
+        if run.target is not None:
+            layout["shapes"].append(level(run.target, f"1 - k/E = {run.target:.4g}", yref="y3", at="start"))
+        panels.append(Panel(traces, layout, title(s), 460, steps=True))
+    if not panels:
+        return None
     return Figure("stages", "Three stages", "The loss, lambda with the penalty it makes of the regulariser, and the sparsity S (the share of "
                   "(token, expert) pairs that are off). Stage I is nearly dense while lambda is tiny, in stage II the penalty thins "
                   "the experts out, in stage III lambda only keeps S in place.", "Figure 4", panels,
@@ -114,7 +117,7 @@ def sparsity(subjects):
         late = y[(steps > max(after, 100)) & np.isfinite(y)] if (steps > max(after, 100)).any() else y[:0]
         layout = {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "S"}}, "shapes": []}
         if run.target is not None:
-            layout["shapes"].append(level(run.target, f"target {run.target:.4g}"))
+            layout["shapes"].append(level(run.target, f"target {run.target:.4g}", at="start"))
             layout["yaxis"]["range"] = [max(0, run.target - 6 * (1 - run.target) / 8), 1.01]
         told = ""
         if len(late):
@@ -173,20 +176,23 @@ def number_text(value, digits=4):
 
 
 def layers(subjects):
-    panels = []
+    panels, notes = [], []
     for s in subjects:
         steps, values = s.run.arrays("layer_sparsity", 1)
-        if values.size == 0 or not s.run.has("sparsity"):
+        if not np.isfinite(values).any():
             continue
         n = values.shape[1]
+        if np.nanmax(values) - np.nanmin(values) < 1e-6: # topk: nothing moves
+            notes.append(f"<b>{escape(s.name)}</b>: S is {np.nanmean(values):.4g} in every layer at every step.")
+            continue
         traces = [line(steps, values[:, l], f"layer {l}", depth_colour(l, n), layer=l, hovertemplate=hover("S %{y:.4f}")) for l in range(n)]
         traces.append(line(steps, values.mean(1), "mean", "#8a8f98", dash="dot", hovertemplate=hover("S %{y:.4f}")))
         shapes = stage_shapes(s.run) + ([level(s.run.target, "target")] if s.run.target is not None else [])
         panels.append(Panel(traces, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "S of the layer"}}, "shapes": shapes}, title(s), 340, steps=True))
-    if not panels:
+    if not panels and not notes:
         return None
     return Figure("layers", "Sparsity of each layer", "lambda steers only the mean over layers: where the experts are spent is the model's choice.",
-                  "", panels)
+                  "", panels, missing=notes)
 
 
 def load(subjects):
@@ -199,18 +205,18 @@ def load(subjects):
             most, least = run.column("tokens_per_expert.max") / mean, run.column("tokens_per_expert.min") / mean
             zero = run.column("zero_expert_tokens") / (run.tokens_per_step or np.nan) / max(1, run.arrays("layer_sparsity", 1)[1].shape[-1])
         if np.isfinite(most).any():
-            spread.append(line(run.steps, most, f"{s.name}: busiest", s.colour, hovertemplate=hover("%{y:.3f} of the mean")))
-            spread.append(line(run.steps, least, f"{s.name}: idlest", s.colour, dash="dot", hovertemplate=hover("%{y:.3f} of the mean")))
+            spread.append(line(run.steps, most, s.name, s.colour, hovertemplate=hover("busiest %{y:.3f} of the mean")))
+            spread.append(line(run.steps, least, s.name, s.colour, dash="dot", hovertemplate=hover("idlest %{y:.3f} of the mean")))
         if np.isfinite(zero).any():
             idle.append(line(run.steps, 100 * zero, s.name, s.colour, hovertemplate=hover("%{y:.2f} %")))
     dead = [line(s.run.steps, s.run.column("dead_experts"), s.name, s.colour, hovertemplate=hover("%{y} dead")) for s in subjects if s.run.has("dead_experts")]
     if not (spread or dead):
         return None
-    panels = [Panel(spread, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "tokens / mean"}, "rangemode": "tozero"}, "shapes": [level(1, "all alike")]},
-                    "tokens of the busiest and the idlest expert", steps=True),
+    panels = [Panel(spread, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "tokens / mean"}, "rangemode": "tozero"}, "shapes": [level(1, "")]},
+                    "the busiest expert (line), the idlest (dotted)", steps=True),
               Panel(dead, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "(layer, expert) pairs"}, "rangemode": "tozero"}}, "dead experts: without a token in the step", steps=True),
               Panel(idle, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "% of (layer, token)"}, "rangemode": "tozero"}}, "tokens without an expert", steps=True)]
-    return Figure("load", "Load and dead experts", "An expert is one of one layer. All alike would be 1 of the mean.", "", [p for p in panels if p.traces], small=True)
+    return Figure("load", "Load and dead experts", "Tokens of an expert in a step, of the mean over all layers and experts: 1 would be all alike.", "", [p for p in panels if p.traces], small=True)
 
 
 def experts_by_step(subjects):
@@ -283,14 +289,14 @@ def speed(subjects):
         if traces:
             panels.append(Panel(traces, {**unit, "yaxis": {"title": {"text": name}, "rangemode": "tozero"}}, name, 260, steps=True))
     for nominal, active, name, scale, text in (("mfu", "mfu_active", "MFU, %", 100, "%{y:.2f} %"), ("tflops", "tflops_active", "TFLOP/s", 1, "%{y:.4g} TFLOP/s")):
-        traces = several_names(subjects, nominal, lambda s: line(s.run.steps, s.run.column(nominal) * scale, f"{s.name}: at k", s.colour, hovertemplate=hover(text)))
-        traces += several_names(subjects, active, lambda s: line(s.run.steps, s.run.column(active) * scale, f"{s.name}: of active experts", s.colour, dash="dot", hovertemplate=hover(text)))
+        traces = several_names(subjects, nominal, lambda s: line(s.run.steps, s.run.column(nominal) * scale, s.name, s.colour, hovertemplate=hover(text)))
+        traces += several_names(subjects, active, lambda s: line(s.run.steps, s.run.column(active) * scale, s.name, s.colour, dash="dot", hovertemplate=hover(text)))
         if traces:
             panels.append(Panel(traces, {**unit, "yaxis": {"title": {"text": name}, "rangemode": "tozero"}}, name, 260, steps=True))
     waiting = several_names(subjects, "ms_waiting", lambda s: line(s.run.steps, 100 * s.run.column("ms_waiting") / s.run.column("ms"), s.name, s.colour, hovertemplate=hover("%{y:.2f} %")))
     if waiting:
         panels.append(Panel(waiting, {**unit, "yaxis": {"title": {"text": "% of the step"}, "rangemode": "tozero"}}, "communication that is not hidden", 260, steps=True))
-    return Figure("speed", "Throughput and memory", "FLOPs by the paper's formula at k experts per token, and of the experts that were on.", "", panels, small=True) if panels else None
+    return Figure("speed", "Throughput and memory", "FLOPs by the paper's formula: at k experts per token (line), and of the experts that were on (dotted).", "", panels, small=True) if panels else None
 
 
 def optimizer(subjects):
@@ -324,7 +330,7 @@ def stage_times(subjects):
         return None
     rows += [[Html(f"<i>{name}</i>"), *(f"{hours:.2f} h" for hours in times), "–"] for name, *times in PUBLISHED_HOURS]
     head = ["run", *(STAGE_NAMES[stage] for stage in (1, 2, 3)), "total", "settled after steps"]
-    return Figure("stage-times", "Time of the stages", "The sum of the steps' times. " + " ".join(note), "Table 6", [], table(head, rows))
+    return Figure("stage-times", "Time of the stages", "The sum of the steps' times. (The paper's runs had 120 billion tokens.) " + " ".join(note), "Table 6", [], table(head, rows))
 
 
 FIGURES = [stages, loss, sparsity, validation, layers, load, experts_by_step, flips, stage_times, speed, optimizer]

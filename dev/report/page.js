@@ -35,6 +35,7 @@ function layoutOf(panel) {
     const ink = cssColour("--ink"), pale = cssColour("--pale"), grid = cssColour("--grid"), card = cssColour("--card"), rim = cssColour("--line");
     const given = panel.figure.layout;
     const lines = panel.figure.data.filter((trace) => trace.type === "scatter");
+    const heat = panel.figure.data.some((trace) => trace.type === "heatmap");
     const unified = panel.steps && lines.length === panel.figure.data.length && lines.length <= 6;
     const layout = {
         autosize: true, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -47,7 +48,7 @@ function layoutOf(panel) {
     for (const key of new Set(["xaxis", "yaxis", ...Object.keys(given).filter((k) => /^[xy]axis/.test(k))])) {
         layout[key] = {
             gridcolor: grid, linecolor: rim, zeroline: false, automargin: true, fixedrange: touch, tickfont: { color: pale },
-            ...given[key], title: { ...(given[key] || {}).title, standoff: 6 },
+            ...(heat && { showgrid: false }), ...given[key], title: { ...(given[key] || {}).title, standoff: 6 },
         };
     }
     if (panel.steps) {
@@ -135,7 +136,7 @@ function makeLegend(card) {
 function chooseLayers(layers) {
     state.layers = new Set(layers);
     memory.set("layers", [...state.layers].join());
-    for (const button of $$("#layers button[data-n]")) button.classList.toggle("on", state.layers.has(+button.dataset.n));
+    for (const button of $$("#choose-layers button[data-n]")) button.classList.toggle("on", state.layers.has(+button.dataset.n));
     for (const element of $$("[data-layer]")) element.hidden = !state.layers.has(+element.dataset.layer);
     redraw((panel) => panel.figure.data.some((trace) => trace.meta && typeof trace.meta.layer === "number"));
     drawText();
@@ -143,7 +144,7 @@ function chooseLayers(layers) {
 
 function makeLayerChoice() {
     const n = data.layers, all = [...Array(n).keys()], few = [...new Set([0, (n - 1) >> 1, n - 1])];
-    const chips = $("#layers .chips");
+    const chips = $("#choose-layers .chips");
     if (n > 4) {
         chips.append(make("button", { type: "button", className: "preset", textContent: "all", onclick: () => chooseLayers(all) }));
         chips.append(make("button", { type: "button", className: "preset", textContent: few.join(" "), title: "first, middle, last", onclick: () => chooseLayers(few) }));
@@ -158,14 +159,14 @@ function makeLayerChoice() {
         };
         chips.append(button);
     }
-    $("#layers").hidden = n < 2;
+    $("#choose-layers").hidden = n < 2;
     const kept = (memory.get("layers") || "").split(",").filter((x) => x !== "").map(Number).filter((l) => l < n);
     chooseLayers(kept.length && data.refresh ? kept : n <= 4 ? all : few);
 }
 
 function chooseSteps(log) {
     state.logSteps = log;
-    for (const button of $$("#steps button")) button.classList.toggle("on", (button.dataset.log === "1") === log);
+    for (const button of $$("#choose-steps button")) button.classList.toggle("on", (button.dataset.log === "1") === log);
     redraw((panel) => panel.steps);
 }
 
@@ -282,7 +283,7 @@ function shadeTokens(text, source, tokens, scale) {
     }
     if (view.shade === "expert") {
         if (text.experts <= 32) for (let e = 0; e < text.experts; e++) scale.append(make("b", {}, make("i", { style: `background:${withAlpha(expertColour(e, text.experts), 0.7)}` }), `${e}`));
-        scale.append("stripes: several experts; underlined: none");
+        scale.append("stripes: several; underlined: none");
     } else {
         scale.append(`${low.toFixed(2)}`, make("span", { className: "ramp", style: `background:linear-gradient(90deg, ${withAlpha(colour, 0.06)}, ${withAlpha(colour, 0.8)})` }), `${high.toFixed(2)} ${view.shade === "loss" ? "nats" : "experts per layer"}`);
     }
@@ -362,7 +363,7 @@ async function start() {
     makeText();
     makeLayerChoice();
     chooseSteps(state.logSteps);
-    for (const button of $$("#steps button")) button.onclick = () => chooseSteps(button.dataset.log === "1");
+    for (const button of $$("#choose-steps button")) button.onclick = () => chooseSteps(button.dataset.log === "1");
     $$(".card").forEach(makeLegend);
     for (const element of $$(".legend [data-layer]")) element.hidden = !state.layers.has(+element.dataset.layer);
     $("#theme").onclick = () => { chooseTheme(isDark() ? "light" : "dark"); memory.set("theme", state.theme); };
@@ -380,6 +381,23 @@ async function start() {
     report.ready = true;
 }
 
-const report = { ready: false, data, state, drawAll, chooseLayers, chooseSteps, chooseTheme };
+// both shades of the first run side by side: the README's picture
+function pictureOfText(name, layer) {
+    const [text] = data.text, source = text.sources.find((s) => s.name === name) || text.sources[0];
+    const pairs = source.on.map((tokens) => tokens.reduce((sum, token) => sum + token.length, 0));
+    view.source = source.name;
+    view.layer = layer === null ? pairs.indexOf(Math.max(...pairs)) : layer;
+    const readers = ["count", "expert"].map((shade) => {
+        view.shade = shade;
+        drawText();
+        const reader = $("#coloured .reader");
+        $("h4", reader).textContent = shade === "count" ? `experts per layer, mean of ${text.layers} layers` : `experts of layer ${view.layer}`;
+        return reader;
+    });
+    $("#coloured .readers").replaceChildren(...readers);
+    $(".text-controls").hidden = true;
+}
+
+const report = { ready: false, data, state, drawAll, chooseLayers, chooseSteps, chooseTheme, pictureOfText };
 window.report = report;
 start();

@@ -5,6 +5,7 @@ plotly.js is 4.8 MB; it is packed with gzip (2.0 MB as base64) and unpacked by t
 pass MOST_BYTES, long curves lose points (plot.kept_points) and texts their ends until it fits; the page says so.
 """
 import base64
+import functools
 import gzip
 import json
 import re
@@ -157,6 +158,7 @@ def sections(subjects, most_tokens):
     return [("training", "Training", training), ("routing", "Routing", routing), ("reading", "Text", [text])], text_data
 
 
+@functools.cache
 def packed_plotly():
     return base64.b64encode(gzip.compress(plotly.offline.get_plotlyjs().encode(), 9, mtime=0)).decode()
 

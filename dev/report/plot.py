@@ -146,11 +146,11 @@ def stage_shapes(run):
     return shapes
 
 
-def level(y, text, colour="#8a8f98", **more):
+def level(y, text, colour="#8a8f98", at="end", **more):
     """a horizontal line at a known value"""
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": y, "y1": y,
             "line": {"color": colour, "width": 1.2, "dash": "dash"},
-            "label": {"text": text, "textposition": "start", "font": {"size": 10, "color": colour}}, **more}
+            "label": {"text": text, "textposition": at, "font": {"size": 10, "color": colour}}, **more}
 
 
 def table(head, rows, caption=""):
