@@ -1,22 +1,25 @@
 """
-The page of coloured tokens: a trace's text, each token with the experts that took it in every layer, its gates, its loss.
+The page of coloured tokens: a trace's text, each token with the experts that took it in every layer, its
+gates, its loss.
 
-A source is sent to the page as parallel lists over its tokens; `on[l]` holds of each token "expert gate expert gate ...", since
-few of the [L, N, E] gates are not zero. What is drawn of it (shade, colours, the grid of gates) is page.js's.
+A source is sent to the page as parallel lists over its tokens; `on[l]` holds of each token "expert gate
+expert gate ...", since few of the [L, N, E] gates are not zero. What is drawn of it (shade, colours, the grid
+of gates) is page.js's.
 """
+
 import numpy as np
 
 from plot import Figure, missing
 from routing_files import TRACE_COMMAND
 from sources import token_text
 
-MOST_TOKENS = 1500 # of a source
+MOST_TOKENS = 1500  # of a source
 
 
 def show_bytes(pieces):
     """
-    A character may be split over tokens: its first token shows it, the others show nothing but a mark. Bytes that are no text are
-    shown as \\xE2
+    A character may be split over tokens: its first token shows it, the others show nothing but a mark. Bytes
+    that are no text are shown as \\xE2
     """
     text = b"".join(pieces)
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -26,7 +29,7 @@ def show_bytes(pieces):
         size = character_size(text, at)
         while ends[token] <= at:
             token += 1
-        shown[token] += text[at:at + size].decode("utf-8", errors="backslashreplace")
+        shown[token] += text[at : at + size].decode("utf-8", errors="backslashreplace")
         at += size
     return [word or "·" for word in shown]
 
@@ -35,7 +38,7 @@ def character_size(text, at):
     """bytes of the character that begins here; 1 where none does"""
     for size in (1, 2, 3, 4):
         try:
-            text[at:at + size].decode("utf-8")
+            text[at : at + size].decode("utf-8")
             return size if at + size <= len(text) else 1
         except UnicodeDecodeError:
             continue
@@ -54,21 +57,34 @@ def source_json(trace, name, begin, end, most):
             cells[t] += [e, float(f"{gate:.3g}") if np.isfinite(gate) else None]
         on.append(cells)
     loss = trace.loss[begin:end].astype(np.float64)
-    return {"name": name, "text": show_bytes(trace.pieces[begin:end]), "ids": trace.ids[begin:end].tolist(), "on": on,
-            "loss": [float(f"{x:.4g}") if np.isfinite(x) else None for x in loss]}
+    return {
+        "name": name,
+        "text": show_bytes(trace.pieces[begin:end]),
+        "ids": trace.ids[begin:end].tolist(),
+        "on": on,
+        "loss": [float(f"{x:.4g}") if np.isfinite(x) else None for x in loss],
+    }
+
+
+def text_json(s, most):
+    t = s.trace
+    return {
+        "name": s.name,
+        "router": t.router,
+        "layers": t.layers,
+        "experts": t.experts,
+        "sources": [source_json(t, name, a, b, most) for name, a, b in t.sources],
+        "cut": any(b - a > most for _, a, b in t.sources),
+        "most": most,
+    }
 
 
 def coloured_text(subjects, most=MOST_TOKENS):
     """-> Figure, the data for page.js"""
-    data = []
-    for s in subjects:
-        if s.trace:
-            t = s.trace
-            data.append({"name": s.name, "router": t.router, "layers": t.layers, "experts": t.experts, "active": t.active,
-                         "sources": [source_json(t, name, a, b, most) for name, a, b in t.sources],
-                         "cut": any(b - a > most for _, a, b in t.sources), "most": most})
-    lacking = [missing(s, "no trace", TRACE_COMMAND.format(run=s.folder)) for s in subjects
-               if not s.trace and not (s.run and s.run.router == "dense")]
-    figure = Figure("text", "Text, token by token", "Point at a token, or tap it, to see which experts took it in every layer and with what gate.", "",
-                    [], '<div id="coloured"></div>' if data else "", lacking)
-    return figure, data
+    data = [text_json(s, most) for s in subjects if s.trace]
+    lacking = [
+        missing(s, "no trace", TRACE_COMMAND.format(run=s.folder))
+        for s in subjects
+        if not s.trace and s.run.router != "dense"
+    ]
+    return Figure("text", html='<div id="coloured"></div>' if data else "", missing=lacking), data

@@ -1,32 +1,47 @@
 """
-Figures of a run's log: Figures 3, 4, 10 and Table 6 of the paper, validation per domain, sparsity and load per layer, speed
-and memory. Each function takes the subjects and returns a Figure, or None where nothing in it applies to them.
+Figures of a run's log: Figures 3, 4, 10 and Table 6 of the paper, validation per domain, sparsity and load
+per layer, speed and memory. Each function takes the subjects and returns a Figure; one that is empty is left
+out of the page.
 """
+
 from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
 
-from plot import (DEPTH_COLOURS, HEAT, STAGE_NAMES, Figure, Html, Panel, colour, command, depth_colour, duration, kept_points,
-                  level, line, missing, running_mean, stage_shapes, table)
+from plot import (
+    HEAT,
+    STAGE_NAMES,
+    STEP,
+    Figure,
+    Html,
+    Panel,
+    axis,
+    depth_colour,
+    duration,
+    kept_points,
+    level,
+    line,
+    missing,
+    number_text,
+    rgba,
+    running_mean,
+    stage_shapes,
+    table,
+)
 
-EXPERTS_OPTION, FLIP_OPTION = "--log-experts-every", "--flip-every"
-STEP_AXIS = {"title": {"text": "step"}}
-# the paper's Table 6: 469M active parameters, 120 billion tokens; hours in the stages
-PUBLISHED_HOURS = [("paper: MoE, 469M", 0.12, 0.41, 119.12, 119.65),
-                   ("paper: ReMoE, 469M", 0.32, 0.91, 119.25, 120.48)]
+MOST_DOMAINS = 24  # with a panel each
+MOST_COLUMNS = 200  # of a heat map over steps
+# the paper's Table 6: 469M active parameters, 120 billion tokens; hours in the stages and in all
+PUBLISHED = [
+    ("paper: MoE, 469M", 0.12, 0.41, 119.12, 119.65),
+    ("paper: ReMoE, 469M", 0.32, 0.91, 119.25, 120.48),
+]
 
 
-def retrain(subject, option):
-    run = subject.run
-    router = f" --router {run.router}" if run.router else ""
-    return f"./train_remoe{router} {option} --out {run.folder}-again"
-
-
-def several_names(subjects, key, make):
-    """a panel in which every run that has the key is a curve"""
-    traces = [make(s) for s in subjects if s.run.has(key)]
-    return [trace for trace in traces if trace is not None]
+def title(s):
+    """a run's name, and its router where the name does not tell"""
+    return s.name if not s.run.router or s.run.router in s.name else f"{s.name} ({s.run.router})"
 
 
 def hover(text):
@@ -34,145 +49,210 @@ def hover(text):
     return f"{text}<extra>%{{fullData.name}}</extra>"
 
 
+def curve(s, y, form, **more):
+    """of a run, by steps"""
+    return line(s.run.steps, y, s.name, s.colour, hovertemplate=hover(form), **more)
+
+
+def by_step(traces, name, heading, height=260, shapes=(), **y_axis):
+    layout = {"xaxis": STEP, "yaxis": axis(name, **y_axis), "shapes": list(shapes)}
+    return Panel(traces, layout, heading, height, steps=True)
+
+
+def retrain(s, option):
+    router = f" --router {s.run.router}" if s.run.router else ""
+    return f"./train_remoe{router} {option} --out {s.folder}-again"
+
+
+# ---------------------------------------------------------------- losses and stages
+
+
 def stages(subjects):
-    panels = []
-    for s in subjects:
-        run = s.run
-        if not run.stage_spans:
-            continue
-        steps, loss, penalty = run.steps, run.column("lm_loss"), run.column("lambda") * run.column("reg_loss")
-        keep = kept_points(steps, [loss, run.column("sparsity")])
-        curve = lambda y, name, colour, axis, form: line(steps[keep], y[keep], name, colour, yaxis=axis, hovertemplate=hover(form))
-        positive = lambda y: np.where(y > 0, y, np.nan)
-        traces = [curve(loss, Html("L<sub>lm</sub>"), "#3d82e0", "y", "%{y:.4f}"),
-                  curve(positive(run.column("lambda")), "λ", "#b05fd6", "y2", "%{y:.3e}"),
-                  curve(positive(penalty), Html("λ L<sub>reg</sub>"), "#e8762d", "y2", "%{y:.3e}"),
-                  curve(run.column("sparsity"), "S", "#23a06b", "y3", "%{y:.4f}")]
-        least = np.nanmin([0.4, *run.column("sparsity")])
-        layout = {"xaxis": {**STEP_AXIS, "anchor": "y3"}, "shapes": stage_shapes(run),
-                  "yaxis": {"title": {"text": "loss"}, "domain": [0.7, 1]},
-                  "yaxis2": {"title": {"text": "λ, λL<sub>reg</sub>"}, "type": "log", "domain": [0.36, 0.66], "exponentformat": "power"},
-                  "yaxis3": {"title": {"text": "S"}, "domain": [0, 0.32], "range": [float(least) - 0.02, 1.02]}}
-        if run.target is not None:
-            layout["shapes"].append(level(run.target, f"1 - k/E = {run.target:.4g}", yref="y3", at="start"))
-        panels.append(Panel(traces, layout, title(s), 460, steps=True))
-    if not panels:
-        return None
-    return Figure("stages", "Three stages", "The loss, lambda with the penalty it makes of the regulariser, and the sparsity S (the share of "
-                  "(token, expert) pairs that are off). Stage I is nearly dense while lambda is tiny, in stage II the penalty thins "
-                  "the experts out, in stage III lambda only keeps S in place.", "Figure 4", panels,
-                  missing=[f"<b>{escape(s.name)}</b>: its router ({escape(s.run.router or 'unknown')}) has no stages."
-                           for s in subjects if s.run.rows and not s.run.stage_spans])
+    with_stages = [s for s in subjects if s.run.stage_spans]
+    without = [s for s in subjects if not s.run.stage_spans] if with_stages else []
+    notes = [
+        f"<b>{escape(s.name)}</b>: its router ({escape(s.run.router or 'unknown')}) has no stages."
+        for s in without
+    ]
+    return Figure("stages", [stages_panel(s) for s in with_stages], missing=notes)
 
 
-def title(subject):
-    router = subject.run.router if subject.run else subject.stats.router if subject.stats else None
-    return subject.name if not router or router in subject.name else f"{subject.name} ({router})"
+def stages_panel(s):
+    """loss, lambda and S, one above the other, on one axis of steps"""
+    run = s.run
+    loss, weight, sparsity = run.column("lm_loss"), run.column("lambda"), run.column("sparsity")
+    keep = kept_points(run.steps, [loss, sparsity])
+
+    def part(y, name, colour, where, form):
+        return line(run.steps[keep], y[keep], name, colour, yaxis=where, hovertemplate=hover(form))
+
+    def positive(y):  # the axis is logarithmic
+        return np.where(y > 0, y, np.nan)
+
+    traces = [
+        part(loss, Html("L<sub>lm</sub>"), "#3d82e0", "y", "%{y:.4f}"),
+        part(positive(weight), "λ", "#b05fd6", "y2", "%{y:.3e}"),
+        part(
+            positive(weight * run.column("reg_loss")), Html("λ L<sub>reg</sub>"), "#e8762d", "y2", "%{y:.3e}"
+        ),
+        part(sparsity, "S", "#23a06b", "y3", "%{y:.4f}"),
+    ]
+    least = float(np.nanmin([0.4, *sparsity]))
+    shapes = stage_shapes(run)
+    if run.target is not None:
+        shapes.append(level(run.target, f"1 - k/E = {run.target:.4g}", at="start", yref="y3"))
+    layout = {
+        "xaxis": {**STEP, "anchor": "y3"},
+        "yaxis": axis("loss", domain=[0.7, 1]),
+        "yaxis2": axis("λ, λL<sub>reg</sub>", type="log", domain=[0.36, 0.66], exponentformat="power"),
+        "yaxis3": axis("S", domain=[0, 0.32], range=[least - 0.02, 1.02]),
+        "shapes": shapes,
+    }
+    return Panel(traces, layout, title(s), 460, steps=True)
 
 
 def loss(subjects):
-    raw, by_hours = [], []
-    for s in subjects:
-        run = s.run
-        if not run.has("lm_loss"):
-            continue
-        steps, y = run.steps, run.column("lm_loss")
+    shown = [s for s in subjects if s.run.has("lm_loss")]
+    if not shown:
+        return Figure("loss")
+    unit, per_hour = time_unit(shown)
+    steps, times = [], []
+    for s in shown:
+        y = s.run.column("lm_loss")
         window = max(1, min(100, len(y) // 40))
-        smooth = running_mean(y, window)
         name = f"{s.name}, mean of {window}" if window > 1 else s.name
+        mean = running_mean(y, window)
         if window > 1:
-            raw.append(line(steps, y, name, s.colour, width=0.8, opacity=0.35, hoverinfo="skip", showlegend=False))
-        raw.append(line(steps, smooth, name, s.colour, width=2, hovertemplate=hover("loss %{y:.4f}")))
-        hours = np.nancumsum(run.column("ms")) / 3.6e6
-        unit = hours_unit(subjects)
-        by_hours.append(line(hours * unit[1], smooth, name, s.colour, width=2, hovertemplate=f"%{{x:.3f}} {unit[0]}<br>loss %{{y:.4f}}<extra>%{{fullData.name}}</extra>"))
-    if not raw:
-        return None
-    unit = hours_unit(subjects)
-    ends = [y for s in subjects for y in s.run.column("lm_loss")[len(s.run.rows) // 20:] if np.isfinite(y)]
-    axis = {"yaxis": {"title": {"text": "training loss"}}}
-    if ends:
-        low, high = np.percentile(ends, [0.1, 99])
-        axis["yaxis"]["range"] = [float(low - 0.05 * (high - low)), float(high + 0.1 * (high - low) + 1e-3)]
-    return Figure("loss", "Training loss", "By steps, and by the time that the steps took: stage I and II of a ReLU router cost more "
-                  "time per step.", "Figure 5", [
-                      Panel(raw, {**axis, "xaxis": STEP_AXIS}, "by step", steps=True),
-                      Panel(by_hours, {**axis, "xaxis": {"title": {"text": unit[0]}}}, "by time")])
+            pale = {"width": 0.8, "opacity": 0.35, "hoverinfo": "skip", "showlegend": False}
+            steps.append(line(s.run.steps, y, name, s.colour, **pale))
+        steps.append(line(s.run.steps, mean, name, s.colour, width=2, hovertemplate=hover("%{y:.4f}")))
+        told = hover(f"%{{x:.3f}} {unit}<br>loss %{{y:.4f}}")
+        hours = np.nancumsum(s.run.column("ms")) / 3.6e6
+        times.append(line(hours * per_hour, mean, name, s.colour, width=2, hovertemplate=told))
+    y_axis = axis("training loss", **loss_range(shown))
+    return Figure(
+        "loss",
+        [
+            Panel(steps, {"xaxis": STEP, "yaxis": y_axis}, "by step", steps=True),
+            Panel(times, {"xaxis": axis(unit), "yaxis": y_axis}, "by time"),
+        ],
+    )
 
 
-def hours_unit(subjects):
-    """of all runs together: (name, how many an hour has)"""
-    longest = max((np.nansum(s.run.column("ms")) / 3.6e6 for s in subjects), default=0)
-    return ("hours", 1) if longest >= 2 else ("minutes", 60) if longest * 60 >= 2 else ("seconds", 3600)
+def loss_range(subjects):
+    """what the curves have after a twentieth of the steps: the first fall would squeeze the rest together"""
+    values = np.concatenate([s.run.column("lm_loss")[len(s.run.rows) // 20 :] for s in subjects])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {}
+    low, high = np.percentile(values, [0.1, 99])
+    return {"range": [float(low - 0.05 * (high - low)), float(high + 0.1 * (high - low) + 1e-3)]}
+
+
+def time_unit(subjects):
+    """-> the name of a unit that suits all runs, how many an hour has"""
+    hours = max(np.nansum(s.run.column("ms")) / 3.6e6 for s in subjects)
+    return ("hours", 1) if hours >= 2 else ("minutes", 60) if hours * 60 >= 2 else ("seconds", 3600)
 
 
 def sparsity(subjects):
-    panels = []
-    for s in subjects:
-        run = s.run
-        if not run.stage_spans or not run.has("sparsity"):
-            continue
-        steps, y = run.steps, run.column("sparsity")
-        after = run.settled if run.settled is not None else 100
-        late = y[(steps > max(after, 100)) & np.isfinite(y)] if (steps > max(after, 100)).any() else y[:0]
-        layout = {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "S"}}, "shapes": []}
-        if run.target is not None:
-            layout["shapes"].append(level(run.target, f"target {run.target:.4g}", at="start"))
-            layout["yaxis"]["range"] = [max(0, run.target - 6 * (1 - run.target) / 8), 1.01]
-        told = ""
-        if len(late):
-            told = f"{late.mean():.4f} ± {late.std():.4f} after step {max(after, 100)}"
-            layout["shapes"].append({"type": "rect", "xref": "x", "yref": "y", "x0": max(after, 100), "x1": int(steps[-1]), "layer": "below",
-                                     "y0": float(late.mean() - late.std()), "y1": float(late.mean() + late.std()), "line": {"width": 0},
-                                     "fillcolor": "rgba(35,160,107,0.18)"})
-        panels.append(Panel([line(steps, y, "S", s.colour, width=1, hovertemplate=hover("S %{y:.4f}"))], layout,
-                            f"{title(s)}: {told}" if told else title(s), steps=True))
-    if not panels:
-        return None
-    return Figure("sparsity", "Sparsity", "S at every step, without averaging; the band is its mean and standard deviation after the first 100 "
-                  "steps, or after the settling where that is later. (The paper's run: 0.8751 ± 0.0061 around 0.875.)", "Figure 3", panels)
+    shown = [s for s in subjects if s.run.stage_spans and s.run.has("sparsity")]
+    return Figure("sparsity", [sparsity_panel(s) for s in shown])
+
+
+def sparsity_panel(s):
+    run = s.run
+    steps, y = run.steps, run.column("sparsity")
+    after = max(100, run.settled or 0)
+    late = y[(steps > after) & np.isfinite(y)]
+    shapes, heading, limits = [], title(s), {}
+    if run.target is not None:
+        shapes.append(level(run.target, f"target {run.target:.4g}", at="start"))
+        limits = {"range": [max(0, run.target - 0.75 * (1 - run.target)), 1.01]}
+    if len(late):
+        mean, deviation = float(late.mean()), float(late.std())
+        heading += f": {mean:.4f} ± {deviation:.4f} after step {after}"
+        band = {"x0": after, "x1": int(steps[-1]), "y0": mean - deviation, "y1": mean + deviation}
+        shapes.append(
+            {
+                "type": "rect",
+                **band,
+                "layer": "below",
+                "line": {"width": 0},
+                "fillcolor": rgba("#23a06b", 0.18),
+            }
+        )
+    return by_step([curve(s, y, "S %{y:.4f}", width=1)], "S", heading, 300, shapes, **limits)
+
+
+# ---------------------------------------------------------------- validation
 
 
 def validation(subjects):
-    domains = []
-    for s in subjects:
-        domains += [name for name in s.run.validations if name not in domains]
-    domains = sorted(domains, key=lambda name: (name != "all", name))
-    lacking = [missing(s, "no validation", f"./train_remoe --load {s.folder} --eval") for s in subjects if not s.run.validations]
-    if not domains:
-        return Figure("validation", "Validation per domain", "", "", missing=lacking)
-    times = max(len(v) for s in subjects for v in s.run.validations.values())
-    panels = []
-    if times > 1:
-        for name in domains[:24]:
-            traces = []
-            for s in subjects:
-                points = sorted(s.run.validations.get(name, {}).items())
-                if points:
-                    traces.append(line([p[0] for p in points], [p[1] for p in points], s.name, s.colour, width=2, mode="lines+markers",
-                                       hovertemplate=hover("loss %{y:.4f}")))
-            panels.append(Panel(traces, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "loss"}}}, name if name != "all" else "all domains", 230, steps=True))
-    else:
-        traces = [go.Scatter(x=[last(s, name) for name in reversed(domains)], y=[escape(name) for name in reversed(domains)], name=escape(s.name), mode="markers",
-                             marker={"color": s.colour, "size": 11}, hovertemplate="%{y}: %{x:.4f}<extra>%{fullData.name}</extra>")
-                  for s in subjects if s.run.validations]
-        panels.append(Panel(traces, {"xaxis": {"title": {"text": "validation loss"}}, "yaxis": {"type": "category"}}, "", 90 + 34 * len(domains)))
     shown = [s for s in subjects if s.run.validations]
-    best = lambda name: np.nanmin([last(s, name) for s in shown]) if np.isfinite([last(s, name) for s in shown]).any() else np.nan
-    mark = lambda s, name: Html(f"<b>{last(s, name):.4f}</b>") if len(shown) > 1 and last(s, name) == best(name) else number_text(last(s, name))
-    rows = [[name, *(mark(s, name) for s in shown)] for name in domains]
-    return Figure("validation", "Validation per domain", "The loss in nats per token of each validation shard; the table is of the last validation"
-                  + (", the lowest of a domain in bold." if len(shown) > 1 else "."), "",
-                  panels, table(["domain", *(s.name for s in shown)], rows), lacking, small=times > 1)
+    lacking = [
+        missing(s, "no validation in its log", f"./train_remoe --load {s.folder} --eval")
+        for s in subjects
+        if not s.run.validations
+    ]
+    names = sorted(
+        {name for s in shown for name in s.run.validations}, key=lambda name: (name != "all", name)
+    )
+    if not names:
+        return Figure("validation", missing=lacking)
+    several = max(len(losses) for s in shown for losses in s.run.validations.values()) > 1
+    panels = (
+        [domain_panel(shown, name) for name in names[:MOST_DOMAINS]]
+        if several
+        else [dots_panel(shown, names)]
+    )
+    rows = [[name, *best_in_bold([last(s, name) for s in shown])] for name in names]
+    return Figure(
+        "validation", panels, table(["domain", *(s.name for s in shown)], rows), lacking, small=several
+    )
 
 
-def last(subject, domain):
-    points = subject.run.validations.get(domain)
-    return points[max(points)] if points else np.nan
+def domain_panel(subjects, name):
+    traces = []
+    for s in subjects:
+        points = sorted(s.run.validations.get(name, {}).items())
+        if points:
+            x, y = zip(*points)
+            told = {"mode": "lines+markers", "hovertemplate": hover("%{y:.4f}")}
+            traces.append(line(x, y, s.name, s.colour, width=2, **told))
+    return by_step(traces, "loss", "all domains" if name == "all" else name, 230)
 
 
-def number_text(value, digits=4):
-    return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+def dots_panel(subjects, names):
+    """one validation only: a row per domain"""
+    names = names[::-1]
+    traces = [
+        go.Scatter(
+            x=[last(s, name) for name in names],
+            y=[escape(name) for name in names],
+            name=escape(s.name),
+            mode="markers",
+            marker={"color": s.colour, "size": 11},
+            hovertemplate=hover("%{y}: %{x:.4f}"),
+        )
+        for s in subjects
+    ]
+    layout = {"xaxis": axis("validation loss"), "yaxis": {"type": "category"}}
+    return Panel(traces, layout, "", 90 + 34 * len(names))
+
+
+def last(s, domain):
+    losses = s.run.validations.get(domain)
+    return losses[max(losses)] if losses else np.nan
+
+
+def best_in_bold(values):
+    finite = [value for value in values if np.isfinite(value)]
+    bold = min(finite) if len(values) > 1 and finite else None
+    return [Html(f"<b>{number_text(value)}</b>") if value == bold else number_text(value) for value in values]
+
+
+# ---------------------------------------------------------------- layers and experts
 
 
 def layers(subjects):
@@ -181,156 +261,210 @@ def layers(subjects):
         steps, values = s.run.arrays("layer_sparsity", 1)
         if not np.isfinite(values).any():
             continue
-        n = values.shape[1]
-        if np.nanmax(values) - np.nanmin(values) < 1e-6: # topk: nothing moves
-            notes.append(f"<b>{escape(s.name)}</b>: S is {np.nanmean(values):.4g} in every layer at every step.")
+        if np.nanmax(values) - np.nanmin(values) < 1e-6:  # topk: nothing moves
+            notes.append(
+                f"<b>{escape(s.name)}</b>: S is {np.nanmean(values):.4g} in every layer at every step."
+            )
             continue
-        traces = [line(steps, values[:, l], f"layer {l}", depth_colour(l, n), layer=l, hovertemplate=hover("S %{y:.4f}")) for l in range(n)]
-        traces.append(line(steps, values.mean(1), "mean", "#8a8f98", dash="dot", hovertemplate=hover("S %{y:.4f}")))
+        traces = layer_curves(steps, values, "S %{y:.4f}")
+        traces.append(
+            line(steps, values.mean(1), "mean", "#8a8f98", dash="dot", hovertemplate=hover("S %{y:.4f}"))
+        )
         shapes = stage_shapes(s.run) + ([level(s.run.target, "target")] if s.run.target is not None else [])
-        panels.append(Panel(traces, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "S of the layer"}}, "shapes": shapes}, title(s), 340, steps=True))
-    if not panels and not notes:
-        return None
-    return Figure("layers", "Sparsity of each layer", "lambda steers only the mean over layers: where the experts are spent is the model's choice.",
-                  "", panels, missing=notes)
+        panels.append(by_step(traces, "S of the layer", title(s), 340, shapes))
+    return Figure("layers", panels, missing=notes)
+
+
+def layer_curves(x, values, form):
+    """[n, L]: a curve per layer, shown with its layer"""
+    n = values.shape[1]
+    return [
+        line(x, values[:, l], f"layer {l}", depth_colour(l, n), layer=l, hovertemplate=hover(form))
+        for l in range(n)
+    ]
 
 
 def load(subjects):
     """tokens of the busiest and the idlest (layer, expert), dead experts, tokens without an expert"""
-    spread, idle = [], []
+    spread, dead, idle = [], [], []
     for s in subjects:
         run = s.run
-        mean = run.column("tokens_per_expert.mean")
         with np.errstate(divide="ignore", invalid="ignore"):
-            most, least = run.column("tokens_per_expert.max") / mean, run.column("tokens_per_expert.min") / mean
-            zero = run.column("zero_expert_tokens") / (run.tokens_per_step or np.nan) / max(1, run.arrays("layer_sparsity", 1)[1].shape[-1])
+            most, least = (
+                run.column(f"tokens_per_expert.{key}") / run.column("tokens_per_expert.mean")
+                for key in ("max", "min")
+            )
+        pairs = (run.tokens_per_step or np.nan) * max(1, run.layers)
+        without = 100 * run.column("zero_expert_tokens") / pairs
         if np.isfinite(most).any():
-            spread.append(line(run.steps, most, s.name, s.colour, hovertemplate=hover("busiest %{y:.3f} of the mean")))
-            spread.append(line(run.steps, least, s.name, s.colour, dash="dot", hovertemplate=hover("idlest %{y:.3f} of the mean")))
-        if np.isfinite(zero).any():
-            idle.append(line(run.steps, 100 * zero, s.name, s.colour, hovertemplate=hover("%{y:.2f} %")))
-    dead = [line(s.run.steps, s.run.column("dead_experts"), s.name, s.colour, hovertemplate=hover("%{y} dead")) for s in subjects if s.run.has("dead_experts")]
-    if not (spread or dead):
-        return None
-    panels = [Panel(spread, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "tokens / mean"}, "rangemode": "tozero"}, "shapes": [level(1, "")]},
-                    "the busiest expert (line), the idlest (dotted)", steps=True),
-              Panel(dead, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "(layer, expert) pairs"}, "rangemode": "tozero"}}, "dead experts: without a token in the step", steps=True),
-              Panel(idle, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "% of (layer, token)"}, "rangemode": "tozero"}}, "tokens without an expert", steps=True)]
-    return Figure("load", "Load and dead experts", "Tokens of an expert in a step, of the mean over all layers and experts: 1 would be all alike.", "", [p for p in panels if p.traces], small=True)
+            spread.append(curve(s, most, "busiest %{y:.3f} of the mean"))
+            spread.append(curve(s, least, "idlest %{y:.3f} of the mean", dash="dot"))
+        if run.has("dead_experts"):
+            dead.append(curve(s, run.column("dead_experts"), "%{y} dead"))
+        if np.isfinite(without).any():
+            idle.append(curve(s, without, "%{y:.2f} %"))
+    zero = {"rangemode": "tozero"}
+    panels = [
+        by_step(
+            spread,
+            "tokens / mean",
+            "the busiest expert (line), the idlest (dotted)",
+            300,
+            [level(1, "")],
+            **zero,
+        ),
+        by_step(dead, "(layer, expert) pairs", "dead experts: without a token in the step", 300, **zero),
+        by_step(idle, "% of (layer, token)", "tokens without an expert", 300, **zero),
+    ]
+    return Figure("load", [panel for panel in panels if panel.traces], small=True)
 
 
 def experts_by_step(subjects):
-    """a heat map a layer: the share of a step's tokens that each expert got, where the log counts them"""
+    """a heat map per layer: the share of a step's tokens that each expert got, where the log counts them"""
     panels, lacking = [], []
     for s in subjects:
         steps, tokens = s.run.arrays("layer_expert_tokens", 2)
-        if tokens.size == 0:
-            if s.run.router != "dense":
-                lacking.append(missing(s, "its log does not count tokens per expert", retrain(s, f"{EXPERTS_OPTION} 10")))
-            continue
-        per_step = s.run.tokens_per_step or np.nan
-        keep = kept_rows(len(steps), 200)
-        for l in range(tokens.shape[1]):
-            share = (tokens[keep, l].T / per_step).astype(np.float32)
-            panels.append(Panel([go.Heatmap(x=steps[keep], z=share, colorscale=HEAT, zmin=0, zmax=float(min(1, max(0.25, np.nanpercentile(tokens / per_step, 99)))),
-                                            colorbar={"thickness": 10, "tickformat": ".0%"}, name=escape(s.name),
-                                            hovertemplate="step %{x}<br>expert %{y}: %{z:.1%} of the tokens<extra></extra>")],
-                                {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": "expert"}}}, f"{title(s)}, layer {l}", 240, layer=l, steps=True))
-    return Figure("load-by-step", "Tokens of each expert while training", "The share of a step's tokens whose layer activates the expert.", "", panels,
-                  missing=lacking, small=True) if panels or lacking else None
+        if tokens.size:
+            panels += expert_maps(s, steps, tokens / (s.run.tokens_per_step or np.nan))
+        elif s.run.router != "dense":
+            command = retrain(s, "--log-experts-every 10")
+            lacking.append(missing(s, "its log does not count tokens per expert", command))
+    return Figure("load-by-step", panels, missing=lacking, small=True)
 
 
-def kept_rows(n, most):
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+def expert_maps(s, steps, share):
+    """share [n, L, E]"""
+    if not np.isfinite(share).any():
+        return []
+    keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_COLUMNS)).round().astype(int))
+    most = float(np.clip(np.nanpercentile(share, 99), 0.25, 1))
+    panels = []
+    for l in range(share.shape[1]):
+        trace = go.Heatmap(
+            x=steps[keep],
+            z=share[keep, l].T.astype(np.float32),
+            zmin=0,
+            zmax=most,
+            colorscale=HEAT,
+            colorbar={"thickness": 10, "tickformat": ".0%"},
+            hovertemplate="step %{x}<br>expert %{y}: %{z:.1%} of the tokens<extra></extra>",
+        )
+        layout = {"xaxis": STEP, "yaxis": axis("expert")}
+        panels.append(Panel([trace], layout, f"{title(s)}, layer {l}", 240, layer=l, steps=True))
+    return panels
 
 
 def flips(subjects):
     rate, count, by_layer, lacking = [], [], [], []
+    unit, tokens_per_unit = token_unit(subjects)
     for s in subjects:
         run = s.run
-        y = run.column("flip_rate")
-        seen = np.isfinite(y)
+        seen = np.isfinite(run.column("flip_rate"))
         if not seen.any():
             if run.router != "dense":
-                lacking.append(missing(s, "no flips in its log", retrain(s, f"{FLIP_OPTION} 100")))
+                lacking.append(missing(s, "no flips in its log", retrain(s, "--flip-every 100")))
             continue
-        unit, tokens = token_unit(subjects), run.tokens_per_step or 1
-        x = run.steps[seen] * tokens / unit[1]
-        told = f"%{{x:.3g}} {unit[0]}<br>%{{y:.5f}}<extra>%{{fullData.name}}</extra>"
-        rate.append(line(x, y[seen], s.name, s.colour, mode="lines+markers" if seen.sum() < 200 else "lines", hovertemplate=told))
-        count.append(line(x, run.column("flip_count")[seen], s.name, s.colour, mode="lines+markers" if seen.sum() < 200 else "lines", hovertemplate=told))
+        scale = (run.tokens_per_step or 1) / tokens_per_unit
+        form = f"%{{x:.3g}} {unit}<br>%{{y:.5f}}"
+        style = {"mode": "lines+markers" if seen.sum() < 200 else "lines", "hovertemplate": hover(form)}
+        for traces, key in ((rate, "flip_rate"), (count, "flip_count")):
+            traces.append(line(run.steps[seen] * scale, run.column(key)[seen], s.name, s.colour, **style))
         steps, values = run.arrays("layer_flip_rate", 1)
         if values.size:
-            n = values.shape[1]
-            traces = [line(steps * tokens / unit[1], values[:, l], f"layer {l}", depth_colour(l, n), layer=l, hovertemplate=told) for l in range(n)]
-            by_layer.append(Panel(traces, {"xaxis": {"title": {"text": unit[0]}}, "yaxis": {"title": {"text": "flip rate"}, "rangemode": "tozero"}}, f"{title(s)}: by layer"))
-    if not rate and not lacking:
-        return None
-    axis = lambda name: {"xaxis": {"title": {"text": token_unit(subjects)[0]}}, "yaxis": {"title": {"text": name}, "rangemode": "tozero"}}
-    panels = [Panel(rate, axis("flip rate"), "flip rate"), Panel(count, axis("flip count"), "flip count"), *by_layer] if rate else []
-    return Figure("flips", "Flips", "How much of the routing one update changes, on a fixed set of validation tokens. The rate is the share of "
-                  "(layer, token, expert) triples that were on and are off, or the other way round (Eq. 14); the count is E times that, experts "
-                  "per layer and token (Eq. 15).", "Figure 10", panels, missing=lacking)
+            by_layer.append((layer_curves(steps * scale, values, form), "flip rate", f"{title(s)}: by layer"))
+    parts = [(rate, "flip rate", "flip rate"), (count, "flip count", "flip count"), *by_layer] if rate else []
+    panels = [
+        Panel(traces, {"xaxis": axis(unit), "yaxis": axis(name, rangemode="tozero")}, heading)
+        for traces, name, heading in parts
+    ]
+    return Figure("flips", panels, missing=lacking)
 
 
 def token_unit(subjects):
-    most = max((s.run.steps[-1] * (s.run.tokens_per_step or 1) for s in subjects if s.run.rows), default=1)
+    """-> the name of a unit for the x axis, tokens in it"""
     if not any(s.run.tokens_per_step for s in subjects):
         return "steps", 1
+    most = max((s.run.steps[-1] * (s.run.tokens_per_step or 1) for s in subjects if s.run.rows), default=1)
     return ("billion tokens", 1e9) if most >= 1e9 else ("million tokens", 1e6)
 
 
+# ---------------------------------------------------------------- time
+
+
+def stage_times(subjects):
+    """
+    Table 6: the sum of `ms` by stage. A run without stages is cut at the steps of the first run that has them
+    """
+    model = max((s.run.stage_spans for s in subjects), key=len)
+    rows, notes = [], []
+    for s in subjects:
+        ms, steps, spans = s.run.column("ms"), s.run.steps, s.run.stage_spans or model
+        if not np.isfinite(ms).any():
+            continue
+        if model and not s.run.stage_spans:
+            notes.append(f"<b>{escape(s.name)}</b> has no stages: its times are of the same steps.")
+        bounds = [first for _, first, _ in spans[1:]] + [np.inf]
+        times = {
+            stage: np.nansum(ms[(steps >= first) & (steps < end)])
+            for (stage, first, _), end in zip(spans, bounds)
+        }
+        cells = [duration(times.get(stage, np.nan)) for stage in STAGE_NAMES]
+        settled = "–" if s.run.settled is None else str(s.run.settled)
+        rows.append([s.name, *cells, duration(np.nansum(ms)), settled])
+    if not rows:
+        return Figure("stage-times")
+    rows += [
+        [Html(f"<i>{name}</i>"), *(f"{hours:.2f} h" for hours in times), "–"] for name, *times in PUBLISHED
+    ]
+    return Figure(
+        "stage-times",
+        html=table(["run", *STAGE_NAMES.values(), "total", "settled after steps"], rows),
+        missing=notes,
+    )
+
+
 def speed(subjects):
-    unit = {"xaxis": STEP_AXIS}
+    zero = {"rangemode": "tozero"}
     panels = []
-    for key, name, scale, text in (("tok_s", "tokens/s", 1, "%{y:.0f} tokens/s"), ("ms", "ms per step", 1, "%{y:.1f} ms"),
-                                   ("mem_gb", "memory, GB", 1, "%{y:.3f} GB")):
-        traces = several_names(subjects, key, lambda s: line(s.run.steps, s.run.column(key) * scale, s.name, s.colour, hovertemplate=hover(text)))
-        if traces:
-            panels.append(Panel(traces, {**unit, "yaxis": {"title": {"text": name}, "rangemode": "tozero"}}, name, 260, steps=True))
-    for nominal, active, name, scale, text in (("mfu", "mfu_active", "MFU, %", 100, "%{y:.2f} %"), ("tflops", "tflops_active", "TFLOP/s", 1, "%{y:.4g} TFLOP/s")):
-        traces = several_names(subjects, nominal, lambda s: line(s.run.steps, s.run.column(nominal) * scale, s.name, s.colour, hovertemplate=hover(text)))
-        traces += several_names(subjects, active, lambda s: line(s.run.steps, s.run.column(active) * scale, s.name, s.colour, dash="dot", hovertemplate=hover(text)))
-        if traces:
-            panels.append(Panel(traces, {**unit, "yaxis": {"title": {"text": name}, "rangemode": "tozero"}}, name, 260, steps=True))
-    waiting = several_names(subjects, "ms_waiting", lambda s: line(s.run.steps, 100 * s.run.column("ms_waiting") / s.run.column("ms"), s.name, s.colour, hovertemplate=hover("%{y:.2f} %")))
-    if waiting:
-        panels.append(Panel(waiting, {**unit, "yaxis": {"title": {"text": "% of the step"}, "rangemode": "tozero"}}, "communication that is not hidden", 260, steps=True))
-    return Figure("speed", "Throughput and memory", "FLOPs by the paper's formula: at k experts per token (line), and of the experts that were on (dotted).", "", panels, small=True) if panels else None
+    for key, name, form in (
+        ("tok_s", "tokens/s", "%{y:.0f} tokens/s"),
+        ("ms", "ms per step", "%{y:.1f} ms"),
+        ("mem_gb", "memory, GB", "%{y:.3f} GB"),
+    ):
+        traces = [curve(s, s.run.column(key), form) for s in subjects if s.run.has(key)]
+        panels.append(by_step(traces, name, name, **zero))
+    for key, name, scale, form in (
+        ("mfu", "MFU, %", 100, "%{y:.2f} %"),
+        ("tflops", "TFLOP/s", 1, "%{y:.4g} TFLOP/s"),
+    ):
+        shown = [s for s in subjects if s.run.has(key)]
+        traces = [curve(s, scale * s.run.column(key), form) for s in shown]
+        traces += [curve(s, scale * s.run.column(f"{key}_active"), form, dash="dot") for s in shown]
+        panels.append(by_step(traces, name, name, **zero))
+    waiting = [s for s in subjects if s.run.has("ms_waiting")]
+    traces = [curve(s, 100 * s.run.column("ms_waiting") / s.run.column("ms"), "%{y:.2f} %") for s in waiting]
+    panels.append(by_step(traces, "% of the step", "communication that is not hidden", **zero))
+    return Figure("speed", [panel for panel in panels if panel.traces], small=True)
 
 
 def optimizer(subjects):
     panels = []
     for key, name, kind in (("grad_norm", "gradient norm", "log"), ("lr", "learning rate", "linear")):
-        traces = several_names(subjects, key, lambda s: line(s.run.steps, s.run.column(key), s.name, s.colour, hovertemplate=hover("%{y:.4g}")))
-        if traces:
-            panels.append(Panel(traces, {"xaxis": STEP_AXIS, "yaxis": {"title": {"text": name}, "type": kind, "exponentformat": "power"}}, name, 240, steps=True))
-    return Figure("optimizer", "Gradient and learning rate", "The norm before it was clipped.", "", panels) if panels else None
+        traces = [curve(s, s.run.column(key), "%{y:.4g}") for s in subjects if s.run.has(key)]
+        panels.append(by_step(traces, name, name, 240, type=kind, exponentformat="power"))
+    return Figure("optimizer", [panel for panel in panels if panel.traces])
 
 
-def stage_times(subjects):
-    """Table 6: the sum of `ms` by stage. A run without stages is cut at the steps of the first run that has them"""
-    model = next((s.run.stage_spans for s in subjects if len(s.run.stage_spans) == 3), None)
-    if model is None:
-        model = next((s.run.stage_spans for s in subjects if s.run.stage_spans), None)
-    rows, note = [], []
-    for s in subjects:
-        run = s.run
-        ms, steps = run.column("ms"), run.steps
-        if not np.isfinite(ms).any():
-            continue
-        spans = run.stage_spans or model or []
-        if not run.stage_spans and model:
-            note.append(f"<b>{escape(s.name)}</b> has no stages: its times are of the same steps.")
-        times = {stage: np.nansum(ms[(steps >= first) & (steps <= last if last != spans[-1][2] or run.stage_spans else True)])
-                 for stage, first, last in spans}
-        rows.append([s.name, *(duration(times.get(stage, np.nan)) for stage in (1, 2, 3)), duration(np.nansum(ms)),
-                     str(run.settled) if run.settled is not None else "–"])
-    if not rows:
-        return None
-    rows += [[Html(f"<i>{name}</i>"), *(f"{hours:.2f} h" for hours in times), "–"] for name, *times in PUBLISHED_HOURS]
-    head = ["run", *(STAGE_NAMES[stage] for stage in (1, 2, 3)), "total", "settled after steps"]
-    return Figure("stage-times", "Time of the stages", "The sum of the steps' times. (The paper's runs had 120 billion tokens.) " + " ".join(note), "Table 6", [], table(head, rows))
-
-
-FIGURES = [stages, loss, sparsity, validation, layers, load, experts_by_step, flips, stage_times, speed, optimizer]
+FIGURES = [
+    stages,
+    loss,
+    sparsity,
+    validation,
+    layers,
+    load,
+    experts_by_step,
+    flips,
+    stage_times,
+    speed,
+    optimizer,
+]

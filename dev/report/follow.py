@@ -5,10 +5,12 @@ Remakes a run's report while the run goes on, and mirrors its log to TensorBoard
     python dev/report/follow.py runs/small-relu --tensorboard DIR      pip install tensorboardX
     python dev/report/follow.py runs/small-relu --wandb PROJECT        pip install wandb
 
-Ctrl-C ends it, and the last page no longer reloads itself. The report is made anew when the log, or a file of statistics or traces beside it, has changed. A run that
-does not exist yet is waited for. A row is mirrored once: a resumed run writes the steps after its checkpoint again, with the
-same values, and a line that is still being written is left for the next time.
+Ctrl-C ends it, and the last page no longer reloads itself. The report is made anew when the log, or a file of
+statistics or traces beside it, has changed. A run that does not exist yet is waited for. A row is mirrored
+once: a resumed run writes the steps after its checkpoint again, with the same values, and a line that is
+still being written is left for the next time.
 """
+
 import argparse
 import os
 import shlex
@@ -21,7 +23,9 @@ from sources import Refused, number, parse_json, whole
 
 
 def words():
-    parser = argparse.ArgumentParser(description="remakes a run's report while the run goes on", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="remakes a run's report while the run goes on", allow_abbrev=False
+    )
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the run's folder")
     parser.add_argument("--seconds", type=float, default=10, help="between looks at the log (default: 10)")
@@ -32,6 +36,10 @@ def words():
 
 
 # ---------------------------------------------------------------- mirrors
+
+NO_TENSORBOARD = "--tensorboard needs tensorboardX, or torch and tensorboard\n  ---> pip install tensorboardX"
+NO_WANDB = "--wandb needs wandb\n  ---> pip install wandb, then wandb login"
+
 
 def flat(row):
     """-> {"lm_loss": 2.5, "layer_sparsity/0": 0.8, ...} of a row's finite numbers"""
@@ -59,11 +67,13 @@ class TensorBoard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise Refused("--tensorboard needs tensorboardX, or PyTorch with tensorboard\n  ---> pip install tensorboardX") from None
+                raise Refused(NO_TENSORBOARD) from None
         try:
             self.writer = SummaryWriter(str(Path(folder) / name))
         except OSError as error:
-            raise Refused(f"cannot write to {folder}: {error.strerror}\n  ---> name another folder with --tensorboard") from None
+            raise Refused(
+                f"cannot write to {folder}: {error.strerror}\n  ---> name another folder with --tensorboard"
+            ) from None
 
     def write(self, step, values):
         for name, value in values.items():
@@ -77,17 +87,20 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """a step's values go in one call, since its steps may only rise; a validation joins the row of the same number of steps"""
+    """
+    a step's values go in one call, since its steps may only rise; a validation joins the row of the same
+    number of steps
+    """
 
     def __init__(self, project, name):
         try:
             import wandb
         except ImportError:
-            raise Refused("--wandb needs wandb\n  ---> pip install wandb, then wandb login") from None
+            raise Refused(NO_WANDB) from None
         self.wandb = wandb
         try:
             self.run = wandb.init(project=project, name=name)
-        except Exception as error: # wandb has errors of its own for a missing login, network or right
+        except Exception as error:  # wandb has errors of its own for a missing login, network or right
             raise Refused(f"wandb: {error}\n  ---> wandb login, or WANDB_MODE=offline") from None
 
     def write(self, step, values):
@@ -112,13 +125,15 @@ class Log:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self.file or status.st_size < self.offset:
-                    self.offset = 0 # a run that is resumed writes the rows before its checkpoint to a new file
+                    self.offset = (
+                        0  # a run that is resumed writes the rows before its checkpoint to a new file
+                    )
                 self.file = status.st_ino
                 file.seek(self.offset)
                 data = file.read()
         except OSError:
             return []
-        whole_lines = data[:data.rfind(b"\n") + 1]
+        whole_lines = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole_lines)
         rows = [self.row(line) for line in whole_lines.split(b"\n")]
         return [row for row in rows if row is not None]
@@ -149,6 +164,7 @@ def mirror(log, mirrors):
 
 # ---------------------------------------------------------------- the loop
 
+
 def changes(run):
     """what the report depends on: sizes and times of the files"""
     found = []
@@ -163,7 +179,8 @@ def changes(run):
 
 def make(asked, refresh):
     out = Path(asked.out) if asked.out else Path(asked.run) / "report.html"
-    return f"{out}: {make_report([asked.run], [], [], out, shlex.join(['python', *sys.argv]), refresh) / 1e6:.2f} MB"
+    size = make_report([asked.run], [], [], out, shlex.join(["python", *sys.argv]), refresh)
+    return f"{out}: {size / 1e6:.2f} MB"
 
 
 def follow(asked, mirrors):
@@ -177,7 +194,9 @@ def follow(asked, mirrors):
             before = now
             try:
                 print(make(asked, max(5, int(asked.seconds))), flush=True)
-            except Refused as error: # the run may mend it: its first row is not yet there, a file is half written
+            except (
+                Refused
+            ) as error:  # the run may mend it: its first row is not yet there, a file is half written
                 print(f"waiting: {error}", flush=True)
             mirror(log, mirrors)
         time.sleep(max(0.2, asked.seconds))

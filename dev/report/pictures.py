@@ -1,12 +1,13 @@
 """
 The README's pictures, of real runs: cards of their report, as a headless Chromium draws them.
 
-    python dev/report/pictures.py runs/relu runs/topk --out dev/doc/pictures       (needs Chromium: browser.py)
+    python dev/report/pictures.py runs/relu runs/topk --out dev/doc/pictures     (needs Chromium)
 
     stages.png       loss, lambda and S of the first run, the stages shaded
     domains.png      what each expert of one layer gets of each domain, all runs
     text.png         tokens shaded by their number of experts, and by which experts
 """
+
 import argparse
 import json
 import shlex
@@ -20,46 +21,67 @@ from small_png import smaller
 from sources import Refused
 
 WIDTH, SCALE = 860, 1.6
-MOST_BYTES = 300_000 # together
-TEXT_HEIGHT = 13 * 25 + 21 # whole lines
+MOST_BYTES = 300_000  # together
+TEXT_HEIGHT = 12 + 13 * 25  # whole lines
 
 
 def words():
     parser = argparse.ArgumentParser(description="the README's pictures, of real runs", allow_abbrev=False)
-    parser.add_argument("run", nargs="+", help="folders of runs, each with stats.safetensors and trace.safetensors")
+    parser.add_argument(
+        "run", nargs="+", help="folders of runs, each with stats.safetensors and trace.safetensors"
+    )
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--layer", type=int, metavar="l", help="of domains and experts (default: the middle one; of the text the busiest)")
-    parser.add_argument("--text", default="", metavar="NAME", help="source of the trace to show (default: its first)")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="l",
+        help="of domains and experts (default: the middle one; of the text the busiest)",
+    )
+    parser.add_argument(
+        "--text", default="", metavar="NAME", help="source of the trace to show (default: its first)"
+    )
     parser.add_argument("--dark", action="store_true")
     return parser
 
 
+STYLE = f"""
+    header, .bar, .modebar, .missing, .text {{ display: none !important }}
+    body {{ background: none }}
+    .card {{ margin: 0; border: 0; border-radius: 0 }}
+    .grid {{ grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)) }}
+    .readers {{ grid-template-columns: 1fr 1fr }}
+    .scale {{ flex-wrap: nowrap; white-space: nowrap; font-size: 0.7rem; gap: 7px }}
+    .tokens {{ max-height: {TEXT_HEIGHT}px; overflow: hidden; padding-bottom: 0 }}
+"""
+
+
 def set_up(page, layer):
     """the page as for a picture: nothing that scrolls or is to be clicked"""
-    page.wait("window.report && report.ready")
-    page.eval("""(() => {
-        const style = document.createElement("style");
-        style.textContent = ".bar, header, .modebar, .missing, .text { display: none !important } body { background: none } .card { margin: 0; border-radius: 0; border: 0 }"
-            + ".readers { grid-template-columns: 1fr 1fr } .tokens { max-height: HEIGHTpx; overflow: hidden }";
-        document.head.append(style);
-    })()""".replace("HEIGHT", str(TEXT_HEIGHT)))
+    page.eval(
+        f"document.head.append(Object.assign(document.createElement('style'), {{textContent: `{STYLE}`}}))"
+    )
     page.eval(f"report.chooseLayers([{layer}])")
 
 
-def take(page, out):
+def take(page, name, card, out):
+    """a card's picture, in a palette; nothing where the report has no such figure"""
+    path = out / f"{name}.png"
+    if page.eval(f"!!document.querySelector('#{card} .plot, #{card} .reader')"):
+        page.screenshot(path, f"#{card}")
+        path.write_bytes(smaller(path.read_bytes()))
+        return [path]
+    print(
+        f"no {path.name}: the runs have nothing to show of it\n  ---> make report, which says what is missing"
+    )
+    return []
+
+
+def take_all(page, asked, layers, out):
     page.eval("report.drawAll().then(() => 1)")
-    for name in ("stages", "domains"):
-        if page.eval(f"!!document.querySelector('#{name} .plot')"):
-            page.screenshot(out / f"{name}.png", f"#{name}")
-
-
-def take_text(page, out, layers, name, layer):
-    """both shades of the first run, one beside the other"""
-    if not page.eval("!!document.getElementById('coloured')"):
-        return
+    made = take(page, "stages", "stages", out) + take(page, "domains", "domains", out)
     page.eval(f"report.chooseLayers({list(range(layers))})")
-    page.eval(f"report.pictureOfText({json.dumps(name)}, {json.dumps(layer)})")
-    page.screenshot(out / "text.png", "#text")
+    page.eval(f"report.pictureOfText({json.dumps(asked.text)}, {json.dumps(asked.layer)})")
+    return made + take(page, "text", "text", out)
 
 
 def pictures(asked):
@@ -76,11 +98,7 @@ def pictures(asked):
                 raise Refused(f"--layer {layer}: the runs have {layers} layers\n  ---> 0 to {layers - 1}")
             out.mkdir(parents=True, exist_ok=True)
             set_up(page, layer)
-            take(page, out)
-            take_text(page, out, layers, asked.text, asked.layer)
-    made = sorted(out.glob("*.png"))
-    for path in made:
-        path.write_bytes(smaller(path.read_bytes()))
+            made = take_all(page, asked, layers, out)
     size = sum(path.stat().st_size for path in made)
     print(f"{out}: {', '.join(path.name for path in made)}, {size} bytes")
     if size > MOST_BYTES:
@@ -94,7 +112,9 @@ def main():
     except (Refused, BrowserError) as error:
         return refused(error)
     except OSError as error:
-        return refused(f"cannot write to {asked.out}: {error.strerror}\n  ---> name another folder with --out")
+        return refused(
+            f"cannot write to {asked.out}: {error.strerror}\n  ---> name another folder with --out"
+        )
     return 0
 
 

@@ -12,6 +12,7 @@ What was made from a checkpoint is found in its run's folder, or named, in the o
 
 Where something is missing the page says which command makes it. Errors: exit 1, 2 for usage.
 """
+
 import argparse
 import os
 import shlex
@@ -25,18 +26,32 @@ INSTALL = "pip install -r dev/report/requirements.txt"
 
 
 def words():
-    parser = argparse.ArgumentParser(description="one HTML file that shows a run, or several side by side", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="one HTML file that shows a run, or several side by side", allow_abbrev=False
+    )
     parser.add_argument("run", nargs="+", help="a run's folder: what ./train_remoe --out wrote")
-    parser.add_argument("--stats", nargs="+", default=[], metavar="FILE", help="of --eval --stats, one per run (default: RUN/stats.safetensors)")
-    parser.add_argument("--trace", nargs="+", default=[], metavar="FILE", help="of --trace, one per run (default: RUN/trace.safetensors)")
+    parser.add_argument(
+        "--stats",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="of --eval --stats, one per run (default: RUN/stats.safetensors)",
+    )
+    parser.add_argument(
+        "--trace",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="of --trace, one per run (default: RUN/trace.safetensors)",
+    )
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the first run's folder")
     return parser
 
 
 def check_plotly():
     try:
-        import numpy # noqa: F401
-        import plotly # noqa: F401
+        import numpy  # noqa: F401
+        import plotly  # noqa: F401
     except ImportError as error:
         raise Refused(f"{error.name} is not installed\n  ---> {INSTALL}") from None
 
@@ -49,12 +64,16 @@ def open_file(kind, named, i, run):
         return None
     file = kind(path)
     if run.router is not None and file.router and file.router != run.router:
-        raise Refused(f"{path} is of a {file.router} model ({file.checkpoint}), {run.folder} is a {run.router} run"
-                      f"\n  ---> name --{kind.__name__.lower()} files in the order of the runs")
-    layers = run.arrays("layer_sparsity", 1)[1].shape[-1]
+        raise Refused(
+            f"{path} is of a {file.router} model ({file.checkpoint}), {run.folder} is a {run.router} run"
+            f"\n  ---> name --{kind.__name__.lower()} files in the order of the runs"
+        )
+    layers = run.layers
     if layers and layers != file.layers:
-        raise Refused(f"{path} is of {file.layers} layers ({file.checkpoint}), {run.folder} has {layers}"
-                      f"\n  ---> name --{kind.__name__.lower()} files in the order of the runs")
+        raise Refused(
+            f"{path} is of {file.layers} layers ({file.checkpoint}), {run.folder} has {layers}"
+            f"\n  ---> name --{kind.__name__.lower()} files in the order of the runs"
+        )
     return file
 
 
@@ -71,13 +90,18 @@ def distinct_names(folders):
 def open_subjects(folders, stats=(), trace=()):
     from plot import Subject, colour
     from routing_files import Stats, Trace
+
     for kind, files in (("--stats", stats), ("--trace", trace)):
         if len(files) > len(folders):
-            raise Refused(f"{len(files)} files for {kind}, {len(folders)} runs\n  ---> name one per run, in their order")
+            raise Refused(
+                f"{len(files)} files for {kind}, {len(folders)} runs\n  ---> name one per run, in their order"
+            )
     subjects = []
     for i, (folder, name) in enumerate(zip(folders, distinct_names(folders))):
         run = Run(folder)
-        subjects.append(Subject(name, colour(i), run, open_file(Stats, stats, i, run), open_file(Trace, trace, i, run)))
+        subjects.append(
+            Subject(name, colour(i), run, open_file(Stats, stats, i, run), open_file(Trace, trace, i, run))
+        )
     return subjects
 
 
@@ -103,8 +127,14 @@ def write_whole(path, data):
 def make_report(folders, stats, trace, out, command, refresh=0):
     check_plotly()
     from page import make_page
+
     subjects = open_subjects(folders, stats, trace)
-    html = make_page(subjects, " and ".join(s.name for s in subjects[:3]) + (" …" if len(subjects) > 3 else ""), command, refresh)
+    html = make_page(
+        subjects,
+        " and ".join(s.name for s in subjects[:3]) + (" …" if len(subjects) > 3 else ""),
+        command,
+        refresh,
+    )
     write_whole(out, html)
     return len(html)
 

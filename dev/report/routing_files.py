@@ -1,7 +1,9 @@
 """
-The files that --eval --stats and --trace write (safetensors; their tensors are listed in dev/doc/log.md), checked whole before
-anything is drawn: every count is exact, so one that contradicts another is a damaged or foreign file.
+The files that --eval --stats and --trace write (safetensors; their tensors are listed in dev/doc/log.md),
+checked whole before anything is drawn: every count is exact, so one that contradicts another is a damaged or
+foreign file.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,25 @@ def load_tensors(path, kind, command):
         import safetensors
         from safetensors.numpy import load
     except ImportError:
-        raise Refused("safetensors is not installed\n  ---> pip install -r dev/report/requirements.txt") from None
+        raise Refused(
+            "safetensors is not installed\n  ---> pip install -r dev/report/requirements.txt"
+        ) from None
     data = read_bytes(path, MOST_FILE_BYTES)
     again = f"\n  ---> make it anew: {command.format(run='RUN')}"
     try:
         tensors = load(data)
-        header = parse_json(data[8:8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise Refused(f"{path} is damaged, or no safetensors file ({str(error) or type(error).__name__}){again}") from None
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise Refused(
+            f"{path} is damaged, or no safetensors file ({str(error) or type(error).__name__}){again}"
+        ) from None
     metadata = header.get("__metadata__") or {} if isinstance(header, dict) else {}
     if metadata.get("kind") != kind:
         what = f"it is a {metadata['kind']} file" if "kind" in metadata else "its metadata has no 'kind'"
@@ -41,7 +54,9 @@ class Checked:
         self.path = Path(path)
         self.again = f"\n  ---> make it anew: {command.format(run='RUN')}"
         self.metadata, self.tensors = load_tensors(self.path, kind, command)
-        self.layers, self.experts, self.vocabulary = (self.size(key) for key in ("layers", "experts", "vocab_size"))
+        self.layers, self.experts, self.vocabulary = (
+            self.size(key) for key in ("layers", "experts", "vocab_size")
+        )
         self.active = self.size("active")
         self.router = self.metadata.get("router", "")
         self.checkpoint = self.metadata.get("checkpoint", "")
@@ -67,7 +82,8 @@ class Checked:
             self.refuse(f"it lacks the tensor {name}")
         array = self.tensors[name]
         if array.shape != tuple(shape) or array.dtype.kind not in kinds:
-            self.refuse(f"{name} is {array.dtype}{list(array.shape)}, not [{', '.join(map(str, shape))}] of kind {kinds}")
+            wanted = ", ".join(map(str, shape))
+            self.refuse(f"{name} is {array.dtype}{list(array.shape)}, not [{wanted}] of kind {kinds}")
         if kinds != "f" and array.size and array.min() < 0:
             self.refuse(f"{name} has a negative count")
         return array
@@ -87,7 +103,9 @@ class Stats(Checked):
         super().__init__(path, "stats", STATS_COMMAND)
         self.domains = self.names("domains")
         self.tokens = self.tensor("tokens", [len(self.domains)])
-        self.routed = np.stack([self.tensor(f"routed.{name}", [self.layers, self.experts]) for name in self.domains])
+        self.routed = np.stack(
+            [self.tensor(f"routed.{name}", [self.layers, self.experts]) for name in self.domains]
+        )
         self.count = self.tensor("count", [self.vocabulary])
         self.active_sum = self.tensor("active", [self.vocabulary])
         layers = parse_json(self.metadata.get("used_layers", ""))

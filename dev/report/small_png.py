@@ -1,10 +1,11 @@
 """
-A screenshot in a third of its bytes: of a page's colours the 256 most frequent stay, every other one becomes the nearest of them, and a
-pixel is a byte.
+A screenshot in a third of its bytes: of a page's colours the 256 most frequent stay, every other one becomes
+the nearest of them, and a pixel is a byte.
 
-PNG (ISO/IEC 15948): a row is a filter's number and the differences that it left; reading adds them up, and rows of palette
-indices are written without a filter.
+PNG (ISO/IEC 15948): a row is a filter's number and the differences that it left; reading adds them up, and
+rows of palette indices are written without a filter.
 """
+
 import struct
 import zlib
 
@@ -17,13 +18,15 @@ MOST_COLOURS = 256
 def chunks(data):
     at = len(SIGNATURE)
     while at < len(data):
-        size, kind = struct.unpack(">I4s", data[at:at + 8])
-        yield kind, data[at + 8:at + 8 + size]
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        yield kind, data[at + 8 : at + 8 + size]
         at += size + 12
 
 
 def unfilter(kind, row, above, step):
-    """row[i] += a prediction from a = left, b = above, c = above left (bytes, modulo 256); `step` bytes a pixel"""
+    """
+    row[i] += a prediction from a = left, b = above, c = above left (bytes, modulo 256); `step` bytes a pixel
+    """
     if kind == 0:
         return row
     if kind == 2:
@@ -35,7 +38,7 @@ def unfilter(kind, row, above, step):
             guess = a
         elif kind == 3:
             guess = (a + b[i]) // 2
-        else: # Paeth: the neighbour that is nearest to a + b - c
+        else:  # Paeth: the neighbour that is nearest to a + b - c
             to_a, to_b, to_c = abs(b[i] - c), abs(a - c), abs(a + b[i] - 2 * c)
             guess = a if to_a <= to_b and to_a <= to_c else b[i] if to_b <= to_c else c
         x[i] = (x[i] + guess) & 255
@@ -73,5 +76,13 @@ def smaller(data):
     palette, index = palette_of(read(data))
     height, width = index.shape
     rows = np.concatenate([np.zeros((height, 1), np.uint8), index], 1).tobytes()
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)), (b"PLTE", palette.tobytes()), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")]
-    return SIGNATURE + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette.tobytes()),
+        (b"IDAT", zlib.compress(rows, 9)),
+        (b"IEND", b""),
+    ]
+    return SIGNATURE + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
+    )

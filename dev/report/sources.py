@@ -1,10 +1,11 @@
 """
-What a run left on disk, read without trust: log.jsonl, its newest checkpoint's state.json and config.json, the
-statistics of --eval --stats, the traces of --eval --trace.
+What a run left on disk, read without trust: log.jsonl, its newest checkpoint's state.json and config.json,
+the statistics of --eval --stats, the traces of --eval --trace.
 
-A row of a log that cannot be read is dropped and counted, a value that is no number is NaN: an interrupted run has both.
-A file that is not what it should be raises Refused: a sentence, and the command that mends it.
+A row of a log that cannot be read is dropped and counted, a value that is no number is NaN: an interrupted
+run has both. A file that is not what it should be raises Refused: a sentence, and the command that mends it.
 """
+
 import json
 import math
 import stat
@@ -69,6 +70,7 @@ def whole(value, least=0):
 
 def nested(value, depth):
     """-> an array of that many dimensions, or None"""
+
     def is_nested(v, d):
         return isinstance(v, list) and len(v) > 0 and (d == 1 or all(is_nested(w, d - 1) for w in v))
 
@@ -79,12 +81,13 @@ def nested(value, depth):
         return None
     try:
         array = np.array(numbers(value), dtype=np.float64)
-    except ValueError: # ragged
+    except ValueError:  # ragged
         return None
     return array if array.ndim == depth else None
 
 
 # ---------------------------------------------------------------- runs
+
 
 class Run:
     """
@@ -104,14 +107,18 @@ class Run:
     def _read_log(self):
         path = self.folder / "log.jsonl"
         if not self.folder.is_dir():
-            raise Refused(f"{self.folder} is no folder\n  ---> make train, then make report RUN=runs/tiny-relu")
+            raise Refused(
+                f"{self.folder} is no folder\n  ---> make train, then make report RUN=runs/tiny-relu"
+            )
         if not path.exists():
-            raise Refused(f"{self.folder} holds no log.jsonl: it is not a run's folder"
-                          f"\n  ---> name a folder that ./train_remoe --out wrote")
+            raise Refused(
+                f"{self.folder} holds no log.jsonl: it is not a run's folder"
+                f"\n  ---> name a folder that ./train_remoe --out wrote"
+            )
         by_step = {}
         text = read_bytes(path)
         lines = text.split(b"\n")
-        self.cut = lines[-1].strip() != b"" # a run that was killed, or is writing just now
+        self.cut = lines[-1].strip() != b""  # a run that was killed, or is writing just now
         self.changed = path.stat().st_mtime
         for i, line in enumerate(lines):
             if line.strip() == b"":
@@ -130,8 +137,10 @@ class Run:
                 by_step[step] = row
         self.rows = [by_step[step] for step in sorted(by_step)]
         if not self.rows and not self.validations:
-            raise Refused(f"{path} has no row that can be read ({self.dropped} that cannot)"
-                          "\n  ---> name the folder of a run that made at least one step")
+            raise Refused(
+                f"{path} has no row that can be read ({self.dropped} that cannot)"
+                "\n  ---> name the folder of a run that made at least one step"
+            )
 
     def _read_checkpoint(self):
         self.checkpoint = newest_checkpoint(self.folder)
@@ -149,10 +158,12 @@ class Run:
 
     def column(self, key):
         """[n] NaN where a row lacks it"""
+
         def value(row):
             for part in key.split("."):
                 row = row.get(part) if isinstance(row, dict) else None
             return number(row)
+
         return np.array([value(row) for row in self.rows], dtype=np.float64)
 
     def has(self, key):
@@ -167,6 +178,10 @@ class Run:
         shape = Counter(array.shape for _, array in found).most_common(1)[0][0]
         found = [(step, array) for step, array in found if array.shape == shape]
         return np.array([step for step, _ in found]), np.stack([array for _, array in found])
+
+    @property
+    def layers(self):
+        return self.arrays("layer_sparsity", 1)[1].shape[-1]
 
     @property
     def router(self):
@@ -196,7 +211,9 @@ class Run:
 
     @property
     def stage_spans(self):
-        """[(stage, first step, last step)]: a stage begins with its first row and ends where the next begins"""
+        """
+        [(stage, first step, last step)]: a stage begins with its first row and ends where the next begins
+        """
         steps, stage = self.steps, self.stage
         firsts = sorted((int(steps[stage == s][0]), s) for s in (1, 2, 3) if (stage == s).any())
         ends = [first - 1 for first, _ in firsts[1:]] + ([int(steps[-1])] if len(steps) else [])
@@ -219,6 +236,7 @@ def newest_checkpoint(folder):
 
 
 # ---------------------------------------------------------------- tokens
+
 
 def byte_of_unicode():
     """GPT-2's table: vocab.json writes each byte as a printable character"""

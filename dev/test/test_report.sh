@@ -8,4 +8,4 @@ if ! "$python" -c 'import numpy, plotly, safetensors' 2>/dev/null; then
     echo 'report          skipped: no plotly here (pip install -r dev/report/requirements.txt)'
     exit 0
 fi
-exec "$python" dev/test/test_report.py
+exec "$python" dev/test/report/run.py
