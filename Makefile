@@ -232,6 +232,13 @@ fuzz:
 	build/$(TARGET) -max_total_time=$(FUZZ_SECONDS) -close_fd_mask=2 -max_len=65536 -detect_leaks=0 -rss_limit_mb=4096 \
 		-artifact_prefix=build/fuzz/ build/fuzz/$(TARGET) $(wildcard dev/fuzz/corpus/$(TARGET:fuzz_%=%))
 
+# a page of a run, or of two side by side; STATS and TRACE name what is not in the runs' folders
+RUN ?= runs/tiny-relu
+REPORT_PYTHON ?= $(firstword $(wildcard build/report/bin/python) python3)
+.PHONY: report
+report:
+	$(REPORT_PYTHON) dev/report/report.py $(RUN) $(RUN2) $(if $(STATS),--stats $(STATS)) $(if $(TRACE),--trace $(TRACE)) $(if $(OUT),--out $(OUT))
+
 # all that .clang-format governs, in place
 format:
 	@command -v clang-format >/dev/null || { echo 'make format needs clang-format ---> apt-get install clang-format'; exit 1; }
@@ -254,6 +261,7 @@ help:
 	@echo 'make fuzz         a parser against hostile bytes (clang); TARGET=fuzz_json, FUZZ_SECONDS=60'
 	@echo 'make bench        sgemm against OpenBLAS (where installed), and the trainer'
 	@echo "make bench-gpu    speed on this GPU, into README's table; GPT2_DATA=SHARDS, ROWS='small g8', PEER=script.py"
+	@echo 'make report       a page of a run to look at (Python: dev/report/requirements.txt); RUN=runs/x, RUN2=runs/y, STATS=FILES, TRACE=FILES'
 	@echo 'make sample       remake data/sample.jsonl from the sources'
 	@echo 'make sample-data  its vocabulary and token shards, in build/sample'
 	@echo 'make data-tools   build/train_tokenizer and build/tokenize: a vocabulary and token shards of your own text'
