@@ -16,10 +16,9 @@ warning.
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
-// The loss of sequences first .. first + B - 1. VALIDATION_DAMAGED when a token has changed since the run
-// began into one that the vocabulary lacks
-static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
-                                        double *loss) {
+// Begins the loss of sequences first .. first + B - 1. VALIDATION_DAMAGED, and nothing begun, when a token has
+// changed since the run began into one that the vocabulary lacks
+static inline Validation begin_batch(Run *run, const DataLoader *loader, int64_t first, int B) {
     int64_t T = run->options.seq_len, bad_token;
     for (int b = 0; b < B; b++) {
         if (dataloader_try_sequence(loader, first + b, run->config.vocab_size, run->inputs + b * T,
@@ -27,7 +26,7 @@ static inline Validation validate_batch(Run *run, const DataLoader *loader, int6
             return VALIDATION_DAMAGED;
         }
     }
-    *loss = model_loss(run->model, run->inputs, run->targets, B, (int)T);
+    model_loss_begin(run->model, run->inputs, run->targets, B, (int)T);
     return VALIDATED;
 }
 
@@ -50,6 +49,28 @@ static inline Validation gather_losses(Run *run, double *losses, int64_t count, 
     return outcome;
 }
 
+// losses [count]: those of this rank's micro-batches. While the model computes one, the next is read
+static inline Validation own_losses(Run *run, const DataLoader *loader, double *losses, int64_t count,
+                                    int64_t sequences) {
+    const Options *o = &run->options;
+    Validation outcome = VALIDATED;
+    int64_t computing = -1;
+    for (int64_t i = run->ranks.rank; i < count && outcome == VALIDATED; i += run->ranks.count) {
+        int64_t left = sequences - i * o->batch;
+        int B = (int)(left < o->batch ? left : o->batch);
+        ranks_beat(&run->ranks, run->state.step, "validation");
+        outcome = stop_requested ? VALIDATION_STOPPED : begin_batch(run, loader, i * o->batch, B);
+        if (computing >= 0) {
+            losses[computing] = model_loss_end(run->model, NULL);
+        }
+        computing = outcome == VALIDATED ? i : -1;
+    }
+    if (computing >= 0) {
+        losses[computing] = model_loss_end(run->model, NULL);
+    }
+    return outcome;
+}
+
 // Mean loss of up to val_batches micro-batches of one shard, its windows in order, which the ranks take in
 // turns; *tokens counts the targets. A signal ends it early
 static inline Validation validate_domain(Run *run, const DataLoader *loader, double *loss, int64_t *tokens) {
@@ -58,14 +79,7 @@ static inline Validation validate_domain(Run *run, const DataLoader *loader, dou
     sequences = sequences < most ? sequences : most;
     int64_t count = (sequences + o->batch - 1) / o->batch;
     double *losses = NEW(double, count), sum = 0.0;
-    Validation outcome = VALIDATED;
-    for (int64_t i = run->ranks.rank; i < count && outcome == VALIDATED; i += run->ranks.count) {
-        int64_t left = sequences - i * o->batch;
-        int B = (int)(left < o->batch ? left : o->batch);
-        ranks_beat(&run->ranks, run->state.step, "validation");
-        outcome =
-            stop_requested ? VALIDATION_STOPPED : validate_batch(run, loader, i * o->batch, B, &losses[i]);
-    }
+    Validation outcome = own_losses(run, loader, losses, count, sequences);
     outcome = gather_losses(run, losses, count, outcome);
     *tokens = sequences * o->seq_len;
     for (int64_t i = 0; i < count; i++) {

@@ -2,7 +2,7 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --dump FILE, --export DIR
+    train (the default), or: --bench [forward|sample], --eval, --sample TEXT, --dump FILE, --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
@@ -34,6 +34,14 @@ static inline void catch_signals(void) {
     }
 }
 
+static inline void bench_mode(Run *run) {
+    switch (run->options.bench) {
+    case BENCH_FORWARD: bench_forward(run); break;
+    case BENCH_SAMPLE: bench_sample(run); break;
+    default: bench(run); break;
+    }
+}
+
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
     machine_start(argv);
@@ -51,7 +59,7 @@ static inline int run_main(const char *program, int argc, char **argv) {
         sample(run);
     } else if (run->options.bench) {
         print_table(run);
-        bench(run);
+        bench_mode(run);
     } else {
         catch_signals();
         print_table(run);

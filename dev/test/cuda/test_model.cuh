@@ -544,27 +544,6 @@ static void update_case(void) {
     update_case_of("auxfree");
 }
 
-// logits with the key/value cache, position by position, are the full forward's
-static void sampling_case(void) {
-    const ModelCase t = narrow_if_few({"sampling", "relu", 4, 1, 1, 2, 48, 2, 1, 2, 67, 1, 20, 1, 0, 8.0f});
-    const int first = few_cases ? t.T - 1 : 5;
-    Examination x;
-    examination_init(&x, &t);
-    float *params = draw_weights(&t, &x.config);
-    Model *m = open_for(&x, FOR_GRADIENTS);
-    examine_on_device(&x, m, &t, params, NULL);
-    for (int n = first; n <= t.T; n++) {
-        const float *logits = model_next_logits(m, x.inputs, n, n == first ? 0 : n - 1);
-        check_close("cached logits", logits, x.logits + (int64_t)(n - 1) * t.V, (size_t)t.V,
-                    tolerance(1e-5, 2e-2)); // another tile shape: other rounding
-    }
-    double loss = model_loss(m, x.inputs, x.targets, t.B, t.T);
-    CHECK(fabs(loss - x.stats.lm_loss) <= 1e-6 * loss);
-    model_close(m);
-    free(params);
-    examination_free(&x);
-}
-
 static void model_table_cases(void) {
     const ModelCase *cases = few_cases ? few_model_cases : model_cases;
     size_t count = (few_cases ? sizeof(few_model_cases) : sizeof(model_cases)) / sizeof(ModelCase);
@@ -589,8 +568,7 @@ static void test_cuda_model(void) {
         void (*run)(void);
     } others[] = {{"free routes", free_routes_case}, {"bits", same_bits_case},
                   {"overflow", overflow_case},       {"graph", graph_case},
-                  {"update", update_case},           {"sampling", sampling_case},
-                  {"broken", broken_routers_case}};
+                  {"update", update_case},           {"broken", broken_routers_case}};
     model_table_cases();
     for (size_t i = few_cases; i < sizeof(others) / sizeof(others[0]);
          i++) { // the first has no kernel of its own
