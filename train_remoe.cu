@@ -636,6 +636,7 @@ static void queue_loss(Model *m, int slot) {
     Arena *arena = &m->routing.arena;
     cudaMemcpyKind down = cudaMemcpyDeviceToHost;
     int *planned = exchange_plan(m, losses->planned);
+    arena->alone = 1;
     arena_begin_step(arena, m->stream);
     CUDA_CHECK(cudaMemsetAsync(losses->sums + slot, 0, sizeof(double), m->stream));
     model_forward(m, batch->inputs, B, T, 0, no_draws, NULL);
@@ -649,6 +650,7 @@ static void queue_loss(Model *m, int slot) {
     CUDA_CHECK(cudaMemcpyAsync(counts + cells, arena->most_rows, (size_t)L * sizeof(int), down, m->stream));
     CUDA_CHECK(cudaEventRecord(losses->done[slot], m->stream));
     exchange_plan(m, planned);
+    arena->alone = 0;
 }
 
 void model_loss_begin(Model *m, const int *inputs, const int *targets, int B, int T) {
