@@ -111,6 +111,20 @@ typedef struct {
     int64_t dgate_capacity;
 } ActivationGradients;
 
+// losses that have been begun, by their number modulo MOST_LOSSES
+typedef struct {
+    double loss[MOST_LOSSES];
+    int64_t active[MOST_LOSSES], begun, ended;
+} Losses;
+
+// a text that is continued: its tokens so far, of which the first `cached` have keys and values in the cache
+typedef struct {
+    int *ids; // [T + 1]
+    int length, cached;
+    Sampling sampling;
+    int64_t draw;
+} Text;
+
 struct Model {
     Config config;
     uint64_t seed; // of the routers' draws
@@ -119,7 +133,9 @@ struct Model {
     Range everything; // of a flat buffer: one rank keeps all of it
     Activations acts;
     ActivationGradients back;
-    Merged merged;  // lory's experts of some segments
+    Merged merged; // lory's experts of some segments
+    Losses losses;
+    Text text;
     float *scratch; // the experts' rows: P (d + F + 1) floats; grows with P
     int64_t scratch_capacity;
     double seconds[TIME_ROWS], last_lap;
@@ -295,6 +311,7 @@ static void model_allocate_activations(Model *m, int B, int T) {
         merged_open(&m->merged, c->layers, most_segments(c, B, T), N, c->router.experts, c->hidden, c->ffn,
                     m->params.grad != NULL);
     }
+    m->text.ids = NEW(int, T + 1);
     if (m->params.grad != NULL) {
         m->back.dx = floats(N * d);
         m->back.dnormed = floats(N * d);
@@ -324,6 +341,7 @@ static void model_free(Model *m) {
     for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) {
         free(buffers[i]);
     }
+    free(m->text.ids);
     free(acts->layers);
     merged_close(&m->merged);
     params_free(p);
@@ -692,9 +710,25 @@ void model_update(Model *m, double lr, double weight_decay, float grad_scale, in
     lap(m, TIME_UPDATE);
 }
 
-double model_loss(Model *m, const int *inputs, const int *targets, int B, int T) {
+void model_loss_begin(Model *m, const int *inputs, const int *targets, int B, int T) {
+    Losses *losses = &m->losses;
+    int64_t i = losses->begun++ % MOST_LOSSES;
+    m->last_lap = seconds_now();
     model_forward(m, inputs, B, T, 0, no_draws, NULL, NULL);
-    return classifier(m, targets, (int64_t)B * T, 0.0f, NULL);
+    losses->loss[i] = classifier(m, targets, (int64_t)B * T, 0.0f, NULL);
+    losses->active[i] = 0;
+    lap(m, TIME_HEAD);
+    for (int l = 0; l < m->config.layers; l++) {
+        losses->active[i] += m->acts.layers[l].pairs.num_pairs;
+    }
+}
+
+double model_loss_end(Model *m, int64_t *active) {
+    int64_t i = m->losses.ended++ % MOST_LOSSES;
+    if (active != NULL) {
+        *active = m->losses.active[i];
+    }
+    return m->losses.loss[i];
 }
 
 void model_look(Model *m, const int *inputs, int B, int T) {
@@ -766,12 +800,31 @@ int model_shares_contexts(void) {
     return 1;
 }
 
-const float *model_next_logits(Model *m, const int *ids, int n, int start) {
+// [V]: logits of position n - 1 of one sequence; the positions before start are in the cache
+static float *next_logits(Model *m, const int *ids, int n, int start) {
     int d = m->config.hidden;
     model_forward(m, ids + start, 1, n, start, no_draws, &n, NULL); // n: the prompt, if start is 0
     matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(n - 1 - start) * d, m->params.weights.head, 1,
                    d, m->config.vocab_size);
     return m->acts.logits;
+}
+
+void model_read(Model *m, const int *ids, int n, const Sampling *s, int64_t draw, int64_t most) {
+    (void)most;
+    memcpy(m->text.ids, ids, (size_t)n * sizeof(int));
+    m->text.length = n;
+    m->text.cached = 0;
+    m->text.sampling = *s;
+    m->text.draw = draw;
+}
+
+int model_next_token(Model *m) {
+    Text *text = &m->text;
+    float *logits = next_logits(m, text->ids, text->length, text->cached);
+    int token = sample_next(logits, &text->sampling, text->draw++);
+    text->cached = text->length;
+    text->ids[text->length++] = token;
+    return token;
 }
 
 void model_examine(Model *m, const int *inputs, const int *targets, int B, int T, double reg_weight,
@@ -795,6 +848,10 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     }
 }
 
+int model_weight_bytes(void) {
+    return sizeof(float);
+}
+
 int model_takes_ranks(void) {
     return 0;
 }
@@ -806,6 +863,11 @@ double model_memory_gb(const Model *m) {
 
 // a CPU has no peak that all agree on
 double model_peak_flops(const Model *m) {
+    (void)m;
+    return 0.0;
+}
+
+double model_peak_bytes(const Model *m) {
     (void)m;
     return 0.0;
 }

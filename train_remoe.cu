@@ -583,7 +583,6 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
     m->settings = *settings;
     m->settings.recompute = settings->recompute && settings->purpose != FOR_INFERENCE;
     m->k = config->router.active;
-    m->host_logits = NEW(float, config->vocab_size);
     m->routing.recent_rows = NEW(int, config->layers);
     m->acts.layers = NEW(LayerActs, config->layers);
     params_open_lists(&m->params, config);
@@ -599,6 +598,8 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
     refuse_too_large(m, need, available, most);
     allocate_all(m, choose_store_rows(m, available - need));
     allocate_batches(m, settings->micro_batches);
+    losses_open(m);
+    text_open(&m->text, config, m->stream);
     upload_rope(m);
     clear_params(&m->params, m->stream);
     comm_connect(&m->comm);
@@ -612,6 +613,8 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
 void model_close(Model *m) {
     CUDA_CHECK(cudaDeviceSynchronize());
     comm_close(&m->comm);
+    text_close(&m->text);
+    losses_close(&m->losses);
     gemm_close(&m->gemm);
     arena_free(&m->routing.arena);
     memory_release(&m->memory);
@@ -619,7 +622,6 @@ void model_close(Model *m) {
     CUDA_CHECK(cudaStreamDestroy(m->stream));
     free(m->step.batches);
     free(m->step.id_places);
-    free(m->host_logits);
     free(m->routing.recent_rows);
     free(m->acts.layers);
     params_close_lists(&m->params);
@@ -658,31 +660,121 @@ void model_route(Model *m, RouterMethod method, int k) {
     m->k = k;
 }
 
-// the worst case of N tokens, for a forward apart from training; returns training's plan, to be put back
-static int *plan_apart(Model *m, int N) {
+// another plan of the arena, for a forward apart from training; returns the one that was in force
+static int *exchange_plan(Model *m, int *plan) {
     int *planned = m->routing.arena.planned;
-    m->routing.arena.planned = NEW(int, m->config.layers);
-    plan_worst(m, N);
+    m->routing.arena.planned = plan;
     return planned;
 }
 
-static void plan_back(Model *m, int *planned) {
-    free(m->routing.arena.planned);
-    m->routing.arena.planned = planned;
+// a forward that no backward follows, by evaluation's plan; contexts: as in model_forward
+static void queue_alone(Model *m, const int *ids, int B, int T, const int *contexts) {
+    Arena *arena = &m->routing.arena;
+    int *planned = exchange_plan(m, m->losses.planned);
+    arena->alone = 1;
+    arena_begin_step(arena, m->stream);
+    model_forward(m, ids, B, T, 0, no_draws, contexts, NULL);
+    exchange_plan(m, planned);
+    arena->alone = 0;
 }
 
-double model_loss(Model *m, const int *inputs, const int *targets, int B, int T) {
-    double loss;
-    int N = B * T;
-    int *planned = plan_apart(m, N);
-    upload_batch(m, 0, inputs, targets, N);
-    model_forward(m, m->step.batches[0].inputs, B, T, 0, no_draws, NULL, NULL);
-    classifier(m, m->step.batches[0].targets, N, 0.0f, NULL);
-    CUDA_CHECK(cudaMemsetAsync(&m->step.sums->lm_loss, 0, sizeof(double), m->stream));
-    sum_losses(&m->step.sums->lm_loss, m->acts.losses, N, 1.0 / N, m->stream);
-    copy_now(&loss, &m->step.sums->lm_loss, sizeof(double), cudaMemcpyDeviceToHost, m->stream);
-    plan_back(m, planned);
-    return loss;
+// what the host wants to know of it is on its way
+static void queue_findings(Model *m, int slot) {
+    LossResult *result = loss_result(m, slot);
+    int L = m->config.layers, *counts = (int *)(result + 1);
+    int64_t cells = (int64_t)L * m->config.router.experts;
+    const Arena *arena = &m->routing.arena;
+    cudaMemcpyKind down = cudaMemcpyDeviceToHost;
+    result->overflow = 0; // of which the device writes half
+    CUDA_CHECK(cudaMemcpyAsync(&result->overflow, arena->overflow, sizeof(int), down, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(counts, m->acts.layers[0].pairs.counts, (size_t)cells * sizeof(int), down,
+                               m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(counts + cells, arena->most_rows, (size_t)L * sizeof(int), down, m->stream));
+    CUDA_CHECK(cudaEventRecord(m->losses.done[slot], m->stream));
+}
+
+// a loss whose batch is on the device
+static void queue_loss(Model *m, int slot) {
+    Losses *losses = &m->losses;
+    const Batch *batch = &losses->batches[slot];
+    int B = losses->B[slot], T = losses->T[slot];
+    CUDA_CHECK(cudaMemsetAsync(losses->sums + slot, 0, sizeof(double), m->stream));
+    queue_alone(m, batch->inputs, B, T, NULL);
+    classifier(m, batch->targets, B * T, 0.0f, NULL);
+    sum_losses(losses->sums + slot, m->acts.losses, B * T, 1.0 / (B * T), m->stream);
+    mark(m, NULL);
+    CUDA_CHECK(cudaMemcpyAsync(&loss_result(m, slot)->loss, losses->sums + slot, sizeof(double),
+                               cudaMemcpyDeviceToHost, m->stream));
+    queue_findings(m, slot);
+}
+
+void model_loss_begin(Model *m, const int *inputs, const int *targets, int B, int T) {
+    Losses *losses = &m->losses;
+    int slot = (int)(losses->begun++ % MOST_LOSSES), N = B * T;
+    int64_t most = (int64_t)m->settings.B * m->settings.T;
+    int *host = losses->staging + slot * 2 * most;
+    memcpy(host, inputs, (size_t)N * sizeof(int));
+    memcpy(host + most, targets, (size_t)N * sizeof(int));
+    CUDA_CHECK(cudaMemcpyAsync(losses->batches[slot].inputs, host, (size_t)N * sizeof(int),
+                               cudaMemcpyHostToDevice, m->stream));
+    CUDA_CHECK(cudaMemcpyAsync(losses->batches[slot].targets, host + most, (size_t)N * sizeof(int),
+                               cudaMemcpyHostToDevice, m->stream));
+    losses->B[slot] = B;
+    losses->T[slot] = T;
+    queue_loss(m, slot);
+}
+
+// plans evaluation's launches from what a loss has found; whether its own plan was large enough
+static int plan_next_losses(Model *m, const LossResult *result) {
+    Losses *losses = &m->losses;
+    Arena *arena = &m->routing.arena;
+    const int *rows = (const int *)(result + 1) + (int64_t)m->config.layers * m->config.router.experts;
+    int *planned = exchange_plan(m, losses->planned);
+    if (result->overflow) {
+        arena_grow(arena, rows);
+    } else {
+        arena_remember(losses->recent_rows, rows, m->config.layers);
+        arena_plan(arena, losses->recent_rows);
+    }
+    exchange_plan(m, planned);
+    return !result->overflow;
+}
+
+double model_loss_end(Model *m, int64_t *active) {
+    int slot = (int)(m->losses.ended++ % MOST_LOSSES);
+    const LossResult *result = loss_result(m, slot);
+    CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
+    while (!plan_next_losses(m, result)) { // a layer had more pairs than were planned for
+        queue_loss(m, slot);
+        CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
+    }
+    if (active != NULL) {
+        const int *counts = (const int *)(result + 1);
+        *active = 0;
+        for (int64_t i = 0; i < (int64_t)m->config.layers * m->config.router.experts; i++) {
+            *active += counts[i];
+        }
+    }
+    return result->loss;
+}
+
+// ----------------------------------------------------------------------------
+// a forward alone
+
+// waits for it; again, if a layer had more pairs than were planned for. contexts: as in model_forward
+static void look(Model *m, const int *inputs, int B, int T, const int *contexts) {
+    int slot = (int)(m->losses.begun % MOST_LOSSES);
+    int *ids = m->losses.batches[slot].inputs;
+    copy_now(ids, inputs, (size_t)(B * T) * sizeof(int), cudaMemcpyHostToDevice, m->stream);
+    do {
+        queue_alone(m, ids, B, T, contexts);
+        queue_findings(m, slot);
+        CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
+    } while (!plan_next_losses(m, loss_result(m, slot)));
+}
+
+void model_look(Model *m, const int *inputs, int B, int T) {
+    look(m, inputs, B, T, NULL);
 }
 
 // rows [n, d] = normed[which]
@@ -718,22 +810,109 @@ static void score_rows(Model *m, const int *rows, const int *targets, int64_t n,
 
 // (a sequence alone costs its padding here, and its context's computation: contexts are not shared)
 void model_score(Model *m, const ScoreBatch *s, float *ll, unsigned char *greedy) {
-    int N = s->B * s->T;
     int64_t most = (int64_t)m->settings.B * m->settings.T;
-    int *planned = plan_apart(m, N);
-    copy_now(m->step.batches[0].inputs, s->ids, (size_t)N * sizeof(int), cudaMemcpyHostToDevice, m->stream);
-    model_forward(m, m->step.batches[0].inputs, s->B, s->T, 0, no_draws,
-                  router_merges(m->config.router.method) ? s->contexts : NULL, NULL);
+    look(m, s->ids, s->B, s->T, router_merges(m->config.router.method) ? s->contexts : NULL);
     for (int64_t first = 0; first < s->n; first += most) {
         int64_t count = s->n - first < most ? s->n - first : most;
         score_rows(m, s->rows + first, s->targets + first, count, ll + first, greedy + first);
     }
-    plan_back(m, planned);
 }
 
 int model_shares_contexts(void) {
     return 0;
 }
+
+// ----------------------------------------------------------------------------
+// a text, token after token (gpu/text.cuh)
+
+// the text's token, at its position: t->x [d] -> the same after layer l
+static void decode_layer(Model *m, int l) {
+    const Config *c = &m->config;
+    const LayerReads *w = &m->params.weights.layers[l];
+    Text *t = &m->text;
+    int d = c->hidden, H = c->heads, KV = c->kv_heads, hd = c->head_size;
+    float eps = (float)c->norm_eps;
+    const int *position = &t->state->position;
+    floatX *cache = m->acts.layers[l].qkv;
+    Router router = router_in_force(m);
+    DeviceBank bank = layer_bank(m, l);
+    const float *weights = w->router;
+    if (router_merges(router.method)) { // one expert, which the prompt has merged
+        bank = prompt_bank(&m->routing.merged, bank, l);
+        router.method = ROUTER_DENSE;
+        router.experts = 1;
+        weights = NULL;
+    }
+    DecodeRouter one = {weights,
+                        w->bias,
+                        &t->state->token,
+                        t->router_logits,
+                        t->mask,
+                        t->tickets + H,
+                        t->pairs,
+                        router.method,
+                        router.experts,
+                        router.active,
+                        (float)router.jitter};
+    decode_qkv(cache, position, t->x, w->attn_norm, w->qkv, m->acts.rope, d, H + 2 * KV, H + KV, hd, eps,
+               m->stream);
+    decode_attention(t->att, t->partial, t->tickets, cache, position, m->settings.T, H, KV, hd, m->stream);
+    decode_output(t->mid, t->x, t->att, w->o, d, m->stream);
+    decode_router(t->normed, one, t->mid, w->ffn_norm, d, eps, m->stream);
+    decode_up(t->h, t->normed, t->pairs, bank.gate_up, bank.E, router.active, d, bank.F, m->stream);
+    decode_down(t->x, t->mid, t->h, t->pairs, bank.down, d, bank.F, m->stream);
+}
+
+// the last layer's output in t->x -> the next token, and its embedding in t->x
+static void decode_next(Model *m) {
+    const Config *c = &m->config;
+    Text *t = &m->text;
+    decode_head(t->logits, t->x, m->params.weights.norm, m->params.weights.head, &t->state->sampling.allowed,
+                c->vocab_size, c->hidden, (float)c->norm_eps, m->stream);
+    sample_on_device(t->state, t->ring, t->x, m->params.weights.embed, t->logits, t->ids, t->values,
+                     c->hidden, m->stream);
+}
+
+static void queue_token(Model *m) {
+    if (m->text.queued == 0) { // the prompt's forward has done the layers
+        decode_next(m);
+    } else {
+        text_queue_step(&m->text, m->config.router.method, m->k, m->stream, [=] {
+            for (int l = 0; l < m->config.layers; l++) {
+                decode_layer(m, l);
+            }
+            decode_next(m);
+        });
+    }
+    text_queued(&m->text, m->stream);
+}
+
+void model_read(Model *m, const int *ids, int n, const Sampling *s, int64_t draw, int64_t most) {
+    Text *t = &m->text;
+    TextState state = {*s, n - 1, 0, draw, 0};
+    int64_t d = m->config.hidden, room = m->settings.T - n + 1;
+    int *planned = exchange_plan(m, NEW(int, m->config.layers));
+    CUDA_CHECK(cudaMemcpyAsync(m->step.batches[0].inputs, ids, (size_t)n * sizeof(int),
+                               cudaMemcpyHostToDevice, m->stream));
+    plan_worst(m, n);
+    model_forward(m, m->step.batches[0].inputs, 1, n, 0, no_draws, &n, NULL);
+    CUDA_CHECK(cudaMemcpyAsync(t->x, m->acts.x + (n - 1) * d, (size_t)d * sizeof(floatX),
+                               cudaMemcpyDeviceToDevice, m->stream));
+    copy_now(t->state, &state, sizeof(state), cudaMemcpyHostToDevice, m->stream); // behind an earlier text
+    t->queued = t->taken = 0;
+    t->most = most < room ? most : room;
+    free(exchange_plan(m, planned));
+}
+
+int model_next_token(Model *m) {
+    while (text_wants_step(&m->text)) {
+        queue_token(m);
+    }
+    return text_take(&m->text);
+}
+
+// ----------------------------------------------------------------------------
+// what can be compared
 
 static void download(const Model *m, float *host, const floatX *device, int64_t n) {
 #ifdef PRECISION_FP32
@@ -746,28 +925,6 @@ static void download(const Model *m, float *host, const floatX *device, int64_t 
     }
     free(rounded);
 #endif
-}
-
-const float *model_next_logits(Model *m, const int *ids, int n, int start) {
-    int d = m->config.hidden, V = m->config.vocab_size, rows = n - start;
-    Batch *batch = &m->step.batches[0];
-    int *planned = plan_apart(m, rows);
-    CUDA_CHECK(cudaMemcpyAsync(batch->inputs, ids + start, (size_t)rows * sizeof(int), cudaMemcpyHostToDevice,
-                               m->stream));
-    model_forward(m, batch->inputs, 1, n, start, no_draws, &n, NULL); // n: the prompt, if start is 0
-    matmul_forward(m->acts.logits, m->acts.normed + (int64_t)(rows - 1) * d, m->params.weights.head, 1, d, V,
-                   &m->gemm, m->stream);
-    download(m, m->host_logits, m->acts.logits, V);
-    plan_back(m, planned);
-    return m->host_logits;
-}
-
-void model_look(Model *m, const int *inputs, int B, int T) {
-    int *planned = plan_apart(m, B * T);
-    upload_batch(m, 0, inputs, inputs, B * T);
-    model_forward(m, m->step.batches[0].inputs, B, T, 0, no_draws, NULL, NULL);
-    CUDA_CHECK(cudaStreamSynchronize(m->stream)); // the staging buffer is free again
-    plan_back(m, planned);
 }
 
 void model_masks(Model *m, int64_t N, uint64_t *masks) {
@@ -835,6 +992,10 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
     }
 }
 
+int model_weight_bytes(void) {
+    return sizeof(floatX);
+}
+
 int model_takes_ranks(void) {
     return 1;
 }
@@ -845,6 +1006,10 @@ double model_memory_gb(const Model *m) {
 
 double model_peak_flops(const Model *m) {
     return device_peak_flops(m->comm.device) * m->comm.ranks;
+}
+
+double model_peak_bytes(const Model *m) {
+    return device_peak_bytes(m->comm.device);
 }
 
 double model_profile(Model *m, int on) {

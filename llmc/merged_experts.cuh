@@ -92,7 +92,8 @@ static inline DeviceSegments device_segments(const Arena *arena, Segments s, int
 }
 
 // its rows, whose experts are numbered from the chunk's first segment on
-static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch dispatch, DeviceSegments chunk) {
+static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch dispatch,
+                                           DeviceSegments chunk) {
     int R = segment_rows(chunk.all);
     RowChunk rows = {dispatch.offsets + chunk.first,
                      dispatch.token_of_row,
@@ -106,13 +107,22 @@ static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch di
 }
 
 // A layer's own place serves a prompt, whose experts stay; the first ones serve all else
-static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, DeviceSegments chunk, int layer) {
+static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, DeviceSegments chunk,
+                                     int layer) {
     Segments s = chunk.all;
     int64_t down = (int64_t)bank.F * bank.d;
     int64_t place = s.kept || (s.contexts != NULL && s.sequences == 1) ? layer : 0;
-    DeviceBank to = {chunk.count, bank.d, bank.F, m->gate_up + 2 * place * down, m->down + place * down,
+    DeviceBank to = {chunk.count, bank.d,  bank.F, m->gate_up + 2 * place * down, m->down + place * down,
                      m->dgate_up, m->ddown};
     return to;
+}
+
+// what merged_forward has left of a layer's experts for a prompt
+static inline DeviceBank prompt_bank(const DeviceMerged *m, DeviceBank bank, int layer) {
+    Segments prompt = segments_of(1, 1, 1, NULL);
+    prompt.kept = 1;
+    DeviceSegments one = {prompt, 0, 1};
+    return merged_bank(m, bank, one, layer);
 }
 
 // ----------------------------------------------------------------------------
@@ -146,7 +156,8 @@ static inline CombineChunk merged_forward(const floatX *x, DeviceBank bank, cons
         if (!s.kept) {
             merge_forward(to, a, bank, chunk, stream);
         }
-        experts_chunk_forward(merged_results(arena, rows, bank.d), arena_h(arena, layer, i), x, to, rows, stream);
+        experts_chunk_forward(merged_results(arena, rows, bank.d), arena_h(arena, layer, i), x, to, rows,
+                              stream);
     }
     return merged_combine(arena, pairs, dispatch);
 }

@@ -42,7 +42,7 @@ HOST_AND_DEVICE static inline uint64_t rng_bits(uint64_t seed, uint64_t stream, 
     return rng_mix(rng_mix(rng_mix(seed) ^ stream) ^ counter);
 }
 
-static inline double rng_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
+HOST_AND_DEVICE static inline double rng_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
     uint64_t bits =
         rng_bits(seed, stream, counter) >> 12; // with the half added they fill a double's 53: nothing rounds
     return ((double)bits + 0.5) * (1.0 / 4503599627370496.0);

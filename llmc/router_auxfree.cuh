@@ -33,15 +33,20 @@ struct BiasedKeys {
     }
 };
 
-static __global__ void __launch_bounds__(GROUP_BLOCK)
-    router_auxfree_kernel(uint32_t *mask, float *z, const float *bias, int N, int E, int k, int lanes) {
-    int t = group_token(lanes), experts = t < N ? E : 0;
-    float *row = z + (int64_t)t * E;
+// by a group: row [experts] becomes s, its token's words of the mask the k largest with their biases
+__device__ __forceinline__ void group_auxfree(uint32_t *words, float *row, const float *bias, int experts,
+                                              int E, int k, int lanes) {
     for (int e = group_lane(lanes); e < experts; e += lanes) {
         row[e] = auxfree_score(row[e]);
     }
     BiasedKeys keys = {row, bias};
-    group_mask_largest(mask + (int64_t)t * mask_words(E), keys, experts, E, k, lanes);
+    group_mask_largest(words, keys, experts, E, k, lanes);
+}
+
+static __global__ void __launch_bounds__(GROUP_BLOCK)
+    router_auxfree_kernel(uint32_t *mask, float *z, const float *bias, int N, int E, int k, int lanes) {
+    int t = group_token(lanes);
+    group_auxfree(mask + (int64_t)t * mask_words(E), z + (int64_t)t * E, bias, t < N ? E : 0, E, k, lanes);
 }
 
 // z [N, E] becomes s, mask the k of each token
@@ -89,14 +94,19 @@ __device__ __forceinline__ float group_active_sum(DevicePairs pairs, TokenPairs 
     return group_sum(sum, lanes);
 }
 
-static __global__ void __launch_bounds__(GROUP_BLOCK)
-    router_auxfree_gates_kernel(DevicePairs pairs, const float *s, int N, int E, int lanes) {
-    int t = group_token(lanes);
+// by a group: its token's gates s -> g, of k > 1; s [N, E]
+__device__ __forceinline__ void group_auxfree_gates(DevicePairs pairs, const float *s, int t, int N, int E,
+                                                    int lanes) {
     TokenPairs own = group_pairs(pairs, t, N, lanes);
     float sum = group_active_sum(pairs, own, s + (int64_t)t * E, lanes);
     for (int p = own.begin; p < own.end; p += lanes) {
         pairs.gate[p] /= sum;
     }
+}
+
+static __global__ void __launch_bounds__(GROUP_BLOCK)
+    router_auxfree_gates_kernel(DevicePairs pairs, const float *s, int N, int E, int lanes) {
+    group_auxfree_gates(pairs, s, group_token(lanes), N, E, lanes);
 }
 
 // gates s -> g, of a list that is the method's own or forced

@@ -119,10 +119,11 @@ __device__ __forceinline__ int group_draw(MixerToken token, RouterRound round, i
     return third ? -(drawn + 1) : drawn + 1;
 }
 
-static __global__ void __launch_bounds__(GROUP_BLOCK)
-    router_sparsemixer_kernel(uint32_t *mask, RouterRound *rounds, const float *z, RouterDraws draws,
-                              const float *forced, int N, int E, int k, float jitter, int lanes) {
-    int t = group_token(lanes), W = mask_words(E);
+// by a group: the rounds of token t, and its words of the mask
+__device__ __forceinline__ void group_sparsemixer(uint32_t *mask, RouterRound *rounds, const float *z,
+                                                  RouterDraws draws, const float *forced, int t, int N, int E,
+                                                  int k, float jitter, int lanes) {
+    int W = mask_words(E);
     uint32_t *words = mask + (int64_t)t * W;
     MixerToken token = {z + (int64_t)t * E, words, t < N ? E : 0, lanes, jitter};
     for (int w = token.lane(); w < W && t < N; w += lanes) {
@@ -149,6 +150,12 @@ static __global__ void __launch_bounds__(GROUP_BLOCK)
     }
 }
 
+static __global__ void __launch_bounds__(GROUP_BLOCK)
+    router_sparsemixer_kernel(uint32_t *mask, RouterRound *rounds, const float *z, RouterDraws draws,
+                              const float *forced, int N, int E, int k, float jitter, int lanes) {
+    group_sparsemixer(mask, rounds, z, draws, forced, group_token(lanes), N, E, k, jitter, lanes);
+}
+
 // mask [N, W] and rounds [N, k] of z [N, E]; forced: NULL, or draws [N, E] to repeat
 static inline void router_sparsemixer_forward(uint32_t *mask, RouterRound *rounds, const float *z,
                                               RouterDraws draws, const float *forced, int N, int E, int k,
@@ -163,10 +170,11 @@ __device__ __forceinline__ float round_probability(RouterRound round, float z, f
     return sparsemixer_is_candidate(z, round.max, jitter) ? expf(z - round.max) / round.sum : 0.0f;
 }
 
-static __global__ void __launch_bounds__(GROUP_BLOCK)
-    router_sparsemixer_gates_kernel(DevicePairs pairs, const uint32_t *mask, const float *z, int N, int E,
-                                    int k, float jitter, int lanes) {
-    int t = group_token(lanes), lane = group_lane(lanes);
+// by a group: the gates of token t's pairs
+__device__ __forceinline__ void group_sparsemixer_gates(DevicePairs pairs, const uint32_t *mask,
+                                                        const float *z, int t, int N, int E, int k,
+                                                        float jitter, int lanes) {
+    int lane = group_lane(lanes);
     const float *row = z + (int64_t)t * E;
     const uint32_t *words = mask + (int64_t)t * mask_words(E);
     float broken = 0.0f; // 0, or no number
@@ -186,6 +194,12 @@ static __global__ void __launch_bounds__(GROUP_BLOCK)
             pairs.gate[p] = (round.draw < 0 ? probability / 3.0f : probability) + broken;
         }
     }
+}
+
+static __global__ void __launch_bounds__(GROUP_BLOCK)
+    router_sparsemixer_gates_kernel(DevicePairs pairs, const uint32_t *mask, const float *z, int N, int E,
+                                    int k, float jitter, int lanes) {
+    group_sparsemixer_gates(pairs, mask, z, group_token(lanes), N, E, k, jitter, lanes);
 }
 
 // the gates of a list that was made of the mask

@@ -9,11 +9,12 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     route                 the routing method and k in force
     gradients, update     an optimizer step, in two halves
     balance               between them: the routers' state that no gradient moves
-    loss, next_logits     forward alone: validation, sampling
+    loss_begin, loss_end  forward alone: validation
     look                  the same as far as the routers go; masks, gates, token_losses: what a forward left
     score                 forward alone: log likelihoods of chosen targets (score.h)
+    read, next_token      a text, continued: sampling
     examine               one micro-batch with all that can be compared (dump)
-    memory, peak, profile what it costs; takes_ranks: whether several processes can share the work
+    memory, peaks, profile  what it costs; takes_ranks: whether several processes can share the work
 
 Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot experts, k = k_tot active.
 */
@@ -26,7 +27,8 @@ Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot 
 #include "llmc/ranges.h"
 #include "llmc/router.h"
 #include "llmc/run/ranks.h"
-// defines: Config, Prefetcher, TensorTable, Range, ModelBuffer, RouterMethod, Ranks
+#include "llmc/run/sampler.h"
+// defines: Config, Prefetcher, TensorTable, Range, ModelBuffer, RouterMethod, Ranks, Sampling
 
 typedef struct Model Model; // each trainer's own
 
@@ -113,11 +115,22 @@ void model_gradients(Model *m, Prefetcher *ahead, int64_t step, int micro_batche
 void model_balance(Model *m, float rate, const int64_t *counts);
 // AdamW's step t (from 1) with the gradients times grad_scale
 void model_update(Model *m, double lr, double weight_decay, float grad_scale, int64_t t);
-// mean over the B x T targets, no gradient
-double model_loss(Model *m, const int *inputs, const int *targets, int B, int T);
-// forward alone, without a loss
+// The mean loss of B x T targets, in evaluation mode, nothing kept for a gradient. Begun and ended in the same
+// order, at most MOST_LOSSES begun and not ended: so that a GPU computes one batch while the host prepares the
+// next. The inputs are the caller's again when model_loss_begin returns
+enum { MOST_LOSSES = 2 };
+void model_loss_begin(Model *m, const int *inputs, const int *targets, int B, int T);
+// *active: NULL, or gets the batch's (token, expert) pairs of all layers
+double model_loss_end(Model *m, int64_t *active);
+
+static inline double model_loss(Model *m, const int *inputs, const int *targets, int B, int T) {
+    model_loss_begin(m, inputs, targets, B, T);
+    return model_loss_end(m, NULL);
+}
+
+// forward alone, without a loss; none is begun and not ended
 void model_look(Model *m, const int *inputs, int B, int T);
-// What the last model_loss or model_look did with its N tokens: the active experts, as bits
+// What the last model_look or model_loss_end did with its N tokens: the active experts, as bits
 // [L, N, bit_words(E)] (pairs.h); the gates, L matrices [N, E]; of model_loss, each token's loss [N]
 void model_masks(Model *m, int64_t N, uint64_t *masks);
 void model_gates(Model *m, int64_t N, float *const *gates);
@@ -126,8 +139,11 @@ void model_token_losses(Model *m, int64_t N, float *losses);
 void model_score(Model *m, const ScoreBatch *batch, float *ll, unsigned char *greedy);
 // does model_score compute once what sequences of a batch have in common? Then those stand side by side
 int model_shares_contexts(void);
-// [V] on the host: logits of position n - 1 of one sequence; the positions before start are in the cache
-const float *model_next_logits(Model *m, const int *ids, int n, int start);
+// A text: the model reads ids [n], n <= T, and up to `most` tokens follow, drawn by s from draw number `draw`
+// on. More than T - n + 1 the window does not hold. What was read before is forgotten
+void model_read(Model *m, const int *ids, int n, const Sampling *s, int64_t draw, int64_t most);
+// the next of them; -1: the logits are no numbers, and the text ends
+int model_next_token(Model *m);
 // One micro-batch forward and backward, its gradient into the gradient buffer. forced: NULL, or L active sets
 // [N, E] that replace the router's own; logits: NULL, or [N, V]; gates, draws: NULL, or L matrices [N, E]. Random
 // numbers are step 0's
@@ -135,10 +151,12 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
                    const float *const *forced, float *logits, float *const *gates, float *const *draws,
                    StepStats *s);
 
+int model_weight_bytes(void);           // of a weight as products read it
 int model_takes_ranks(void);            // can several processes compute a step together?
 double model_memory_gb(const Model *m); // largest use so far
 double model_peak_flops(
     const Model *m); // of the devices of all ranks, dense, at its products' precision; <= 0: unknown
+double model_peak_bytes(const Model *m); // a second, of this rank's memory; <= 0: unknown
 // 1: measure where the time goes from here; 0: print the table, and return the share of it that other ranks
 // cost: waiting for them, and adding up what came
 double model_profile(Model *m, int on);

@@ -190,9 +190,6 @@ struct Block {
     void (*end_async)(Block *);
     Block() : stacks(NULL), async(NULL), do_async(NULL), end_async(NULL) {
     }
-    ~Block() {
-        free(stacks);
-    }
 };
 
 static inline Block *&block() {
@@ -397,6 +394,18 @@ static inline void *seen_fiber(int rank, int t) {
     return fibers[rank][t];
 }
 
+// Stacks of a block's threads, which launches after each other share: untouched memory is slow to get
+static inline unsigned char *stacks_of(int rank, int threads) {
+    static thread_local unsigned char *stacks[2];
+    static thread_local int most[2];
+    if (threads > most[rank]) {
+        free(stacks[rank]);
+        stacks[rank] = (unsigned char *)malloc((size_t)threads * STACK_BYTES);
+        most[rank] = threads;
+    }
+    return stacks[rank];
+}
+
 static inline Block *new_block(dim3 grid, dim3 size, size_t shared_bytes, int rank) {
     Block *b = new Block;
     b->block_size = size;
@@ -405,7 +414,7 @@ static inline Block *new_block(dim3 grid, dim3 size, size_t shared_bytes, int ra
     for (int t = 0; t < threads_of(b); t++) {
         b->seen_fibers[t] = seen_fiber(rank, t);
     }
-    b->stacks = (unsigned char *)malloc((size_t)threads_of(b) * STACK_BYTES);
+    b->stacks = stacks_of(rank, threads_of(b));
     b->shared.resize(shared_bytes + 1024);
     return b;
 }
@@ -552,6 +561,9 @@ static inline int64_t max(int64_t a, int64_t b) {
 template <class T> static inline T atomicAdd(T *p, T x) {
     static_assert(!std::is_floating_point<T>::value, "float atomics have no fixed order");
     return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST);
+}
+// blocks are ordered by their atomics, which order all memory here
+static inline void __threadfence() {
 }
 template <class T> static inline T atomicOr(T *p, T x) {
     return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST);

@@ -129,7 +129,7 @@ static Layer layer_new(Case c) {
     std::vector<int64_t> first(1, before);
     floatX *buffer = keep(l, poisoned_new<floatX>((R + before) * row));
     l.H = buffer + before * row;
-    l.h = {buffer, R + before, c.stored ? R + before : 0, keep(l, copied_new(first))};
+    l.h = {buffer, R + before, c.stored ? R + before : 0, keep(l, copied_new(first)), 0};
     l.x = keep(l, random_new<floatX>((int64_t)c.N * c.d, 1, 1.0f));
     l.dy = keep(l, random_new<floatX>((int64_t)c.N * c.d, 2, 1.0f));
     l.w_gate_up = keep(l, random_new<floatX>(c.E * wide * c.d, 3, 1.0f / sqrtf((float)c.d)));

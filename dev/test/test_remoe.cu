@@ -42,6 +42,7 @@ namespace cpu {
 #include "dev/test/cuda/test_buckets.cuh"
 #include "dev/test/cuda/test_attention.cuh"
 #include "dev/test/cuda/test_crossentropy.cuh"
+#include "dev/test/cuda/test_decode.cuh"
 #include "dev/test/cuda/test_dispatch.cuh"
 #include "dev/test/cuda/test_dispatch_rmsnorm.cuh"
 #include "dev/test/cuda/bench_elementwise.cuh"
@@ -88,6 +89,7 @@ static const TestRow test_rows[] = {
     {"adamw", test_cuda_adamw, NULL, 0},
     {"buckets", test_cuda_buckets, NULL, 0},
     {"model", test_cuda_model, NULL, 1},
+    {"decode", test_cuda_decode, NULL, 0},
     {"repeat", test_cuda_repeat, NULL, 1},
 };
 
@@ -96,7 +98,7 @@ enum { TEST_ROWS = sizeof(test_rows) / sizeof(test_rows[0]) };
 // does the argument name this test, or cases of it (model:topk)?
 static int names_test(const char *argument, const char *name) {
     size_t size = strlen(name);
-    int cases = strcmp(name, "model") == 0;
+    int cases = strcmp(name, "model") == 0 || strcmp(name, "decode") == 0;
     return strncmp(argument, name, size) == 0 && (argument[size] == '\0' || (cases && argument[size] == ':'));
 }
 

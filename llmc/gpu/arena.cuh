@@ -71,6 +71,7 @@ typedef struct {
     int *overflow;        // a layer had more rows than were planned for
     int *most_rows;       // [L] most rows of a micro-batch since arena_begin_step
     int *planned;         // [L] chunks to launch; on the host
+    int alone;            // this forward is not followed by a backward
 } Arena;
 
 // ----------------------------------------------------------------------------
@@ -250,7 +251,7 @@ static inline RowChunk arena_chunk(const Arena *arena, DeviceDispatch dispatch, 
 
 static inline ChunkH arena_h(const Arena *arena, int layer, int c) {
     const int64_t *first = arena->first + (int64_t)layer * arena->max_chunks + c;
-    ChunkH h = {arena->h, arena->h_rows, arena->store_rows, first};
+    ChunkH h = {arena->h, arena->h_rows, arena->store_rows, first, arena->alone};
     return h;
 }
 

@@ -60,6 +60,20 @@ static inline double device_peak_flops(int device) {
 #endif
 }
 
+// bytes per second of the memory of the same cards; 0: unknown
+static inline double device_peak_bytes(int device) {
+    cudaDeviceProp prop;
+    CUDA_CHECK(cudaGetDeviceProperties(&prop, device));
+    if (strstr(prop.name, "PCIe") != NULL || strstr(prop.name, "NVL") != NULL) {
+        return 0.0;
+    }
+    return strstr(prop.name, "H200") != NULL           ? 4.8e12
+           : strstr(prop.name, "H100") != NULL         ? 3.35e12
+           : strstr(prop.name, "A100-SXM4-80") != NULL ? 2.039e12
+           : strstr(prop.name, "A100-SXM4-40") != NULL ? 1.555e12
+                                                       : 0.0;
+}
+
 // name: auto, portable or hopper (--kernels)
 static inline Kernels device_kernels(const char *name) {
     Kernels best = grouped_best_kernels();

@@ -5,6 +5,7 @@ from (grouped_hopper_load.cuh) and in what becomes of the accumulators (grouped_
 
     product         A              B                  across k   epilogue
     up_forward      X' by token    W_gate_up by TMA              SwigluForward, during the next tile
+    (up_forward without a backward, GATED_FORWARD, lets gate A alone leave)
     down_forward    gate A by TMA  W_down by TMA                 StoreRows, the same
     down_backward   dO' by token   W_down by TMA      B          SwigluBackward, the same
     up_backward     dH by TMA      W_gate_up by TMA   B          StoreRows, the same
@@ -359,12 +360,13 @@ static inline void grouped_up_forward(ChunkH h, int again, const floatX *x, cons
     Arguments args = arguments(chunk, h, x, d, F, F, d);
     int BN = row_tile(F, 128);
     args.again = again;
-    args.out = h_results(h, F, WARP_ROWS, 3, PART_COLUMNS);
+    args.out = h_results(h, F, WARP_ROWS, h.alone ? 1 : 3, PART_COLUMNS);
     args.b = paired_rows_map(w_gate_up, d, F, 2 * chunk.experts, BN / 2); // a sheet: gate's or up's rows
-    if (4 * (int64_t)d * F > alone_bytes()) {
-        start<UP_FORWARD>(args, BN, stream);
+    bool clusters = 4 * (int64_t)d * F > alone_bytes();
+    if (h.alone) {
+        clusters ? start<GATED_FORWARD>(args, BN, stream) : start<GATED_FORWARD, 1>(args, BN, stream);
     } else {
-        start<UP_FORWARD, 1>(args, BN, stream);
+        clusters ? start<UP_FORWARD>(args, BN, stream) : start<UP_FORWARD, 1>(args, BN, stream);
     }
 }
 

@@ -97,21 +97,23 @@ struct Exit {
 
 // A warp's place in shared memory has 16 rows x 32 columns of G, U and gate A: 64-byte lines, swizzled, three
 // a row. The 32 columns take two parts, rows r and rows r + 8: paired_rows_map's order of B's rows has made a
-// thread's results 16 bytes of a line
+// thread's results 16 bytes of a line. GATED_FORWARD has gate A's lines alone, one a row
 template <class V> struct SwigluForward : Held<V> {
     const Arguments &args;
     int group, first_row; // of the warp's rows in the chunk's first tile, in the map
     float gate[2];        // of rows row and row + 8
     uint32_t memory;      // the warp's
-    uint32_t lines[3];    // of G, U, gate A: where lane 4 r + t puts row r's t-th 16 bytes
+    static constexpr int LINES = V::ALONE ? 1 : 3, FIRST = 3 - LINES; // of G, U, gate A
+    static constexpr uint32_t HALF_BYTES = WARP_ROWS / 2 * LINES * PART_COLUMNS * 2;
+    uint32_t lines[LINES]; // where lane 4 r + t puts row r's t-th 16 bytes
 
     __device__ __forceinline__ SwigluForward(const Arguments &args_, int group_, uint32_t memory_, uint32_t)
         : args(args_), group(group_) {
         uint32_t warp = (uint32_t)group_warp(), lane = threadIdx.x % 32;
         memory = memory_ + warp * WARP_PART_BYTES;
         first_row = (int)*args.h.first + group * GROUP_ROWS + (int)warp * WARP_ROWS;
-        for (uint32_t i = 0; i < 3; i++) {
-            uint32_t line = 3 * (lane / 4) + i;
+        for (uint32_t i = 0; i < LINES; i++) {
+            uint32_t line = LINES * (lane / 4) + i;
             lines[i] = memory + line * 64 + ((line / 2 ^ lane) % 4 << 4);
         }
         this->any = false;
@@ -150,14 +152,14 @@ template <class V> struct SwigluForward : Held<V> {
             }
             __syncwarp();
         }
-        for (int j = 0; j < 3; j++) { // rows r + 8: 24 lines further, swizzled as rows r
-            shared_store(lines[j] + half * (WARP_PART_BYTES / 2), v[j]);
+        for (int j = 0; j < LINES; j++) { // rows r + 8: 8 rows' lines further, swizzled as rows r
+            shared_store(lines[j] + half * HALF_BYTES, v[FIRST + j]);
         }
         if (half == 1) {
             fence_async_proxy();
             __syncwarp();
             if (elect_one()) {
-                tma_store(&args.out, memory, f, 0, first_row + this->tile.m);
+                tma_store(&args.out, memory, f, FIRST, first_row + this->tile.m);
                 tma_commit();
             }
         }

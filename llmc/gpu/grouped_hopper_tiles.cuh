@@ -28,7 +28,8 @@ Errors: none.
 
 namespace hopper {
 
-enum { UP_FORWARD, DOWN_FORWARD, DOWN_BACKWARD, UP_BACKWARD, DOWN_WGRAD, UP_WGRAD };
+// GATED_FORWARD: up_forward that leaves gate A alone behind
+enum { UP_FORWARD, DOWN_FORWARD, DOWN_BACKWARD, UP_BACKWARD, DOWN_WGRAD, UP_WGRAD, GATED_FORWARD };
 
 enum {
     TILE_M = 128,
@@ -63,7 +64,8 @@ static_assert(SLOT_F == 2 * PART_COLUMNS, "a slot of H is two parts");
 
 template <int PRODUCT_, int BN_, int CLUSTER_> struct Variant {
     static constexpr int PRODUCT = PRODUCT_, BN = BN_, CLUSTER = CLUSTER_;
-    static constexpr bool UP = PRODUCT == UP_FORWARD, WGRAD = PRODUCT == DOWN_WGRAD || PRODUCT == UP_WGRAD;
+    static constexpr bool ALONE = PRODUCT == GATED_FORWARD, UP = PRODUCT == UP_FORWARD || ALONE;
+    static constexpr bool WGRAD = PRODUCT == DOWN_WGRAD || PRODUCT == UP_WGRAD;
     static constexpr bool SLOTTED = PRODUCT == DOWN_BACKWARD;        // the epilogue reads H
     static constexpr bool GATHERS = WGRAD || UP || SLOTTED;          // A, by token
     static constexpr bool A_ACROSS = WGRAD;                          // stored across k (hopper.cuh)

@@ -39,15 +39,15 @@ __device__ __forceinline__ void to_floats(float v[8], const Eight &eight) {
     }
 }
 
-// v becomes what was stored: rounded
-__device__ __forceinline__ void store_eight(floatX *to, float v[8]) {
+// v becomes what is stored: rounded, also if it is not wanted in memory
+__device__ __forceinline__ void store_eight(floatX *to, float v[8], bool wanted = true) {
     Eight eight;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         eight.pack[i / Pack<floatX>::SIZE].x[i % Pack<floatX>::SIZE] = to_x(v[i]);
     }
 #pragma unroll
-    for (int i = 0; i < Eight::PACKS; i++) {
+    for (int i = 0; i < Eight::PACKS && wanted; i++) {
         store_pack(to + i * Pack<floatX>::SIZE, eight.pack[i]);
     }
     to_floats(v, eight);
@@ -113,8 +113,8 @@ struct SwigluForward {
             float gate = gate_of_row[row], G[8], U[8];
             eight_columns(G, sums, i, 0);
             eight_columns(U, sums, i, 1);
-            store_eight(to, G);
-            store_eight(to + F, U);
+            store_eight(to, G, !h.alone);
+            store_eight(to + F, U, !h.alone);
 #pragma unroll
             for (int c = 0; c < 8; c++) {
                 G[c] *= gate * sigmoid(G[c]) * U[c];

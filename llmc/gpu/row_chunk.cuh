@@ -35,6 +35,7 @@ typedef struct {
     floatX *buffer;
     int64_t rows, kept;
     const int64_t *first; // where this chunk's H begins, in rows; the device decides (arena.cuh)
+    int alone;            // no backward follows: up_forward writes gate A, and leaves G and U out
 } ChunkH;
 
 // does backward find the chunk's H? Else it must be computed again

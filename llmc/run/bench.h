@@ -1,10 +1,18 @@
 /*
---bench: the speed of whole optimizer steps at the sparsity that training spends its time at.
+--bench: the speed of whole optimizer steps at the sparsity that training spends its time at; --bench forward:
+of the forward pass alone; --bench sample: of one text, token after token.
 
     warm      steps for some seconds: cold devices are faster than they remain
     settle    steps of one micro-batch each until stage III, and S near its target
     time      steps of the whole global batch, ten or more, for some seconds: their median
     profile   one more, taken apart (trainer.h)
+
+forward and sample settle likewise, unless the model (--load) has the sparsity; then
+
+    forward   the loss of batches of B sequences, in evaluation mode, 20 and then 100 timed ones; two batches are
+              under way at a time, so that reading a batch costs no time. FLOPs are a third of a step's
+    sample    a window of tokens behind one. The bytes are those of the active weights, each read once per
+              token: all but the embedding, of which a token is one row
 
 Sparser is faster, so S is reported beside the speed, and steps are timed anew until it is close. FLOPs are
 those of config.h, once at the nominal k and once at the experts that were active; mfu is their share of the
@@ -13,8 +21,9 @@ device's peak. Errors: none; a sparsity that is never reached gives a warning.
 #ifndef BENCH_H
 #define BENCH_H
 
+#include "llmc/run/generate.h"
 #include "llmc/run/run.h"
-// defines: Run, StepRecord, fill_record; train_step, model_profile, model_peak_flops
+// defines: continue_ids; Run, StepRecord, fill_record; train_step, model_profile, model_peak_flops
 
 static inline void bench_step(Run *run, StepRecord *r) {
     RunState before = run->state;
@@ -29,6 +38,8 @@ static inline void bench_step(Run *run, StepRecord *r) {
 #define TIMED_SECONDS 4.0
 
 enum { SETTLED_STEPS = 20, LEAST_TIMED = 10, MOST_TIMED = 100, MOST_STEPS = 2000, MOST_ROUNDS = 5 };
+enum { FORWARD_WARM = 20, FORWARD_TIMED = 100 };
+static_assert((int)FORWARD_TIMED <= (int)MOST_TIMED, "a round has room for them");
 
 // trains with one micro-batch a step until stage III, and S within 0.005 of its target over the last
 // SETTLED_STEPS
@@ -162,6 +173,116 @@ static inline void bench(Run *run) {
     }
     printf(" | %.2f GB\n", model_memory_gb(run->model));
     bench_profile(run);
+    fflush(stdout);
+}
+
+// ----------------------------------------------------------------------------
+// the forward pass, and sampling
+
+// of sparsity S, of one evaluated batch
+static inline double sparsity_of_forward(Run *run) {
+    const Config *c = &run->config;
+    int B = (int)run->options.batch, T = (int)run->options.seq_len, *inputs, *targets;
+    int64_t active;
+    prefetch_next(&run->ahead, &inputs, &targets);
+    model_loss_begin(run->model, inputs, targets, B, T);
+    model_loss_end(run->model, &active);
+    return sparsity_of(active, (int64_t)B * T * c->layers * c->router.experts);
+}
+
+// trains until the model has the sparsity that it should have, if it has not
+static inline void reach_sparsity(Run *run, double target) {
+    double S = sparsity_of_forward(run);
+    for (int i = 0; has_lambda(run) && fabs(S - target) > 0.005 && i < MOST_ROUNDS; i++) {
+        bench_settle(run, target);
+        S = sparsity_of_forward(run);
+    }
+}
+
+// FORWARD_WARM, then `count` timed losses; in the time of each its successor is begun
+static inline BenchRound forward_round(Run *run, int count) {
+    const Config *c = &run->config;
+    int B = (int)run->options.batch, T = (int)run->options.seq_len, *inputs, *targets;
+    int64_t cells = (int64_t)B * T * c->layers;
+    BenchRound timed = {{0}, count, 0.0, 0.0};
+    prefetch_next(&run->ahead, &inputs, &targets);
+    model_loss_begin(run->model, inputs, targets, B, T);
+    double last = seconds_now();
+    for (int i = -FORWARD_WARM; i < count; i++) {
+        int64_t active;
+        prefetch_next(&run->ahead, &inputs, &targets);
+        model_loss_begin(run->model, inputs, targets, B, T);
+        ranks_beat(&run->ranks, run->state.step, "bench");
+        model_loss_end(run->model, &active);
+        double now = seconds_now();
+        if (i >= 0) {
+            timed.ms[i] = 1e3 * (now - last);
+            timed.sparsity += sparsity_of(active, cells * c->router.experts) / count;
+            timed.active += (double)active / (double)cells / count;
+        }
+        last = now;
+    }
+    model_loss_end(run->model, NULL);
+    qsort(timed.ms, (size_t)count, sizeof(double), compare_doubles);
+    return timed;
+}
+
+static inline void bench_forward(Run *run) {
+    const Config *c = &run->config;
+    int64_t B = run->options.batch, T = run->options.seq_len;
+    double target = 1.0 - (double)c->router.active / c->router.experts;
+    reach_sparsity(run, target);
+    for (double begin = seconds_now(); seconds_now() - begin < WARM_SECONDS;) {
+        sparsity_of_forward(run);
+    }
+    int count = FORWARD_TIMED;
+    BenchRound timed = forward_round(run, count);
+    double seconds = 0.5e-3 * (timed.ms[(count - 1) / 2] + timed.ms[count / 2]);
+    double nominal = config_flops(c, T, c->router.active) / 3.0 * (double)B / seconds;
+    double measured = config_flops(c, T, timed.active) / 3.0 * (double)B / seconds;
+    double peak = model_peak_flops(run->model) / run->ranks.count, unit = nominal < 1e12 ? 1e9 : 1e12;
+    printf("forward   %lld x %lld tokens, median of %d: %.2f ms (%.2f to %.2f) | S %.4f, target %.4f\n",
+           (long long)B, (long long)T, count, 1e3 * seconds, timed.ms[0], timed.ms[count - 1], timed.sparsity,
+           target);
+    printf("          %.0f tok/s | %.1f %cFLOP/s at nominal k, %.1f at the measured active experts",
+           (double)(B * T) / seconds, nominal / unit, unit < 1e12 ? 'G' : 'T', measured / unit);
+    if (peak > 0.0) {
+        printf(" | %.4f of the peak, %.4f", nominal / peak, measured / peak);
+    }
+    printf("\n");
+    model_profile(run->model, 1);
+    sparsity_of_forward(run);
+    model_profile(run->model, 0);
+    fflush(stdout);
+}
+
+static inline int count_token(void *to, int token) {
+    (void)to;
+    (void)token;
+    return 1;
+}
+
+static inline void bench_sample(Run *run) {
+    const Config *c = &run->config;
+    double target = 1.0 - (double)c->router.active / c->router.experts;
+    int first = 0, wide = model_weight_bytes();
+    Sampling s = sampling_of(&run->options, c->vocab_size, 0);
+    reach_sparsity(run, target);
+    Continuation warm = continue_ids(run, &first, 1, &s, run->options.seq_len, count_token, NULL);
+    Continuation done = continue_ids(run, &first, 1, &s, run->options.seq_len, count_token, NULL);
+    if (!warm.numbers || !done.numbers || done.tokens < 2) {
+        die("--bench sample: the model gave no text to time\n  ---> a larger --seq-len, or another --load");
+    }
+    double speed = (double)(done.tokens - 1) / done.seconds, peak = model_peak_bytes(run->model);
+    double bytes =
+        (double)wide * (double)(config_params(c, c->router.active) - (int64_t)c->vocab_size * c->hidden);
+    printf(
+        "sample    %lld tokens: %.1f tok/s, %.1f us a token | %.3f GB of active weights a token: %.1f GB/s",
+        (long long)done.tokens, speed, 1e6 / speed, 1e-9 * bytes, 1e-9 * bytes * speed);
+    if (peak > 0.0) {
+        printf(", %.4f of the memory's %.0f", bytes * speed / peak, 1e-9 * peak);
+    }
+    printf("\n");
     fflush(stdout);
 }
 

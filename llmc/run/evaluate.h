@@ -34,11 +34,9 @@ static inline double mean_late_loss(const float *losses, int B, int T, int first
     return sum / ((double)B * (T - first));
 }
 
-// The loss of a domain's sequences first .. first + B - 1, and *late, that of the positions which cannot see
-// later tokens, where others can. VALIDATION_DAMAGED when a token has changed since the run began into one that
-// the vocabulary lacks
-static inline Validation validate_batch(Run *run, int domain, int64_t first, int B, double *loss,
-                                        double *late) {
+// Begins the loss of a domain's sequences first .. first + B - 1. VALIDATION_DAMAGED, and nothing begun, when a
+// token has changed since the run began into one that the vocabulary lacks
+static inline Validation begin_batch(Run *run, int domain, int64_t first, int B) {
     const DataLoader *loader = &run->domains[domain].loader;
     int64_t T = run->options.seq_len, bad_token;
     for (int b = 0; b < B; b++) {
@@ -47,17 +45,7 @@ static inline Validation validate_batch(Run *run, int domain, int64_t first, int
             return VALIDATION_DAMAGED;
         }
     }
-    *loss = model_loss(run->model, run->inputs, run->targets, B, (int)T);
-    if (leaking_positions(run) > 0) {
-        float *losses = NEW(float, B *T);
-        model_token_losses(run->model, B * T, losses);
-        *late = mean_late_loss(losses, B, (int)T, leaking_positions(run));
-        free(losses);
-    }
-    if (run->statistics != NULL) {
-        model_masks(run->model, B * T, run->statistics->masks);
-        statistics_add(run->statistics, domain, run->inputs, B * T);
-    }
+    model_loss_begin(run->model, run->inputs, run->targets, B, (int)T);
     return VALIDATED;
 }
 
@@ -77,6 +65,59 @@ static inline Validation gather_losses(Run *run, double *losses, int64_t count, 
     }
     free(all);
     free(own);
+    return outcome;
+}
+
+// losses of a domain's micro-batches [count], the last of which may have fewer sequences
+typedef struct {
+    int domain;
+    int64_t sequences, count;
+    double *losses;
+    double *late; // of the positions which cannot see later tokens, where others can
+} BatchLosses;
+
+static inline int batch_sequences(const Run *run, const BatchLosses *b, int64_t i) {
+    int64_t batch = run->options.batch, left = b->sequences - i * batch;
+    return (int)(left < batch ? left : batch);
+}
+
+// ends the loss of micro-batch i
+static inline void end_batch(Run *run, BatchLosses *b, int64_t i) {
+    int B = batch_sequences(run, b, i), T = (int)run->options.seq_len;
+    b->losses[i] = model_loss_end(run->model, NULL);
+    if (leaking_positions(run) > 0) {
+        float *losses = NEW(float, B *T);
+        model_token_losses(run->model, B * T, losses);
+        b->late[i] = mean_late_loss(losses, B, T, leaking_positions(run));
+        free(losses);
+    }
+    if (run->statistics != NULL) {
+        model_masks(run->model, B * T, run->statistics->masks);
+        statistics_add(run->statistics, b->domain, run->inputs, B * T);
+    }
+}
+
+// those of this rank. While the model computes one, the next is read, unless all that it leaves is looked at
+static inline Validation own_losses(Run *run, BatchLosses *b) {
+    int one_by_one = run->statistics != NULL || leaking_positions(run) > 0;
+    Validation outcome = VALIDATED;
+    int64_t computing = -1, batch = run->options.batch;
+    for (int64_t i = run->ranks.rank; i < b->count && outcome == VALIDATED; i += run->ranks.count) {
+        int B = batch_sequences(run, b, i);
+        ranks_beat(&run->ranks, run->state.step, "validation");
+        outcome = stop_requested ? VALIDATION_STOPPED : begin_batch(run, b->domain, i * batch, B);
+        if (computing >= 0) {
+            end_batch(run, b, computing);
+        }
+        computing = outcome == VALIDATED ? i : -1;
+        if (computing >= 0 && one_by_one) {
+            end_batch(run, b, computing);
+            computing = -1;
+        }
+    }
+    if (computing >= 0) {
+        end_batch(run, b, computing);
+    }
     return outcome;
 }
 
@@ -105,22 +146,15 @@ static inline Validation validate_domain(Run *run, int domain, ValidationLoss *v
     int64_t most = validation_windows(run);
     sequences = sequences < most ? sequences : most;
     int64_t count = (sequences + o->batch - 1) / o->batch;
-    double *losses = NEW(double, count), *late = NEW(double, count);
-    Validation outcome = VALIDATED;
-    for (int64_t i = run->ranks.rank; i < count && outcome == VALIDATED; i += run->ranks.count) {
-        int64_t left = sequences - i * o->batch;
-        int B = (int)(left < o->batch ? left : o->batch);
-        ranks_beat(&run->ranks, run->state.step, "validation");
-        outcome = stop_requested ? VALIDATION_STOPPED
-                                 : validate_batch(run, domain, i * o->batch, B, &losses[i], &late[i]);
-    }
-    outcome = gather_losses(run, losses, count, outcome);
-    outcome = leaking_positions(run) > 0 ? gather_losses(run, late, count, outcome) : outcome;
-    v->loss = mean_of_batches(losses, count, o->batch, sequences);
-    v->late = mean_of_batches(late, count, o->batch, sequences);
+    BatchLosses b = {domain, sequences, count, NEW(double, count), NEW(double, count)};
+    Validation outcome = own_losses(run, &b);
+    outcome = gather_losses(run, b.losses, count, outcome);
+    outcome = leaking_positions(run) > 0 ? gather_losses(run, b.late, count, outcome) : outcome;
+    v->loss = mean_of_batches(b.losses, count, o->batch, sequences);
+    v->late = mean_of_batches(b.late, count, o->batch, sequences);
     v->sequences = sequences;
-    free(losses);
-    free(late);
+    free(b.losses);
+    free(b.late);
     return outcome;
 }
 

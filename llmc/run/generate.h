@@ -3,24 +3,16 @@ Text from a model: a prompt, and then one token after the other, each drawn from
 (sampler.h).
 
 Keys and values of earlier positions are cached. When the context is full, its second half begins a new one.
+A GPU computes some tokens ahead of those that are shown, so that printing does not hold it up.
 Errors: logits that are no numbers end the text.
 */
 #ifndef GENERATE_H
 #define GENERATE_H
 
 #include "llmc/files/tokenizer.h"
-#include "llmc/rng.h"
 #include "llmc/run/run.h"
 #include "llmc/run/sampler.h"
-// defines: tokenizer_encode, tokenizer_piece; Run; Sampling, sample_token
-
-static inline int logits_are_numbers(const float *logits, int allowed) {
-    int good = 1;
-    for (int v = 0; v < allowed; v++) {
-        good &= isfinite(logits[v]) != 0;
-    }
-    return good;
-}
+// defines: tokenizer_encode, tokenizer_piece; Run; Sampling
 
 // takes the next token of a text; returns whether the text goes on
 typedef int (*TokenSink)(void *to, int token);
@@ -43,28 +35,28 @@ static inline Continuation continue_ids(Run *run, const int *ids, int n, const S
                                         TokenSink sink, void *to) {
     Model *m = run->model;
     const Router *router = &run->config.router;
-    int window = (int)run->options.seq_len, V = run->config.vocab_size, length = n < window ? n : window;
+    int window = (int)run->options.seq_len, length = n < window ? n : window;
     int *context = NEW(int, window + 1);
-    float *logits = NEW(float, V); // the sampler's own copy: it sorts
     Continuation done = {0, 0.0, 1};
     double begin = 0.0;
     memcpy(context, ids + n - length, (size_t)length * sizeof(int));
     model_route(m, router_row(router->method)->for_one_token, router->active);
-    for (int goes_on = 1, cached = 0; goes_on && done.tokens < most && !stop_requested;) {
+    for (int goes_on = 1, reads = 1; goes_on && done.tokens < most && !stop_requested;) {
         if (length > window) { // the context is full: go on from its second half
-            cached = 0;
             length = window / 2 > 0 ? window / 2 : 1;
             memmove(context, context + window + 1 - length, (size_t)length * sizeof(int));
+            reads = 1;
+        }
+        if (reads) {
+            model_read(m, context, length, s, done.tokens, most - done.tokens);
+            reads = 0;
         }
         ranks_beat(&run->ranks, run->state.step, "sampling");
-        memcpy(logits, model_next_logits(m, context, length, cached), (size_t)V * sizeof(float));
-        cached = length;
-        done.numbers = logits_are_numbers(logits, s->allowed);
+        int token = model_next_token(m);
+        done.numbers = token >= 0;
         if (!done.numbers) {
             break;
         }
-        double u = rng_uniform(s->seed, s->stream, (uint64_t)done.tokens);
-        int token = sample_token(logits, s->allowed, s->temperature, s->top_k, u);
         context[length++] = token;
         begin = done.tokens == 0 ? seconds_now() : begin;
         done.tokens++;
@@ -73,7 +65,6 @@ static inline Continuation continue_ids(Run *run, const int *ids, int n, const S
     done.seconds = done.tokens > 0 ? seconds_now() - begin : 0.0;
     model_route(m, router->method, router->active);
     free(context);
-    free(logits);
     return done;
 }
 
@@ -125,7 +116,12 @@ static inline void show_sample(Run *run, const char *prompt) {
     }
     printf("--- sample after step %lld\n", (long long)run->state.step);
     Continuation done = generate(run, prompt, strlen(prompt), 0);
-    printf("---\n");
+    if (done.tokens > 1) {
+        printf("--- %lld tokens, %.0f tok/s\n", (long long)done.tokens,
+               (double)(done.tokens - 1) / done.seconds);
+    } else {
+        printf("---\n");
+    }
     fflush(stdout);
     if (!done.numbers) {
         warn("the sample ended early: the model's logits are not finite");

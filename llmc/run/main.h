@@ -2,8 +2,8 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --score FILE, --generate FILE, --trace FILE,
-    --dump FILE, --export DIR
+    train (the default), or: --bench [forward|sample], --eval, --sample TEXT, --score FILE, --generate FILE,
+    --trace FILE, --dump FILE, --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
@@ -57,6 +57,14 @@ static inline void train_and_trace(Run *run) {
     }
 }
 
+static inline void bench_mode(Run *run) {
+    switch (run->options.bench) {
+    case BENCH_FORWARD: bench_forward(run); break;
+    case BENCH_SAMPLE: bench_sample(run); break;
+    default: bench(run); break;
+    }
+}
+
 // program: how the trainer is called, for --help. Returns the exit status
 static inline int run_main(const char *program, int argc, char **argv) {
     machine_start(argv);
@@ -83,7 +91,7 @@ static inline int run_main(const char *program, int argc, char **argv) {
         status = generate_file(run);
     } else if (run->options.bench) {
         print_table(run);
-        bench(run);
+        bench_mode(run);
     } else {
         catch_signals();
         print_table(run);

@@ -3,7 +3,7 @@ The command line's one table: every option of both trainers. How it is read, sho
 
     OPTION(kind, scope, field, default, least, most, what it means)
     kind:  INT (int64), REAL (double), TEXT (least: the fewest bytes that may be given), FLAG (0 or 1;
-           `--eval` alone means 1)
+           `--eval` alone means 1), MODE (a flag that has further words: option_modes)
     scope: SHAPE, sizes of the model, and ROUTING, how it routes: a loaded model has decided them, so they are
            refused beside --load and --resume
            RUN, which a resumed run keeps unless it is given anew; ONCE, of this process alone
@@ -123,6 +123,7 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(REAL, ONCE, connect_minutes, "5", 1e-3, 1e6, "how long ranks wait for each other at the start")   \
     OPTION(REAL, ONCE, watchdog_minutes, "10", 0, 1e6,                                                       \
            "a rank that stands still so long ends the run (0: never)")                                       \
-    OPTION(FLAG, ONCE, bench, "0", 0, 1, "reach the target sparsity, then time whole steps")
+    OPTION(MODE, ONCE, bench, "0", 0, 3,                                                                     \
+           "reach the target sparsity, then time whole steps; or `--bench forward`, `--bench sample`")
 
 #endif

@@ -22,6 +22,7 @@ enum { OPTION_TEXT_SIZE = 16384, OPTION_NAME_SIZE = 64 }; // with the 0 at the e
 #define OPTION_FIELD_REAL(field) double field;
 #define OPTION_FIELD_TEXT(field) char field[OPTION_TEXT_SIZE];
 #define OPTION_FIELD_FLAG(field) int64_t field;
+#define OPTION_FIELD_MODE(field) int64_t field;
 #define OPTION_FIELD(kind, scope, field, initial, least, most, help) OPTION_FIELD_##kind(field)
 
 typedef struct {
@@ -33,7 +34,7 @@ typedef struct {
     static_assert(sizeof(#field) <= OPTION_NAME_SIZE, #field ": too long a name");
 OPTION_TABLE(OPTION_CHECK)
 
-typedef enum { OPTION_INT, OPTION_REAL, OPTION_TEXT, OPTION_FLAG } OptionKind;
+typedef enum { OPTION_INT, OPTION_REAL, OPTION_TEXT, OPTION_FLAG, OPTION_MODE } OptionKind;
 typedef enum { OPTION_SHAPE, OPTION_ROUTING, OPTION_RUN, OPTION_ONCE } OptionScope;
 
 typedef struct {
@@ -86,6 +87,28 @@ static inline const char *preset_common(const char *name) {
 
 // ----------------------------------------------------------------------------
 // parsing
+
+// what --bench times: nothing, whole steps (`--bench` alone), the forward pass, sampling
+typedef enum { BENCH_NOTHING, BENCH_STEPS, BENCH_FORWARD, BENCH_SAMPLE } BenchMode;
+
+// the words of a MODE: its values' numbers are their places
+static inline const char *const *option_modes(int *count) {
+    static const char *const modes[] = {"0", "1", "forward", "sample"};
+    *count = (int)(sizeof(modes) / sizeof(modes[0]));
+    return modes;
+}
+
+// -1: no word of a MODE
+static inline int option_mode(const char *text) {
+    int count;
+    const char *const *modes = option_modes(&count);
+    for (int i = 0; i < count; i++) {
+        if (strcmp(modes[i], text) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
 
 // `--global-batch` and `global_batch` are one name
 static inline int option_name_equal(const char *name, size_t size, const char *field) {
@@ -183,6 +206,15 @@ static inline void option_set(Options *options, const OptionRow *row, const char
         strcpy(field, text);
         return;
     }
+    if (row->kind == OPTION_MODE) {
+        int64_t mode = option_mode(text);
+        if (mode < 0) {
+            fail("--%s%s expects nothing, forward or sample, not '%.200s'\n  ---> %s%s", spelled, source,
+                 text, remedy, from);
+        }
+        memcpy(field, &mode, sizeof(mode));
+        return;
+    }
     char *end = NULL;
     errno = 0;
     double value;
@@ -217,6 +249,15 @@ static inline int option_is_switch(const char *text) {
     return strcmp(text, "0") == 0 || strcmp(text, "1") == 0;
 }
 
+// is the word behind an option its value?
+static inline int option_takes(const OptionRow *row, const char *text) {
+    switch (row->kind) {
+    case OPTION_FLAG: return option_is_switch(text);
+    case OPTION_MODE: return strncmp(text, "--", 2) != 0;
+    default: return 1;
+    }
+}
+
 static inline void options_parse(Options *options, int argc, const char *const *argv) {
     for (int i = 0; i < argc; i++) {
         if (strncmp(argv[i], "--", 2) != 0 || argv[i][2] == '\0') {
@@ -230,12 +271,12 @@ static inline void options_parse(Options *options, int argc, const char *const *
             option_unknown(name, size);
         }
         options->sampling |= row->offset == offsetof(Options, sample);
-        int next_is_value = i + 1 < argc && (row->kind != OPTION_FLAG || option_is_switch(argv[i + 1]));
+        int next_is_value = i + 1 < argc && option_takes(row, argv[i + 1]);
         if (equals != NULL || next_is_value) {
             const char *value = equals != NULL ? equals + 1 : argv[++i];
             option_refuse_empty(row, value);
             option_set(options, row, value, "");
-        } else if (row->kind == OPTION_FLAG) {
+        } else if (row->kind == OPTION_FLAG || row->kind == OPTION_MODE) {
             option_set(options, row, "1", "");
         } else {
             die_usage("--%.*s needs a value\n  ---> --help shows what it expects", (int)size, name);
@@ -324,7 +365,12 @@ static inline void option_format(char *out, size_t capacity, const Options *opti
         snprintf(out, capacity, "%.*g", digits, value);
     } else {
         int64_t value;
+        int modes;
         memcpy(&value, field, sizeof(value));
+        if (row->kind == OPTION_MODE) {
+            snprintf(out, capacity, "%s", option_modes(&modes)[value]);
+            return;
+        }
         snprintf(out, capacity, "%lld", (long long)value);
     }
 }

@@ -5,7 +5,8 @@ Sampling the next token from one row of logits.
     temperature 0: the largest logit.
 
 Only the first `allowed` entries take part: the vocabulary rows that pad a model to a round size have no text.
-The maximum is subtracted before exp, so that no logit overflows. logits [V] is overwritten.
+The maximum is subtracted before exp, so that no logit overflows. logits [V] is overwritten. On a GPU the same
+is done by gpu/sampler.cuh. Errors: logits that are no numbers give no token, -1.
 */
 #ifndef SAMPLER_H
 #define SAMPLER_H
@@ -88,6 +89,22 @@ static inline int sample_token(float *logits, int allowed, double temperature, i
         }
     }
     return last; // rounding left a crumb of probability at the end
+}
+
+static inline int logits_are_numbers(const float *logits, int allowed) {
+    int good = 1;
+    for (int v = 0; v < allowed; v++) {
+        good &= isfinite(logits[v]) != 0;
+    }
+    return good;
+}
+
+// a text's token of this draw, -1 if the logits are no numbers
+static inline int sample_next(float *logits, const Sampling *s, int64_t draw) {
+    double u = rng_uniform(s->seed, s->stream, (uint64_t)draw);
+    return logits_are_numbers(logits, s->allowed)
+               ? sample_token(logits, s->allowed, s->temperature, s->top_k, u)
+               : -1;
 }
 
 #endif

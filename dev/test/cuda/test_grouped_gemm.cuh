@@ -312,7 +312,7 @@ static void grouped_collect(const GroupedCase *c, GroupedDevice *g, int tensor, 
 // H from row `first` on of a buffer of which the first `kept` rows are the store
 static ChunkH grouped_h(const GroupedDevice *g, floatX *buffer, int64_t rows, int64_t kept, int64_t first) {
     CUDA_CHECK(cudaMemcpy(g->h_first, &first, sizeof(first), cudaMemcpyHostToDevice));
-    ChunkH h = {buffer, rows, kept, g->h_first};
+    ChunkH h = {buffer, rows, kept, g->h_first, 0};
     return h;
 }
 
@@ -327,6 +327,25 @@ static void grouped_check_recomputation(const GroupedCase *c, const GroupedDevic
     CHECK(device_hash(store, bytes) == untouched);
     CHECK(device_hash(scratch, bytes) == (in_store ? untouched : device_hash(was, bytes)));
     device_release(store);
+}
+
+// without a backward: gate A alone is written, the same bits
+static void grouped_check_alone(const GroupedCase *c, const GroupedDevice *g, RowChunk chunk,
+                                const floatX *was, int64_t existing) {
+    int64_t F = c->F, n = chunk.rows * 3 * F, wrong = 0;
+    floatX *buffer = device_new<floatX>(n);
+    ChunkH h = grouped_h(g, buffer, chunk.rows, 0, 0);
+    h.alone = 1;
+    grouped_up_forward(h, 0, g->x, g->w_gate_up, chunk, c->d, c->F, 0);
+    float *got = fetch(buffer, n), *want = fetch(was, n);
+    for (int64_t i = 0; i < n; i++) {
+        bool written = i % (3 * F) >= 2 * F && i / (3 * F) < existing;
+        wrong += written ? got[i] != want[i] : !isnan(got[i]);
+    }
+    CHECK(wrong == 0);
+    free(got);
+    free(want);
+    device_release(buffer);
 }
 
 // H from X, Y from the reference's H
@@ -344,6 +363,7 @@ static void grouped_run_forward(const GroupedCase *c, GroupedDevice *g, RowChunk
     CHECK(device_hash(other, bytes) == untouched);
     grouped_collect(c, g, GROUPED_H, here, first, existing, R);
     grouped_check_recomputation(c, g, chunk, here, in_store);
+    grouped_check_alone(c, g, chunk, here, existing);
     ChunkH wanted = grouped_h(g, want_h, R, in_store ? R : 0, 0);
     grouped_down_forward(y, wanted, g->w_down, chunk, d, F, 0);
     grouped_collect(c, g, GROUPED_Y, y, first, existing, R);
@@ -661,7 +681,7 @@ static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     CUDA_CHECK(cudaMemset(b.dw_down, 0, (size_t)weight * sizeof(float)));
     int64_t *first = device_new<int64_t>(1), zero = 0;
     CUDA_CHECK(cudaMemcpy(first, &zero, sizeof(zero), cudaMemcpyHostToDevice));
-    ChunkH h = {b.h_rows, R, R, first};
+    ChunkH h = {b.h_rows, R, R, first, 0};
     b.h = h;
     b.plans = NEW(GemmPlans, 1);
     gemm_open(b.plans, device_new<char>(32 << 20), 32 << 20);

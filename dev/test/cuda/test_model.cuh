@@ -575,47 +575,6 @@ static void update_case(void) {
     update_case_of("auxfree");
 }
 
-// logits with the key/value cache, position by position, are the full forward's: for lory, of the one that uses the
-// prompt's experts for all of the text
-static void sampling_case_of(const char *router) {
-    const ModelCase t = narrow_if_few({"sampling", router, 4, 1, 1, 2, 48, 2, 1, 2, 67, 1, 20, 1, 0, 8.0f});
-    const int first = few_cases ? t.T - 1 : 5;
-    Examination x;
-    examination_init(&x, &t);
-    float *params = draw_weights(&t, &x.config);
-    Model *m = open_for(&x, FOR_GRADIENTS);
-    examine_on_device(&x, m, &t, params, NULL);
-    double loss = model_loss(m, x.inputs, x.targets, t.B, t.T);
-    CHECK(fabs(loss - x.stats.lm_loss) <= 1e-6 * loss);
-    float *each = NEW(float, t.B *t.T);
-    model_token_losses(m, t.B * t.T, each);
-    CHECK(fabs(mean_late_loss(each, t.B, t.T, 0) - loss) <= 1e-6 * loss);
-    CHECK(fabs(mean_late_loss(each, t.B, t.T, 8) - loss) > 1e-6 * loss);
-    free(each);
-    if (router_merges(x.config.router.method)) {
-        int *planned = plan_apart(m, t.T);
-        upload_batch(m, 0, x.inputs, x.targets, t.T);
-        model_forward(m, m->step.batches[0].inputs, 1, t.T, 0, no_draws, &first, NULL);
-        matmul_forward(m->acts.logits, m->acts.normed, m->params.weights.head, t.T, t.d, t.V, &m->gemm,
-                       m->stream);
-        download(m, x.logits, m->acts.logits, t.T * t.V);
-        plan_back(m, planned);
-    }
-    for (int n = first; n <= t.T; n++) {
-        const float *logits = model_next_logits(m, x.inputs, n, n == first ? 0 : n - 1);
-        check_close("cached logits", logits, x.logits + (int64_t)(n - 1) * t.V, (size_t)t.V,
-                    tolerance(1e-5, 2e-2)); // another tile shape: other rounding
-    }
-    model_close(m);
-    free(params);
-    examination_free(&x);
-}
-
-static void sampling_case(void) {
-    sampling_case_of("relu");
-    sampling_case_of("lory");
-}
-
 // log likelihoods of sequences of different lengths, of which one is scored twice, and of more targets than
 // tokens
 static void score_case(const ModelCase *t) {
@@ -687,13 +646,9 @@ static void test_cuda_model(void) {
     const struct {
         const char *name;
         void (*run)(void);
-    } others[] = {{"free routes", free_routes_case},
-                  {"bits", same_bits_case},
-                  {"overflow", overflow_case},
-                  {"graph", graph_cases},
-                  {"update", update_case},
-                  {"sampling", sampling_case},
-                  {"score", score_cases},
+    } others[] = {{"free routes", free_routes_case}, {"bits", same_bits_case},
+                  {"overflow", overflow_case},       {"graph", graph_cases},
+                  {"update", update_case},           {"score", score_cases},
                   {"broken", broken_routers_case}};
     model_table_cases();
     for (size_t i = few_cases; i < sizeof(others) / sizeof(others[0]);
