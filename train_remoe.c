@@ -167,8 +167,8 @@ static int64_t most_segments(const Config *c, int B, int T) {
 static double merged_bytes(const Config *c, const ModelSettings *s) {
     int training = s->purpose != FOR_INFERENCE, merges = router_merges(c->router.method);
     return !merges ? 0.0
-                   : 4.0 * merged_floats(c->layers, most_segments(c, s->B, s->T), c->router.experts, c->hidden,
-                                         c->ffn, training);
+                   : 4.0 * merged_floats(c->layers, most_segments(c, s->B, s->T), c->router.experts,
+                                         c->hidden, c->ffn, training);
 }
 
 // GB, rounded up to what is printed, so that printed numbers add up
@@ -415,9 +415,9 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, Segme
 }
 
 // ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
-// buffers). draws: what chance decides; contexts: NULL, or [B] how many of its first tokens route each sequence
-// (lory; a call with start > 0 has the experts that the call before has merged); forced: NULL, or for each layer
-// an active set [N, E] that replaces the router's own
+// buffers). draws: what chance decides; contexts: NULL, or [B] how many of its first tokens route each
+// sequence (lory; a call with start > 0 has the experts that the call before has merged); forced: NULL, or for
+// each layer an active set [N, E] that replaces the router's own
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
                           const int *contexts, const float *const *forced) {
     const Config *c = &m->config;

@@ -2,10 +2,11 @@
 The experts of a layer that merges them: merged_forward and merged_backward of merge.h on the device.
 
     for each chunk of segments   merge_forward -> bank';  experts_chunk_forward on bank'
-    backward, likewise           merge_forward again;     experts_chunk_backward: dbank' is set;  merge_backward
+    backward, likewise           merge_forward again;     experts_chunk_backward: dbank' is set;
+                                 merge_backward
 
-Scratch does not grow with the batch: a chunk's bank' in floatX and dbank' in fp32, 18 F d bytes per segment in bf16.
-What is returned is combined as experts.cuh's is: every token has one row.
+Scratch does not grow with the batch: a chunk's bank' in floatX and dbank' in fp32, 18 F d bytes per segment
+in bf16. What is returned is combined as experts.cuh's is: every token has one row.
 
 R: rows of a segment. Before: router_forward. Errors: none.
 */
@@ -92,7 +93,8 @@ static inline DeviceSegments device_segments(const Arena *arena, Segments s, int
 }
 
 // its rows, whose experts are numbered from the chunk's first segment on
-static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch dispatch, DeviceSegments chunk) {
+static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch dispatch,
+                                           DeviceSegments chunk) {
     int R = segment_rows(chunk.all);
     RowChunk rows = {dispatch.offsets + chunk.first,
                      dispatch.token_of_row,
@@ -106,11 +108,12 @@ static inline RowChunk device_segment_rows(const Arena *arena, DeviceDispatch di
 }
 
 // A layer's own place serves a prompt, whose experts stay; the first ones serve all else
-static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, DeviceSegments chunk, int layer) {
+static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, DeviceSegments chunk,
+                                     int layer) {
     Segments s = chunk.all;
     int64_t down = (int64_t)bank.F * bank.d;
     int64_t place = s.kept || (s.contexts != NULL && s.sequences == 1) ? layer : 0;
-    DeviceBank to = {chunk.count, bank.d, bank.F, m->gate_up + 2 * place * down, m->down + place * down,
+    DeviceBank to = {chunk.count, bank.d,  bank.F, m->gate_up + 2 * place * down, m->down + place * down,
                      m->dgate_up, m->ddown};
     return to;
 }
@@ -146,13 +149,14 @@ static inline CombineChunk merged_forward(const floatX *x, DeviceBank bank, cons
         if (!s.kept) {
             merge_forward(to, a, bank, chunk, stream);
         }
-        experts_chunk_forward(merged_results(arena, rows, bank.d), arena_h(arena, layer, i), x, to, rows, stream);
+        experts_chunk_forward(merged_results(arena, rows, bank.d), arena_h(arena, layer, i), x, to, rows,
+                              stream);
     }
     return merged_combine(arena, pairs, dispatch);
 }
 
-// the bank's gradients += ..., fresh: = ...; da [C, E] is overwritten; H is spent. Returns what sums to the gradient
-// of x
+// the bank's gradients += ..., fresh: = ...; da [C, E] is overwritten; H is spent. Returns what sums to the
+// gradient of x
 static inline CombineChunk merged_backward(float *da, const floatX *dy, const floatX *x, DeviceBank bank,
                                            int fresh, const float *a, DevicePairs pairs,
                                            DeviceDispatch dispatch, const DeviceMerged *merged, Arena *arena,

@@ -311,10 +311,12 @@ static void trainer_ctrl_c(void) {
 static void trainer_threads(const char *router) {
     trainer_clear("one");
     trainer_clear("two");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --router %s --threads 1 --out build/test/one", router),
-                     "one thread");
-    trainer_succeeds(trainer_run(TRAINER_TINY "--steps 6 --router %s --threads 2 --out build/test/two", router),
-                     "two threads");
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY "--steps 6 --router %s --threads 1 --out build/test/one", router),
+        "one thread");
+    trainer_succeeds(
+        trainer_run(TRAINER_TINY "--steps 6 --router %s --threads 2 --out build/test/two", router),
+        "two threads");
     CHECK(trainer_checkpoints_equal("build/test/one/latest", "build/test/two/latest"));
 }
 
@@ -326,9 +328,10 @@ static void trainer_accumulation(const char *router) {
     trainer_succeeds(
         trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --router %s --out build/test/micro", router),
         "two micro-batches");
-    trainer_succeeds(
-        trainer_run(TRAINER_TINY "--steps 2 --load-balance 0 --batch 8 --router %s --out build/test/macro", router),
-        "one");
+    trainer_succeeds(trainer_run(TRAINER_TINY
+                                 "--steps 2 --load-balance 0 --batch 8 --router %s --out build/test/macro",
+                                 router),
+                     "one");
     trainer_compare("accumulation", "build/test/micro/latest/model.safetensors",
                     "build/test/macro/latest/model.safetensors", 1e-5);
 }
@@ -626,8 +629,9 @@ static void trainer_late_loss(void) {
 static void trainer_lory(void) {
     trainer_late_loss();
     trainer_clear("lory");
-    trainer_succeeds(trainer_run(TRAINER_LORY "--segment-length 6 --steps 2 --val-data build/test/train.bin --out "
-                                              "build/test/lory"),
+    trainer_succeeds(trainer_run(TRAINER_LORY
+                                 "--segment-length 6 --steps 2 --val-data build/test/train.bin --out "
+                                 "build/test/lory"),
                      "lory");
     CHECK(strstr(trainer_output, "4 experts merged into one, once every 6 tokens") != NULL);
     CHECK(strstr(trainer_output, "(in brackets: without the first 6 positions") != NULL);
@@ -636,17 +640,20 @@ static void trainer_lory(void) {
     CHECK(strstr(log, ", \"val_loss_after_first_segment\": ") != NULL);
     CHECK(log_has_validation("build/test/lory/log.jsonl", 2));
     free(log);
-    trainer_succeeds(trainer_run("--load build/test/lory --eval --seq-len 6 --batch 2 --val-data build/test/train.bin"),
-                     "one segment");
+    trainer_succeeds(
+        trainer_run("--load build/test/lory --eval --seq-len 6 --batch 2 --val-data build/test/train.bin"),
+        "one segment");
     CHECK(strstr(trainer_output, "in brackets") == NULL); // every position sees its segment
-    trainer_refuses(2, "--seq-len 16 is a single segment of --segment-length 16", TRAINER_LORY "--segment-length 16");
+    trainer_refuses(2, "--seq-len 16 is a single segment of --segment-length 16",
+                    TRAINER_LORY "--segment-length 16");
     trainer_refuses(2, "--seq-len 5 is a single segment of --segment-length 6",
                     "--load build/test/lory --seq-len 5 --batch 2 --data build/test/train.bin");
     trainer_refuses(2, "merges experts into one of a dense layer's width", TRAINER_LORY "--granularity 2");
     trainer_refuses(2, "merges experts into one of a dense layer's width", TRAINER_LORY "--active 2");
-    trainer_refuses(2, "--route-from: lory has no active experts",
-                    "--load build/test/lory --data build/test/train.bin --batch 1 --seq-len 16 --dump "
-                    "build/test/refused.safetensors --route-from dev/test/fixtures/lory/expected.safetensors");
+    trainer_refuses(
+        2, "--route-from: lory has no active experts",
+        "--load build/test/lory --data build/test/train.bin --batch 1 --seq-len 16 --dump "
+        "build/test/refused.safetensors --route-from dev/test/fixtures/lory/expected.safetensors");
 }
 
 static void test_trainer(void) {

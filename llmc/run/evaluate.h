@@ -2,8 +2,8 @@
 Looking at a model without changing it: the loss on validation shards, and the dump of one micro-batch.
 
     validate   mean loss of up to val_batches micro-batches of each domain's shard, then of all together. lory
-               routes segments as in training, so that the first of a sequence sees the mean of its own tokens:
-               beside the loss stands the one of the positions behind it, which see nothing that comes later
+               routes segments as in training: the first of a sequence sees the mean of its own tokens. So
+               beside the loss stands that of the positions behind it, which see nothing that comes later
     dump       one micro-batch, forward and backward in training mode, for checkers (dump.h)
 
 Errors: a loss that is not finite is refused where nothing else was asked for (--eval); in training it is a
@@ -24,8 +24,9 @@ static inline int leaking_positions(const Run *run) {
     return router_merges(r->method) && r->segment < run->options.seq_len ? r->segment : 0;
 }
 
-// The loss of sequences first .. first + B - 1, and *late, that of the positions which cannot see later tokens,
-// where others can. VALIDATION_DAMAGED when a token has changed since the run began into one that the vocabulary lacks
+// The loss of sequences first .. first + B - 1, and *late, that of the positions which cannot see later
+// tokens, where others can. VALIDATION_DAMAGED when a token has changed since the run began into one that the
+// vocabulary lacks
 static inline Validation validate_batch(Run *run, const DataLoader *loader, int64_t first, int B,
                                         double *loss, double *late) {
     int64_t T = run->options.seq_len, bad_token;
@@ -73,7 +74,8 @@ static inline double mean_of_batches(const double *losses, int64_t count, int64_
 
 // of a domain, or of all
 typedef struct {
-    double loss, late; // means over all targets, and over those behind the leaking positions, if there are such
+    double loss,
+        late; // means over all targets, and over those behind the leaking positions, if there are such
     int64_t sequences;
 } ValidationLoss;
 
@@ -171,8 +173,9 @@ static inline void validate(Run *run) {
     report_loss(run, &all, "all");
     printf("\n");
     if (leaking > 0) {
-        printf("          (in brackets: without the first %d positions, which are routed by their own mean)\n",
-               leaking);
+        printf(
+            "          (in brackets: without the first %d positions, which are routed by their own mean)\n",
+            leaking);
     }
 }
 
@@ -201,9 +204,9 @@ static inline void dump(Run *run) {
                   draws, &run->stats);
     double lm_loss = run->stats.lm_loss, reg = run->stats.reg_loss;
     double loss = lm_loss + weight * reg;
-    double sparsity =
-        dense ? 0.0
-              : step_sparsity(c->router, run->stats.active, run->stats.tokens * c->layers * c->router.experts);
+    double sparsity = dense ? 0.0
+                            : step_sparsity(c->router, run->stats.active,
+                                            run->stats.tokens * c->layers * c->router.experts);
     float scalars[DUMP_SCALARS] = {(float)lm_loss, (float)reg, (float)loss, (float)sparsity};
     Dump dump = {N,
                  scalars,

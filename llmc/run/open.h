@@ -65,9 +65,11 @@ static inline void print_model(const Options *o, const Config *c) {
 // a router that learns from what it does for the next segment needs one
 static inline void check_segments(const Options *o, const Config *c) {
     if (router_merges(c->router.method) && o->seq_len <= c->router.segment) {
-        die_usage("--seq-len %lld is a single segment of --segment-length %d: a segment is routed by the one before, "
-                  "so the router would learn nothing\n  ---> a longer --seq-len, or a shorter --segment-length",
-                  (long long)o->seq_len, c->router.segment);
+        die_usage(
+            "--seq-len %lld is a single segment of --segment-length %d: a segment is routed by the one "
+            "before, "
+            "so the router would learn nothing\n  ---> a longer --seq-len, or a shorter --segment-length",
+            (long long)o->seq_len, c->router.segment);
     }
 }
 

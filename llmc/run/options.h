@@ -78,7 +78,8 @@ static inline const char *preset_arguments(const char *name) {
 static inline const char *preset_common(const char *name) {
     return strcmp(name, "tiny") == 0
                ? ""
-               : "--kv-heads 4 --vocab-size 51200 --seq-len 1024 --segment-length 256 --batch 4 --global-batch 512 --steps 60000 "
+               : "--kv-heads 4 --vocab-size 51200 --seq-len 1024 --segment-length 256 --batch 4 "
+                 "--global-batch 512 --steps 60000 "
                  "--train-data data/pile/train_*.bin --val-data data/pile/val.*.bin --tokenizer data/gpt2 "
                  "--save-every 1000 --val-every 1000 --val-batches 100";
 }

@@ -289,8 +289,7 @@ static void model_case(const ModelCase *t, int show) {
     printf("  %-24s loss %.6f (CPU %.6f)  S %.3f  worst %.1e  %s\n", t->name, losses[0], losses_want[0],
            step_sparsity(want.config.router, got.stats.active,
                          (int64_t)want.N * t->L * want.config.router.experts),
-           worst,
-           worst_name);
+           worst, worst_name);
     model_close(m);
     examination_free(&got);
     examination_free(&want);
@@ -577,7 +576,8 @@ static void sampling_case_of(const char *router) {
         int *planned = plan_apart(m, t.T);
         upload_batch(m, 0, x.inputs, x.targets, t.T);
         model_forward(m, m->step.batches[0].inputs, 1, t.T, 0, no_draws, &first, NULL);
-        matmul_forward(m->acts.logits, m->acts.normed, m->params.weights.head, t.T, t.d, t.V, &m->gemm, m->stream);
+        matmul_forward(m->acts.logits, m->acts.normed, m->params.weights.head, t.T, t.d, t.V, &m->gemm,
+                       m->stream);
         download(m, x.logits, m->acts.logits, t.T * t.V);
         plan_back(m, planned);
     }
