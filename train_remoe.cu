@@ -182,9 +182,9 @@ static const int *upload_contexts(Model *m, const int *contexts, int B) {
 }
 
 // ids [N], on the device: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions
-// are in the qkv buffers). draws: what chance decides; contexts: NULL, or [B], on the host, how many of its first
-// tokens route each sequence (lory; a call with start > 0 has the experts that the call before has merged); forced:
-// NULL, or for each layer an active set [N, E] that replaces the router's own
+// are in the qkv buffers). draws: what chance decides; contexts: NULL, or [B], on the host, how many of its
+// first tokens route each sequence (lory; a call with start > 0 has the experts that the call before has
+// merged); forced: NULL, or for each layer an active set [N, E] that replaces the router's own
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
                           const int *contexts, const float *const *forced) {
     const Config *c = &m->config;
@@ -251,8 +251,8 @@ static void regulariser(Model *m, int N, double scale) {
 // ----------------------------------------------------------------------------
 // backward, in the forward's reverse order; m->back.dx carries the residual stream's gradient
 
-// what sums to the gradient of ffn_normed, but the router's part; dgate: of the pairs' gates, or of the weights that
-// experts are merged with
+// what sums to the gradient of ffn_normed, but the router's part. back.dgate: the gradient of the pairs'
+// gates, or of the weights that experts are merged with
 static CombineChunk layer_experts_backward(Model *m, int l, int N) {
     const LayerActs *a = &m->acts.layers[l];
     if (router_merges(m->config.router.method)) {

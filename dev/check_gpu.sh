@@ -100,8 +100,8 @@ check_curves() {
 
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-300} # each
 SANITIZE_JOBS=${SANITIZE_JOBS:-16}
-SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch experts rmsnorm_router,dispatch_rmsnorm pairs gemm router'
-RACED='model:relu,model:topk,model:ec model:auxfree,model:sparsemixer model:hash,model:dense,model:update model:bits,model:sampling model:overflow,model:graph'
+SANITIZED='mma,embedding,rmsnorm,rope,crossentropy,adamw attention grouped_gemm dispatch experts merge rmsnorm_router,dispatch_rmsnorm pairs gemm router'
+RACED='model:relu,model:topk,model:ec model:auxfree,model:sparsemixer merge,model:lory model:hash,model:dense,model:update model:bits,model:sampling model:overflow,model:graph'
 
 # sanitize TOOL PROGRAM COMPONENTS: in the background, a few at a time (they share the card's memory), each reference on one core.
 # initcheck does not follow what is written through TMA, as the Hopper kernels' results are and cuBLASLt's: it gets the portable kernels
@@ -110,7 +110,7 @@ sanitize() {
     local name options='' report='--error-exitcode 9'
     name="$1_$(basename "$2")_${3//[:,]/_}"
     case $1:$3 in
-    racecheck:* | *:router) options=--few ;;
+    racecheck:* | *:router | *:merge) options=--few ;;
     esac
     [ "$1" != initcheck ] || options+=' --portable'
     [ "$1" != racecheck ] || report='--print-limit 100000'

@@ -43,8 +43,8 @@ typedef struct { // as ExpertBank of experts.h
 } DeviceBank;
 
 // a chunk's rows through their experts: Y
-static inline void experts_chunk_forward(floatX *y, ChunkH h, const floatX *x, DeviceBank bank, RowChunk chunk,
-                                         cudaStream_t stream) {
+static inline void experts_chunk_forward(floatX *y, ChunkH h, const floatX *x, DeviceBank bank,
+                                         RowChunk chunk, cudaStream_t stream) {
     grouped_up_forward(h, 0, x, bank.gate_up, chunk, bank.d, bank.F, stream); // gate silu(G) U
     grouped_down_forward(y, h, bank.down, chunk, bank.d, bank.F, stream);     // Y = (gate A) W_down^T
 }

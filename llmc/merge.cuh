@@ -1,25 +1,26 @@
 /*
-Merged experts on the device: another bank for the grouped GEMM. The same functions as merge.h, chunk by chunk.
+Merged experts on the device: another bank for the grouped GEMM. The same functions as merge.h, chunk by
+chunk.
 
-    merge_forward    a thread owns 16 bytes of the experts' weights and 8 segments: each expert's are read once for
+    merge_forward    a thread owns 16 bytes of the experts' weights and 8 segments: an expert's are read once for
                      all of a chunk's segments. fp32 sums, in the order of the experts, rounded once to bank'
-    merge_backward   a block owns 256 columns of the fp32 dbank', and leaves them in shared memory, where they serve
-                     both results:
+    merge_backward   a block owns 256 columns of the fp32 dbank', and leaves them in shared memory for both
+                     results:
                        dbank[e] += sum_c a_ce dbank'[c]     in the order of the segments, from 0
                        da_ce     = <dbank'[c], bank[e]>     a warp 64 of the columns, 4 x 2 sums per lane
-                     A block goes on to the columns one grid further; the blocks' parts of da are added at the end.
-                     Their number depends on sizes alone
+                     Then it goes on to the columns one grid further. The blocks' parts of da are added at the
+                     end, as many as the sizes alone say.
 
-Memory holds both up: of 32 segments, E = 8, merge_forward writes 32 experts and reads 8 (in bf16), merge_backward
-reads 32 in fp32, and reads, adds to and writes 8.
+Memory holds both up: of 32 segments, E = 8, merge_forward writes 32 experts and reads 8 (in bf16),
+merge_backward reads 32 in fp32, and reads, adds to and writes 8.
 
-Rows are known to the host: segment c has the rows c R .. (c + 1) R - 1, R = S rounded up to 64, the last of which may
-be pads. So nothing is sorted, a chunk of segments is the arena's chunk of rows (arena.cuh: H is kept or computed
-again), and the order of no sum depends on how many are kept. Y of all chunks stays until the combine, N d values:
-less than the combine's fp32 sums would take from chunk to chunk.
+Rows are known to the host: segment c has the rows c R .. (c + 1) R - 1, R = S rounded up to 64, the last of
+which may be pads. So nothing is sorted, a chunk of segments is the arena's chunk of rows (arena.cuh: H is
+kept or computed again), and the order of no sum depends on how many are kept. Y of all chunks stays until the
+combine, N d values: less than the combine's fp32 sums would take from chunk to chunk.
 
-a [N, E] fp32 by token, da [C, E] fp32; bank and bank' [., 2F, d], [., d, F] floatX; their gradients fp32. d and F
-multiples of 8. Errors: none.
+a [N, E] fp32 by token, da [C, E] fp32; bank and bank' [., 2F, d], [., d, F] floatX; their gradients fp32. d
+and F multiples of 8. Errors: none.
 */
 #ifndef MERGE_CUH
 #define MERGE_CUH
@@ -40,7 +41,7 @@ typedef struct {
 
 enum {
     MERGE_THREADS = 256,
-    MERGE_SEGMENTS = 8, // of a thread
+    MERGE_SEGMENTS = 8,                                           // of a thread
     MERGE_PACKS = MERGE_THREADS / (MERGE_CHUNK / MERGE_SEGMENTS), // of a block
     MERGE_EXPERTS = 64 // whose weights of merging are in shared memory at once
 };
@@ -53,7 +54,8 @@ typedef struct {
 } DeviceSegments;
 
 // a of the chunk's segment c for expert e, 0 where there is none
-__device__ __forceinline__ float chunk_weight(const float *a, const DeviceSegments &chunk, int c, int e, int E) {
+__device__ __forceinline__ float chunk_weight(const float *a, const DeviceSegments &chunk, int c, int e,
+                                              int E) {
     return c < chunk.count && e < E ? lory_weights(a, chunk.all, chunk.first + c, E)[e] : 0.0f;
 }
 
@@ -109,12 +111,13 @@ static inline void merge_forward(DeviceBank to, const float *a, DeviceBank bank,
 enum {
     UNMERGE_THREADS = 128,
     UNMERGE_WARPS = UNMERGE_THREADS / 32,
-    UNMERGE_COLUMNS = 256,                // of a tile
-    UNMERGE_PITCH = UNMERGE_COLUMNS + 4,  // of its rows in shared memory: 8 rows' columns lie in different banks
-    UNMERGE_GROUP = 8,                    // experts at a time
-    UNMERGE_EXPERTS = 32,                 // of a block
-    UNMERGE_SUMS = MERGE_CHUNK + 8,       // pitch of a warp's da
-    MERGE_BLOCKS = 1024                   // at most, along the columns
+    UNMERGE_COLUMNS = 256, // of a tile
+    UNMERGE_PITCH =
+        UNMERGE_COLUMNS + 4,        // of its rows in shared memory: 8 rows' columns lie in different banks
+    UNMERGE_GROUP = 8,              // experts at a time
+    UNMERGE_EXPERTS = 32,           // of a block
+    UNMERGE_SUMS = MERGE_CHUNK + 8, // pitch of a warp's da
+    MERGE_BLOCKS = 1024             // at most, along the columns
 };
 static_assert(UNMERGE_THREADS * 4 == 2 * UNMERGE_COLUMNS, "a thread has 4 columns, and half of the experts");
 static_assert(UNMERGE_GROUP == 2 * 4 && UNMERGE_GROUP * MERGE_CHUNK == 32 * 8, "a lane has 4 x 2 sums");
@@ -132,7 +135,8 @@ static inline int unmerge_experts(int E) {
 }
 
 static inline size_t unmerge_shared_bytes(int E) {
-    return sizeof(UnmergeTile) + (size_t)(UNMERGE_WARPS * unmerge_experts(E) - 1) * UNMERGE_SUMS * sizeof(float);
+    return sizeof(UnmergeTile) +
+           (size_t)(UNMERGE_WARPS * unmerge_experts(E) - 1) * UNMERGE_SUMS * sizeof(float);
 }
 
 struct alignas(16) Four {
@@ -148,8 +152,8 @@ __device__ __forceinline__ void store_four(float *to, const Four &four) {
 }
 
 // columns first .. of dbank', 0 beyond count and size
-__device__ __forceinline__ void load_dmerged(UnmergeTile &tile, const float *dmerged, int count, int64_t first,
-                                             int64_t size) {
+__device__ __forceinline__ void load_dmerged(UnmergeTile &tile, const float *dmerged, int count,
+                                             int64_t first, int64_t size) {
     int column = (int)threadIdx.x * 4 % UNMERGE_COLUMNS, half = (int)threadIdx.x * 4 / UNMERGE_COLUMNS;
     bool inside = first + column < size;
 #pragma unroll 8
@@ -232,10 +236,12 @@ __device__ __forceinline__ void unmerge_da(UnmergeTile &tile, int row) {
     }
 }
 
-// parts [MERGE_CHUNK, E, MERGE_BLOCKS]: a block's are set, or added to where another matrix has set them; set: dbank
+// parts [MERGE_CHUNK, E, MERGE_BLOCKS]: a block's are set, or added to where another matrix has set them;
+// set: dbank
 static __global__ void __launch_bounds__(UNMERGE_THREADS)
     merge_backward_kernel(float *dbank, float *parts, const float *a, const float *dmerged,
-                          const floatX *bank, DeviceSegments chunk, int E, int64_t size, int set, int add_parts) {
+                          const floatX *bank, DeviceSegments chunk, int E, int64_t size, int set,
+                          int add_parts) {
     UnmergeTile &tile = *(UnmergeTile *)shared_memory();
     int first_expert = (int)blockIdx.y * UNMERGE_EXPERTS, warp = (int)threadIdx.x / 32;
     int experts = min(ceil_div<int>(E - first_expert, UNMERGE_GROUP) * UNMERGE_GROUP, (int)UNMERGE_EXPERTS);
@@ -280,8 +286,8 @@ static inline void unmerge_matrix(float *dbank, float *parts, const float *a, co
                                   const floatX *bank, DeviceSegments chunk, int E, int64_t size, int set,
                                   int add_parts, cudaStream_t stream) {
     dim3 grid((unsigned)unmerge_blocks(size), (unsigned)ceil_div<int>(E, UNMERGE_EXPERTS));
-    launch(merge_backward_kernel, grid, UNMERGE_THREADS, unmerge_shared_bytes(E), stream, dbank, parts, a, dmerged,
-           bank, chunk, E, size, set, add_parts);
+    launch(merge_backward_kernel, grid, UNMERGE_THREADS, unmerge_shared_bytes(E), stream, dbank, parts, a,
+           dmerged, bank, chunk, E, size, set, add_parts);
 }
 
 // a warp per element of da: lanes add every 32nd part, then each other's
@@ -300,8 +306,8 @@ static __global__ void __launch_bounds__(MERGE_THREADS)
 }
 
 // the bank's gradients += ..., fresh: = ...; da [count, E] of the chunk's segments is overwritten
-static inline void merge_backward(DeviceBank bank, float *da, const float *a, DeviceBank to, DeviceSegments chunk,
-                                  float *parts, int fresh, cudaStream_t stream) {
+static inline void merge_backward(DeviceBank bank, float *da, const float *a, DeviceBank to,
+                                  DeviceSegments chunk, float *parts, int fresh, cudaStream_t stream) {
     int E = bank.E, elements = chunk.count * E;
     int64_t down = (int64_t)bank.F * bank.d;
     unmerge_matrix(bank.dgate_up, parts, a, to.dgate_up, bank.gate_up, chunk, E, 2 * down, fresh, 0, stream);

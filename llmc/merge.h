@@ -3,15 +3,17 @@ Merged experts: another bank, each of whose experts is a weighted sum of the lay
 
     merge_forward    bank'[c] = sum_e a_ce bank[e]
     merge_backward   dbank[e] += sum_c a_ce dbank'[c];   da_ce = <dbank'[c], bank[e]>, over gate_up and down
-    merged_forward, merged_backward   experts_forward and experts_backward of experts.h on bank', whose expert c is
-                     that of segment c (segments.h): merge, run, drop, MERGE_CHUNK segments at a time
+    merged_forward   experts_forward of experts.h on bank', whose expert c is that of segment c (segments.h):
+                     merge, run, drop, MERGE_CHUNK segments at a time
+    merged_backward  experts_backward likewise, each chunk merged again before
 
-A merged expert has as many weights as an expert, 3 F d, for the S tokens of a segment: all segments' together would
-be larger than all that the tokens leave. So a chunk's experts are merged, used and overwritten by the next chunk's,
-and backward merges them again (2 E operations a weight, little beside the 12 S of its products).
+A merged expert has as many weights as an expert, 3 F d, for the S tokens of a segment: all segments' together
+would be larger than all that the tokens leave. So a chunk's experts are merged, used and overwritten by the
+next chunk's, and backward merges them again (2 E operations a weight, little beside the 12 S of its
+products).
 
-One prompt's experts stay, in the place that its layer has, until another batch is computed: the tokens that are
-generated after the prompt are those of the same segment (segments.kept).
+One prompt's experts stay, in the place that its layer has, until another batch is computed: the tokens that
+are generated after the prompt are those of the same segment (segments.kept).
 
 a: [N, E] by token, as router_lory_forward leaves it; bank and bank' [., 2F, d], [., d, F].
 */
@@ -45,11 +47,11 @@ static inline void merged_open(Merged *m, int layers, int64_t segments, int64_t 
     memset(m, 0, sizeof(*m));
     m->experts = merged_experts(layers, segments);
     m->gate_up = NEW(float, m->experts * 2 * F * d);
-    m->down = NEW(float, m->experts * F * d);
+    m->down = NEW(float, m->experts *F *d);
     m->a = NEW(float, (int64_t)MERGE_CHUNK *E);
     if (training) {
         m->dgate_up = NEW(float, m->experts * 2 * F * d);
-        m->ddown = NEW(float, m->experts * F * d);
+        m->ddown = NEW(float, m->experts *F *d);
         m->da = NEW(float, segments *E);
         m->dgate = NEW(float, tokens);
     }

@@ -2,10 +2,11 @@
 The experts of a layer that merges them: merged_forward and merged_backward of merge.h on the device.
 
     for each chunk of segments   merge_forward -> bank';  experts_chunk_forward on bank'
-    backward, likewise           merge_forward again;     experts_chunk_backward: dbank' is set;  merge_backward
+    backward, likewise           merge_forward again;     experts_chunk_backward: dbank' is set;
+                                 merge_backward
 
-Scratch does not grow with the batch: a chunk's bank' in floatX and dbank' in fp32, 18 F d bytes per segment in bf16.
-What is returned is combined as experts.cuh's is: every token has one row.
+Scratch does not grow with the batch: a chunk's bank' in floatX and dbank' in fp32, 18 F d bytes per segment
+in bf16. What is returned is combined as experts.cuh's is: every token has one row.
 
 R: rows of a segment. Before: router_forward. Errors: none.
 */
@@ -162,8 +163,8 @@ static inline CombineChunk merged_forward(const floatX *x, DeviceBank bank, cons
     return merged_combine(arena, pairs, dispatch);
 }
 
-// the bank's gradients += ..., fresh: = ...; da [C, E] is overwritten; H is spent. Returns what sums to the gradient
-// of x
+// the bank's gradients += ..., fresh: = ...; da [C, E] is overwritten; H is spent. Returns what sums to the
+// gradient of x
 static inline CombineChunk merged_backward(float *da, const floatX *dy, const floatX *x, DeviceBank bank,
                                            int fresh, const float *a, DevicePairs pairs,
                                            DeviceDispatch dispatch, const DeviceMerged *merged, Arena *arena,

@@ -16,11 +16,12 @@ Routing, whichever the method: the one place that knows them all.
     hash         1, by token id               0
     dense        1, one expert                0                (each in router_METHOD.h, dense beside hash)
 
-The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place, for auxfree the
-sigmoid, for lory the weights that the token's experts are merged with. hash and dense have none (NULL). A `forced` active set [N, E] (entries != 0) replaces the method's
-own: two implementations, or two precisions, can then be compared without a pair near the threshold flipping.
-A forced gate keeps its own value, z for relu. sparsemixer's forced set says which draws were made, and in
-which order. lory has no active set to force.
+The logits are W x (a matmul of the caller); for topk and ec they become the softmax in place, for auxfree
+the sigmoid, for lory the weights that the token's experts are merged with. hash and dense have none (NULL).
+A `forced` active set [N, E] (entries != 0) replaces the method's own: two implementations, or two
+precisions, can then be compared without a pair near the threshold flipping. A forced gate keeps its own
+value, z for relu. sparsemixer's forced set says which draws were made, and in which order. lory has no
+active set to force.
 
 A new method is its header router_METHOD.h, and here a row of the table and a case in each of the three
 switches; on the GPU the same again (router_METHOD.cuh, router.cuh).

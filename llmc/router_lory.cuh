@@ -1,8 +1,8 @@
 /*
 Lory's router on the device (router_lory.h has the formulas).
 
-    mean      a block per segment, a warp per expert: lanes add up every 32nd token's logit, then each other's; the
-              softmax of the E means by one warp. What a segment's sum is does not depend on what else is in the batch
+    mean      a block per segment, a warp per expert: lanes add up every 32nd token's logit, then each
+              other's; the softmax of the E means by one warp. The rest of the batch changes no bit of it
     spread    the source's softmax to all of a segment's tokens, over their logits, and their pairs
     count     a warp per expert
     backward  a group of lanes per token: each makes its segment's dz anew, E products, and rounds once

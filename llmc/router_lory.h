@@ -1,23 +1,25 @@
 /*
-Lory (Zhong et al., 2024, arXiv 2405.03133): experts are merged in parameter space, once per segment of S tokens
-(segments.h), by the softmax of the segment before. All experts have a part in each token, and all get a gradient.
+Lory (Zhong et al., 2024, arXiv 2405.03133): experts are merged in parameter space, once per segment of S
+tokens (segments.h), by the softmax of the segment before. All experts have a part in each token, and all get
+a gradient.
 
     forward   z_c = W mean of x_t over segment c = mean of the tokens' logits W x_t;   e_c = softmax(z_c)
               a_c = e of the segment before;   first in a sequence: a_c = stopgrad(e_c)
               the tokens of segment c have one expert, sum_e a_ce expert_e, and no gate              (merge.h)
-    backward  from da [C, E], which the merge's backward has made: for c with a next segment c' in its sequence,
+    backward  from da [C, E], which the merge's backward has made. If c' follows c in its sequence,
               dz_c = e_c (da_c' - <e_c, da_c'>), e_c = a_c';   else dz_c = 0
               a token's logits:  dz_t = dz_c / |c|
 
 The logits of a mean are the mean of the logits, so W's part of the work, both ways, is that of any router.
 
-The first segment is routed by its own mean: its tokens see E - 1 numbers per layer of what comes after them. The
-stop-gradient keeps the router from learning to use that; the forward pass leaks all the same, within that segment.
-So validation also reports the loss of the positions from S on. With contexts (a prompt) a segment is routed by
-the mean over the context, and its gradient is not asked for.
+The first segment is routed by its own mean: its tokens see E - 1 numbers per layer of what comes after them.
+The stop-gradient keeps the router from learning to use that; the forward pass leaks all the same, within that
+segment. So validation also reports the loss of the positions from S on. With contexts (a prompt) a segment is
+routed by the mean over the context, and its gradient is not asked for.
 
-Here no router's softmax is near a threshold, and the pair list is known: token t has the pair (t, its segment, gate
-1). counts[e] says how far expert e is used: the tokens of all segments with a_ce > 2 / E (the paper's G.1).
+Here no router's softmax is near a threshold, and the pair list is known: token t has the pair (t, its
+segment, gate 1). counts[e] says how far expert e is used: the tokens of all segments with a_ce > 2 / E (the
+paper's G.1).
 
 logits [N, E] become in place a of each token's segment.
 */

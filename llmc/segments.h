@@ -1,9 +1,10 @@
 /*
-Segments: the stretches of a text that a router which merges experts (router_lory.h) routes, instead of tokens.
+Segments: the stretches of a text that a router which merges experts (router_lory.h) routes, instead of
+tokens.
 
     B sequences of T tokens each are n = ceil(T / S) segments per sequence; the last may be shorter than S:
         segment c = b n + s   tokens b T + s S .. min(b T + (s + 1) S, (b + 1) T) - 1
-    a segment has the merge weights of its source: of the segment before it, or, first in its sequence, of itself
+    a segment's source, which decides its merge: the segment before it, or, first in its sequence, itself
 
 With contexts the whole of a sequence is one segment, whose routing has seen its first tokens alone: a prompt
 whose continuation is to be scored, or written.
@@ -16,11 +17,12 @@ whose continuation is to be scored, or written.
 // defines: HOST_AND_DEVICE, int64_t
 
 typedef struct {
-    int sequences;       // B
-    int tokens;          // T, of each
-    int length;          // S, at most T
-    const int *contexts; // [B] tokens at the beginning of each sequence that route it; NULL: all of a segment's
-    int kept;            // the layers' experts have been merged by the call before: nothing is routed
+    int sequences; // B
+    int tokens;    // T, of each
+    int length;    // S, at most T
+    const int
+        *contexts; // [B] tokens at the beginning of each sequence that route it; NULL: all of a segment's
+    int kept;      // the layers' experts have been merged by the call before: nothing is routed
 } Segments;
 
 // contexts: NULL, or as above

@@ -34,12 +34,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 LIMIT, BF16_LIMIT = 1e-5, 3e-2
-ROUTERS = ["relu", "topk", "auxfree", "sparsemixer", "ec", "hash", "dense"]
+ROUTERS = ["relu", "topk", "auxfree", "sparsemixer", "lory", "ec", "hash", "dense"]
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = str(Path(os.environ.get("TRAINER", ROOT / "train_remoe")).resolve())
 SAMPLE, FIXTURES = ROOT / "build/sample", ROOT / "dev/test/fixtures"
 REFUSED = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "head_dim": 32}
 SHAPE = "--layers 2 --hidden 64 --heads 4 --kv-heads 2 --experts 4 --granularity 2 --seq-len 64 --batch 8"
+LORY = "--granularity 1 --segment-length 16"  # several segments, the last of them short in what is generated
 PROMPTS = ["static inline", "The", "#include <", "", "it's  naïve"]
 NEW_TOKENS = 40  # with the prompt, less than the window of 64
 TEXTS = ["I'll say: they've  12345 \n\n\t x'd", "naïve café — 東京 🙂 ½ ² ß", "  before", "after   ", "\n", "a\r\nb", "\u00a0\u2003x"]
@@ -142,6 +143,23 @@ def check_generate(name, run, model, tokenizer):
                 print(f"    {a!r}\n    {b.decode(errors='replace')!r}")
 
 
+def check_prompts(name, model, tokenizer):
+    """lory's experts are the prompt's own, however its batch is padded, and none without a prompt"""
+    texts = [tokenizer.bos_token + prompt for prompt in ["static inline int", "The"]]
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    together = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    alone = [model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0] for text in texts]
+    same = all(torch.equal(a[-8:], b[-8:]) for a, b in zip(together, alone))
+    ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
+    cache = model(ids, use_cache=True).past_key_values  # of a text that was routed by segments
+    try:
+        model(ids[:, -1:], None, None, cache)
+        refused = False
+    except ValueError:
+        refused = True
+    verdict(name, same and refused, "padded, alone; refused without a prompt")
+
+
 def check_save(name, folder, ids, here, run=None):
     """run: a run of the sample, whose folder has a tokenizer"""
     model, saved = load(folder, torch.float32), here / f"saved-{folder.name}"
@@ -181,7 +199,7 @@ def check_shards(name, folder, here):
 
 def check_router(router, here):
     run, plain, bf16 = here / f"run-{router}", here / router, here / f"{router}-bf16"
-    trainer(*SHAPE.split(), "--router", router, "--steps", 100, "--lr", 3e-3, "--lambda-init", 1e-2, "--out", run,
+    trainer(*SHAPE.split(), *(LORY.split() if router == "lory" else []), "--router", router, "--steps", 100, "--lr", 3e-3, "--lambda-init", 1e-2, "--out", run,
             "--sample-tokens", 0)
     trainer("--load", run, "--export", plain)
     trainer("--load", run, "--export", bf16, "--save-dtype", "bf16")
@@ -200,6 +218,8 @@ def check_router(router, here):
     check_tokenizer(f"{router}: tokenizer", plain, here)
     check_tokenizer(f"{router}: tokenizer of the run's checkpoint", run / "latest", here)
     check_generate(f"{router}: generate", run, load(plain, torch.float32), load_tokenizer(plain))
+    if router == "lory":
+        check_prompts(f"{router}: prompts", load(plain, torch.float32), load_tokenizer(plain))
     check_save(f"{router}: save", plain, ids, here, run)
     check_shards(f"{router}: shards", plain, here)
 

@@ -6,7 +6,9 @@ ReMoE for transformers: LlamaForCausalLM with routed experts for its feed-forwar
 
 `train_remoe --load RUN --export EXPORTED` puts this file beside a model's weights; transformers 4 and 5 run it.
 Tensor names are the checkpoint's; nothing is converted. The router ec, whose experts choose among the tokens
-of a batch, takes each token's k best experts while generating: the batch is not all there.
+of a batch, takes each token's k best experts while generating: the batch is not all there. The router lory merges
+experts by segments of a text, as in training; while generating it merges them for the prompt, once, and the text
+goes on with these. A cache that is passed along with a prompt is taken to mean the same.
 """
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from .configuration_remoe import RemoeConfig
 
 
-ROUTERS = "relu", "topk", "auxfree", "sparsemixer", "ec", "hash"
+ROUTERS = "relu", "topk", "auxfree", "sparsemixer", "lory", "ec", "hash"
 
 
 class RemoeExperts(nn.Module):
@@ -27,22 +29,30 @@ class RemoeExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, d))
         self.down_proj = nn.Parameter(torch.empty(E, d, F))
 
+    def merge(self, a):
+        """a [E] -> the weights of one expert: their sum, weighed by a, rounded once"""
+        return [torch.tensordot(a, w.to(a.dtype), 1).to(w.dtype) for w in (self.gate_up_proj, self.down_proj)]
+
     def forward(self, x, gates, active):
         """x [N, d]; gates, active [N, E] -> sum over the active experts of gate * expert(x)"""
         y = torch.zeros_like(x)
         for e in active.any(0).nonzero()[:, 0].tolist():
             t = active[:, e].nonzero()[:, 0]
-            gate, up = nn.functional.linear(x[t], self.gate_up_proj[e]).chunk(2, -1)
-            out = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[e])
+            out = swiglu(x[t], self.gate_up_proj[e], self.down_proj[e])
             y.index_add_(0, t, gates[t, e, None].to(x.dtype) * out)
         return y
+
+
+def swiglu(x, gate_up, down):
+    gate, up = nn.functional.linear(x, gate_up).chunk(2, -1)
+    return nn.functional.linear(nn.functional.silu(gate) * up, down)
 
 
 class RemoeMoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.router, self.E, self.k = config.router, config.num_experts, config.num_experts_per_tok
-        self.jitter = config.router_jitter
+        self.jitter, self.S = config.router_jitter, config.segment_length
         if config.router not in ROUTERS:
             raise ValueError(f"unknown router {config.router!r}: expected one of {', '.join(ROUTERS)}")
         if config.router != "hash":
@@ -52,6 +62,7 @@ class RemoeMoE(nn.Module):
             self.gate.e_score_correction_bias = bias
         self.experts = RemoeExperts(config)
         self.input_ids, self.alone = None, False  # set by RemoeModel before each forward
+        self.prompt, self.goes_on, self.merged = None, False, None  # lory: the first two likewise
 
     def route(self, x):
         """x [N, d] -> gates, active [N, E]"""
@@ -89,7 +100,30 @@ class RemoeMoE(nn.Module):
             gates, free = p.where(chosen, gates), free & ~chosen
         return gates, ~free
 
+    def forward_merged(self, x):
+        """x [B, T, d]: each text with its prompt's experts, or by segments, each with those of the one before"""
+        if self.goes_on:
+            if self.merged is None:
+                raise ValueError("lory goes on after a prompt that came with a cache: use generate(), or pass past_key_values "
+                                 "along with the prompt")
+            return torch.stack([swiglu(text, *expert) for text, expert in zip(x, self.merged)])
+        z = self.gate(x)
+        z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+        if self.prompt is not None:
+            z = z[:, : self.prompt.shape[1]]
+            means = [text[mask].mean(0) for text, mask in zip(z, self.prompt)]
+            self.merged = [self.experts.merge(mean.softmax(-1)) for mean in means]
+            return torch.stack([swiglu(text, *expert) for text, expert in zip(x, self.merged)])
+        self.merged = None
+        e = torch.stack([part.mean(1) for part in z.split(self.S, 1)], 1).softmax(-1)  # [B, n, E]
+        a = torch.cat([e[:, :1], e[:, :-1]], 1)
+        parts = x.split(self.S, 1)
+        return torch.cat([torch.stack([swiglu(text, *self.experts.merge(weights)) for text, weights in zip(part, a[:, s])])
+                          for s, part in enumerate(parts)], 1)
+
     def forward(self, x):
+        if self.router == "lory":
+            return self.forward_merged(x)
         flat = x.reshape(-1, x.shape[-1])  # [N, d]
         return self.experts(flat, *self.route(flat)).view_as(x)
 
@@ -107,15 +141,27 @@ class RemoeModel(LlamaModel):
         super().__init__(config)
         for layer in self.layers:
             layer.mlp = RemoeMoE(config)
+        self.prompt_length = None  # of the text that is generated, if it is known
         self.post_init()
+
+    def prompt_of(self, tokens, generating, mask):
+        """Which of the first tokens [B, n] are the prompts'; mask: 0 where a text is padded"""
+        n = self.prompt_length if generating and self.prompt_length else tokens.shape[1]
+        prompt = torch.ones(tokens.shape[0], n, dtype=torch.bool, device=tokens.device)
+        return prompt & mask[:, :n].bool() if torch.is_tensor(mask) and mask.dim() == 2 else prompt
 
     def forward(self, input_ids=None, *args, generating=False, **kwargs):
         # The cache is past_key_values in transformers 4 and cache in 5, the fourth argument in both
         caches = [*args[2:3], kwargs.get("past_key_values"), kwargs.get("cache")]
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        mask = args[0] if args else kwargs.get("attention_mask")
+        alone = generating or any(cache is not None for cache in caches)
+        goes_on = any(cache is not None and cache.get_seq_length() > 0 for cache in caches)
+        prompt = self.prompt_of(tokens, generating, mask) if alone and not goes_on and tokens is not None else None
         # a decoder layer hands its mlp the hidden states alone, so what else routing needs is put there
         for layer in self.layers:
             layer.mlp.input_ids = input_ids
-            layer.mlp.alone = generating or any(cache is not None for cache in caches)
+            layer.mlp.alone, layer.mlp.prompt, layer.mlp.goes_on = alone, prompt, goes_on
         return super().forward(input_ids, *args, **kwargs)
 
 
@@ -128,6 +174,11 @@ class RemoeForCausalLM(LlamaForCausalLM):
         if config.router == "auxfree":  # as in the file, whatever the weights are loaded as
             self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
         self.post_init()
+
+    def generate(self, inputs=None, *args, **kwargs):
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        self.model.prompt_length = ids.shape[1] if ids is not None else None
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         # generate() asks this before each forward, with a cache and without; forward hands `generating` on

@@ -70,6 +70,15 @@ def check_differences(folder):
     check(f"{folder.name}: central differences, worst tensor", worst, 1e-5)
 
 
+def check_contexts(folder):
+    """lory: a text of one segment is one whose prompt is all of it; a shorter prompt is another function"""
+    c, params, ids, *_ = open_fixture(folder)
+    B, T = ids.shape
+    logits = [oracle.forward(params, c, ids, contexts=contexts)[0] for contexts in (None, [T] * B, [T - 1] * B)]
+    check(f"{folder.name}: a prompt of the whole text", relative(logits[1], logits[0]), 1e-12)
+    check(f"{folder.name}: a shorter prompt differs", float(relative(logits[2], logits[0]) < 1e-4), 0)
+
+
 def check_llama(folder):
     """As transformers computes it (norms and angles in fp32), then with its fp32 spots widened to float64."""
     from transformers import LlamaForCausalLM
@@ -157,6 +166,8 @@ def main():
         if not folder.name.startswith("sparsemixer") or folder.name == "sparsemixer_route":
             check_differences(folder)  # sparsemixer: where M = 1; else the gates' slope is not that of their values
         check_float32(folder)
+        if folder.name == "lory_one":
+            check_contexts(folder)
         if folder.name.startswith("dense"):
             check_llama(folder)
     print(f"{failures} failed")

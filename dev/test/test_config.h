@@ -127,7 +127,8 @@ static void test_config_scopes(void) {
     const OptionRow *rows = option_rows(&count);
     for (int i = 0; i < count; i++) {
         int lory = strcmp(rows[i].field, "segment_length") == 0; // no router has all keys
-        const char *line = lory ? "--heads 8 --router lory" : "--heads 8 --router sparsemixer"; // 8: 2 x twice the KV
+        const char *line =
+            lory ? "--heads 8 --router lory" : "--heads 8 --router sparsemixer"; // 8: 2 x twice the KV
         char text[OPTION_TEXT_SIZE];
         Options o;
         Config plain = config_of(NULL, line);

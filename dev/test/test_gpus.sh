@@ -20,6 +20,7 @@ tiny='--layers 2 --hidden 32 --heads 4 --kv-heads 2 --ffn-mult 2 --vocab-size 25
 # one chunk of pairs a layer, so that each launch adds to a gradient once, and no count over all ranks
 declare -A alike=([dense]='--router dense' [hash]='--router hash' [topk]='--router topk --active 2 --load-balance 0'
     [auxfree]='--router auxfree --active 2 --bias-rate 0.02'
+    [lory]='--router lory --segment-length 8'
     [sparsemixer]='--router sparsemixer --active 2 --load-balance 0 --router-jitter 0.4' [relu]='--router relu --active 8 --load-balance 0')
 
 run() { # run NAME OPTIONS...: a training run; its status
@@ -100,13 +101,13 @@ test_balance() { # f_le is counted over all ranks: n ranks of B sequences are on
 }
 
 test_variants() { # all that must not change a bit
-    local n=${RANKS%% *}
+    local n=${RANKS%% *} router=
     run base --gpus "$n" --global-batch $((4 * n)) --save-every 2 --keep 0
     check "$n ranks with two micro-batches each" $?
     variant() { # variant WHAT OPTIONS...
         local what=$1
         shift
-        run variant --gpus "$n" --global-batch $((4 * n)) "$@" && same base variant
+        run variant $router --gpus "$n" --global-batch $((4 * n)) "$@" && same base variant
         check "the same bits: $what" $?
     }
     variant 'a repeat'
@@ -131,6 +132,15 @@ test_variants() { # all that must not change a bit
     rm -rf $here/resumed && cp -r $here/base $here/resumed && rm -rf $here/resumed/step_00000004
     timeout 100 "$gpu" --resume $here/resumed/step_00000002 --gpus "$n" >$here/resumed.txt 2>&1 && same base resumed
     check 'the same bits: resumed' $?
+    router=${alike[lory]}
+    run base $router --gpus "$n" --global-batch $((4 * n))
+    check "lory on $n ranks" $?
+    variant 'no pairs stored' --pair-budget 1e-6
+    variant 'undivided states, by NCCL' --zero 0 --comm nccl
+    if [[ $gpu = *emulated* ]]; then
+        EMULATED_STREAMS=late variant 'all work as late as it may come'
+        EMULATED_STREAMS=ahead variant 'moves as early as they may come'
+    fi
 }
 
 resumed_by() { # resumed_by N NAME: a copy of the run NAME goes on from its second step, with N ranks

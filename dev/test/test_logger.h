@@ -220,7 +220,8 @@ static void test_logger_cut(void) {
         log_step(log, LOGGER_PATH, &r);
         ends[i] = (size_t)ftell(log);
         if (i == 1) {
-            log_validation(log, LOGGER_PATH, 2, 2.5, NULL, "all"); // made again by a run that resumes after 2 steps
+            log_validation(log, LOGGER_PATH, 2, 2.5, NULL,
+                           "all"); // made again by a run that resumes after 2 steps
         }
     }
     check_fclose(log, LOGGER_PATH);

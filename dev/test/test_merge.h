@@ -1,6 +1,6 @@
 /*
-merge.h: the merge and its backward against the sums in double; then whole layers: every segment's tokens through
-experts that were merged for it alone, with more segments than a chunk has, against merged_forward and
+merge.h: the merge and its backward against the sums in double; then whole layers: every segment's tokens
+through experts that were merged for it alone, with more segments than a chunk has, against merged_forward and
 merged_backward, whose results must not depend on the chunks; and a prompt's experts, which stay.
 */
 #ifndef TEST_MERGE_H
@@ -9,7 +9,13 @@ merged_backward, whose results must not depend on the chunks; and a prompt's exp
 #include "llmc/merge.h"
 #include "harness.h"
 
-enum { MERGE_E = 3, MERGE_D = 6, MERGE_F = 5, MERGE_UP = 2 * MERGE_F * MERGE_D, MERGE_DOWN = MERGE_F * MERGE_D };
+enum {
+    MERGE_E = 3,
+    MERGE_D = 6,
+    MERGE_F = 5,
+    MERGE_UP = 2 * MERGE_F * MERGE_D,
+    MERGE_DOWN = MERGE_F * MERGE_D
+};
 
 typedef struct {
     float gate_up[MERGE_E * MERGE_UP], down[MERGE_E * MERGE_DOWN];
@@ -31,7 +37,8 @@ static void merge_product(double *to, const float *a, const float *from, int row
     for (int i = 0; i < rows * size; i++) {
         for (int j = 0; j < inner; j++) {
             int row = i / size;
-            to[i] += (double)(transposed ? a[j * rows + row] : a[row * inner + j]) * from[j * size + i % size];
+            to[i] +=
+                (double)(transposed ? a[j * rows + row] : a[row * inner + j]) * from[j * size + i % size];
         }
     }
 }
@@ -58,7 +65,8 @@ static void test_merge_sums(void) {
             want_da[i] += (double)dup[i / MERGE_E * MERGE_UP + j] * own.gate_up[i % MERGE_E * MERGE_UP + j];
         }
         for (int j = 0; j < MERGE_DOWN; j++) {
-            want_da[i] += (double)ddown[i / MERGE_E * MERGE_DOWN + j] * own.down[i % MERGE_E * MERGE_DOWN + j];
+            want_da[i] +=
+                (double)ddown[i / MERGE_E * MERGE_DOWN + j] * own.down[i % MERGE_E * MERGE_DOWN + j];
         }
     }
     merge_forward(merged, a, bank);
@@ -122,8 +130,8 @@ static void merge_check_layer(int B, int T, int length) {
         int whole = segment_size(s, c);
         PairList pairs = pairs_empty();
         lory_list(&pairs, segments_of(1, whole, whole, NULL));
-        merged_forward(one->y + t * MERGE_D, one->h, one->x + t * MERGE_D, single, one->a + t * MERGE_E, &pairs, 0,
-                       &one->merged, one->scratch);
+        merged_forward(one->y + t * MERGE_D, one->h, one->x + t * MERGE_D, single, one->a + t * MERGE_E,
+                       &pairs, 0, &one->merged, one->scratch);
         merged_backward(one->dx + t * MERGE_D, one->dy + t * MERGE_D, one->x + t * MERGE_D, one->h, single,
                         one->a + t * MERGE_E, &pairs, 0, &one->merged, one->scratch);
         memcpy(da + c * MERGE_E, one->merged.da, MERGE_E * sizeof(float));
@@ -154,8 +162,10 @@ static void test_merge_kept(void) {
             other->a[t * MERGE_E + e] = e == 1 ? 1.0f : 0.0f;
         }
     }
-    merged_forward(first->y, first->h, first->x, bank, first->a, &first->pairs, 0, &first->merged, first->scratch);
-    merged_forward(other->y, other->h, first->x, bank, other->a, &other->pairs, 2, &first->merged, first->scratch);
+    merged_forward(first->y, first->h, first->x, bank, first->a, &first->pairs, 0, &first->merged,
+                   first->scratch);
+    merged_forward(other->y, other->h, first->x, bank, other->a, &other->pairs, 2, &first->merged,
+                   first->scratch);
     PairList pairs = pairs_empty();
     lory_list(&pairs, next);
     for (int layer = 0; layer < 2; layer++) { // the prompt's last token again
@@ -163,7 +173,8 @@ static void test_merge_kept(void) {
                        &first->merged, first->scratch);
     }
     CHECK(memcmp(y[0], first->y + (PROMPT - 1) * D, sizeof(y[0])) == 0);
-    CHECK(memcmp(y[1], other->y + (PROMPT - 1) * D, sizeof(y[1])) == 0 && memcmp(y[0], y[1], sizeof(y[0])) != 0);
+    CHECK(memcmp(y[1], other->y + (PROMPT - 1) * D, sizeof(y[1])) == 0 &&
+          memcmp(y[0], y[1], sizeof(y[0])) != 0);
     pairs_free(&pairs);
     merge_layer_free(first);
     merge_layer_free(other);

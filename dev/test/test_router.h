@@ -160,10 +160,12 @@ static void test_router_lory_switch(void) {
     for (int t = 0; t < ROUTER_TOKENS; t++) {
         const float *gates = run.gates + t * ROUTER_E;
         CHECK(fabsf(gates[0] + gates[1] + gates[2] + gates[3] - 1.0f) < 1e-6f);
-        CHECK(memcmp(gates, run.gates + t / ROUTER_SEGMENT * ROUTER_SEGMENT * ROUTER_E, ROUTER_E * sizeof(float)) == 0);
+        CHECK(memcmp(gates, run.gates + t / ROUTER_SEGMENT * ROUTER_SEGMENT * ROUTER_E,
+                     ROUTER_E * sizeof(float)) == 0);
     }
     int last = (ROUTER_TOKENS - ROUTER_SEGMENT) * ROUTER_E;
-    CHECK(router_all_zero(run.dlogits + last, ROUTER_CELLS - last)); // nobody's weights are the last segment's
+    CHECK(
+        router_all_zero(run.dlogits + last, ROUTER_CELLS - last)); // nobody's weights are the last segment's
 }
 
 static void test_router_others(void) {

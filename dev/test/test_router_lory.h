@@ -1,6 +1,6 @@
 /*
-segments.h and router_lory.h: where segments lie, the shift and its softmax worked by hand, contexts, counts; the
-gradient against central differences of a double that holds the first segments' weights.
+segments.h and router_lory.h: where segments lie, the shift and its softmax worked by hand, contexts, counts;
+the gradient against central differences of a double that holds the first segments' weights.
 */
 #ifndef TEST_ROUTER_LORY_H
 #define TEST_ROUTER_LORY_H
@@ -112,7 +112,8 @@ static double lory_objective(void *context) {
     LoryReference *r = (LoryReference *)context;
     double sum = 0.0;
     for (int c = 0; c < LORY_SEGMENTS; c++) {
-        double mean[LORY_E] = {0}, all = 0.0, source = segment_source(r->s, c), size = segment_size(r->s, (int)source);
+        double mean[LORY_E] = {0}, all = 0.0, source = segment_source(r->s, c),
+               size = segment_size(r->s, (int)source);
         for (int i = 0; i < (int)size * LORY_E; i++) {
             mean[i % LORY_E] += r->z[segment_first(r->s, (int)source) * LORY_E + i] / size;
         }

@@ -142,7 +142,8 @@ static inline void arena_grow(Arena *arena, const int *rows) {
 // ----------------------------------------------------------------------------
 // memory
 
-static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int64_t results, int d, int training) {
+static inline void arena_take_chunk(Arena *arena, DeviceMemory *memory, int64_t results, int d,
+                                    int training) {
     int64_t R = arena->chunk_rows;
     arena->rows = take<floatX>(memory, SEGMENT_WORKSPACE, results * d);
     if (arena->max_chunks > 1 && results < arena->worst_rows) {
@@ -222,8 +223,8 @@ static __global__ void arena_place_kernel(Arena arena, int layer, const int *num
 }
 
 // num_rows: on the device; in chunks of chunk_rows, so many of which will be launched
-static inline void arena_place_chunks(Arena *arena, int layer, const int *num_rows, int chunk_rows, int planned,
-                                      cudaStream_t stream) {
+static inline void arena_place_chunks(Arena *arena, int layer, const int *num_rows, int chunk_rows,
+                                      int planned, cudaStream_t stream) {
     launch(arena_place_kernel, 1, 1, 0, stream, *arena, layer, num_rows, chunk_rows, planned);
 }
 

@@ -2,8 +2,8 @@
 Looking at a model without changing it: the loss on validation shards, and the dump of one micro-batch.
 
     validate   mean loss of up to val_batches micro-batches of each domain's shard, then of all together. lory
-               routes segments as in training, so that the first of a sequence sees the mean of its own tokens:
-               beside the loss stands the one of the positions behind it, which see nothing that comes later
+               routes segments as in training: the first of a sequence sees the mean of its own tokens. So
+               beside the loss stands that of the positions behind it, which see nothing that comes later
     dump       one micro-batch, forward and backward in training mode, for checkers (dump.h)
 
 Errors: a loss that is not finite is refused where nothing else was asked for (--eval); in training it is a

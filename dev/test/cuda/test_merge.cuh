@@ -1,8 +1,9 @@
 /*
-router_lory.cuh, merge.cuh and merged_experts.cuh against router_lory.h and merge.h on the same inputs: weights and
-pairs of segments and of contexts; the merge, and its backward, which is compared in fp32 in both builds; whole layers
-of one chunk of segments and of several, short ones among them. Then what must not change a bit: what of H is kept, a
-repeat, other texts in the batch; gradients that are added to; and a prompt's experts, which stay.
+router_lory.cuh, merge.cuh and merged_experts.cuh against router_lory.h and merge.h on the same inputs:
+weights and pairs of segments and of contexts; the merge, and its backward, which is compared in fp32 in both
+builds; whole layers of one chunk of segments and of several, short ones among them. Then what must not change
+a bit: what of H is kept, a repeat, other texts in the batch; gradients that are added to; and a prompt's
+experts, which stay.
 */
 #ifndef CUDA_TEST_MERGE_CUH
 #define CUDA_TEST_MERGE_CUH
@@ -32,7 +33,8 @@ static void merge_release_pairs(DevicePairs pairs) {
 
 static void merge_check_pairs(DevicePairs got, const PairList *want, int E) {
     int N = (int)want->tokens, wrong = 0;
-    int *row_start = fetch(got.row_start, N + 1), *expert = fetch(got.expert, N), *counts = fetch(got.counts, E);
+    int *row_start = fetch(got.row_start, N + 1), *expert = fetch(got.expert, N),
+        *counts = fetch(got.counts, E);
     float *gate = fetch(got.gate, N);
     for (int t = 0; t < N; t++) {
         wrong += row_start[t] != t || expert[t] != want->expert[t] || gate[t] != 1.0f;
@@ -53,7 +55,8 @@ static void merge_router_case(int B, int T, int length, int E, const int *contex
     Segments s = segments_of(B, T, length, contexts), on_device = s;
     int C = segments_count(s);
     float *logits = host_random(cells, 3, 3.0f), *da = host_random((int64_t)C * E, 4, 1.0f);
-    float *dlogits = NEW(float, cells), *device_logits = device_f(logits, cells), *device_da = device_f(da, C * E);
+    float *dlogits = NEW(float, cells), *device_logits = device_f(logits, cells),
+          *device_da = device_f(da, C * E);
     float *scratch = device_new<float>((int64_t)C * E);
     floatX *device_dlogits = device_new<floatX>(cells);
     int *device_contexts = contexts != NULL ? device_i(contexts, B) : NULL;
@@ -119,8 +122,13 @@ static MergeBankPair merge_bank_pair(int E, int d, int F, unsigned seed) {
     b.ddown = NEW(float, down);
     fill_uniform(b.dgate_up, (size_t)(2 * down), seed + 2, 1.0f);
     fill_uniform(b.ddown, (size_t)down, seed + 3, 1.0f);
-    DeviceBank device = {E, d, F, device_x(b.gate_up, 2 * down), device_x(b.down, down),
-                         device_f(b.dgate_up, 2 * down), device_f(b.ddown, down)};
+    DeviceBank device = {E,
+                         d,
+                         F,
+                         device_x(b.gate_up, 2 * down),
+                         device_x(b.down, down),
+                         device_f(b.dgate_up, 2 * down),
+                         device_f(b.ddown, down)};
     b.device = device;
     return b;
 }
@@ -181,8 +189,8 @@ static void test_merge_matrices(void) {
     }
     merge_sums_case(1, 1, 8, 8, 0);
     merge_sums_case(MERGE_CHUNK, 8, 64, 128, 1);
-    merge_sums_case(9, 37, 16, 24, 0); // more experts than a block of the backward has
-    merge_sums_case(4, 70, 16, 16, 1); // and than the forward's shared memory
+    merge_sums_case(9, 37, 16, 24, 0);  // more experts than a block of the backward has
+    merge_sums_case(4, 70, 16, 16, 1);  // and than the forward's shared memory
     merge_sums_case(2, 2, 256, 520, 0); // more tiles than blocks
 }
 
@@ -238,7 +246,8 @@ static MergeCase merge_case(int B, int T, int length, int E, int d, int F) {
     int64_t token = (int64_t)c.N * d, down = (int64_t)E * F * d;
     int64_t sizes[MERGE_RESULTS] = {token, token, (int64_t)c.C * E, 2 * down, down};
     memcpy(c.size, sizes, sizeof(sizes));
-    float *host[] = {host_random(token, 11, 1.0f), host_random(token, 12, 1.0f), host_random(token, 13, 1.0f)};
+    float *host[] = {host_random(token, 11, 1.0f), host_random(token, 12, 1.0f),
+                     host_random(token, 13, 1.0f)};
     float *a = host_random((int64_t)c.N * E, 14, 2.0f);
     router_lory_forward(&pairs, a, c.s, E);
     merge_reference(&c, host, a, &pairs);
@@ -299,8 +308,8 @@ typedef struct {
 static MergeRoom *merge_room(const MergeCase *c, int64_t store_rows) {
     MergeRoom *room = NEW(MergeRoom, 1);
     Segments s = c->s;
-    arena_open(&room->arena, &room->memory, merged_rows(s.sequences, s.tokens, s.length), MERGE_LAYERS, c->N, c->E,
-               c->d, c->F, store_rows, 1, test_kernels);
+    arena_open(&room->arena, &room->memory, merged_rows(s.sequences, s.tokens, s.length), MERGE_LAYERS, c->N,
+               c->E, c->d, c->F, store_rows, 1, test_kernels);
     merged_take(&room->merged, &room->memory, MERGE_LAYERS, s.sequences, c->C, c->E, c->d, c->F, 1);
     arena_begin_step(&room->arena, NULL);
     return room;
@@ -314,21 +323,26 @@ static void merge_room_free(MergeRoom *room) {
 }
 
 static void merge_combine(floatX *to, const MergeCase *c, CombineChunk sums, int N) {
-    dispatch_combine(to, sums.sum, c->residual, sums.rows, sums.pairs, sums.dispatch, N, sums.E, c->d, sums.first,
-                     sums.chunk_rows, 1, NULL);
+    dispatch_combine(to, sums.sum, c->residual, sums.rows, sums.pairs, sums.dispatch, N, sums.E, c->d,
+                     sums.first, sums.chunk_rows, 1, NULL);
 }
 
 static uint64_t merge_run(MergeCase *c, int64_t store_rows, int fresh) {
     MergeRoom *room = merge_room(c, store_rows);
     arena_begin_micro_batch(&room->arena, NULL);
     if (fresh) {
-        CUDA_CHECK(cudaMemset(c->bank.device.dgate_up, 0xff, (size_t)c->size[MERGE_DGATE_UP] * sizeof(float)));
+        CUDA_CHECK(
+            cudaMemset(c->bank.device.dgate_up, 0xff, (size_t)c->size[MERGE_DGATE_UP] * sizeof(float)));
         CUDA_CHECK(cudaMemset(c->bank.device.ddown, 0xff, (size_t)c->size[MERGE_DDOWN] * sizeof(float)));
     }
-    merge_combine(c->y, c, merged_forward(c->x, c->bank.device, c->a, c->pairs, c->dispatch, &room->merged,
-                                          &room->arena, MERGE_LAYER, NULL), c->N);
-    merge_combine(c->dx, c, merged_backward(c->da, c->dy, c->x, c->bank.device, fresh, c->a, c->pairs, c->dispatch,
-                                            &room->merged, &room->arena, MERGE_LAYER, NULL), c->N);
+    merge_combine(c->y, c,
+                  merged_forward(c->x, c->bank.device, c->a, c->pairs, c->dispatch, &room->merged,
+                                 &room->arena, MERGE_LAYER, NULL),
+                  c->N);
+    merge_combine(c->dx, c,
+                  merged_backward(c->da, c->dy, c->x, c->bank.device, fresh, c->a, c->pairs, c->dispatch,
+                                  &room->merged, &room->arena, MERGE_LAYER, NULL),
+                  c->N);
     int *overflow = fetch(room->arena.overflow, 1);
     CHECK(*overflow == 0);
     free(overflow);
@@ -347,7 +361,8 @@ static void merge_check(const MergeCase *c) {
     check_device("merged y", c->y, c->want[MERGE_Y], c->size[MERGE_Y], limit);
     check_device("merged dx", c->dx, c->want[MERGE_DX], c->size[MERGE_DX], limit);
     check_device("merged da", c->da, c->want[MERGE_DA], c->size[MERGE_DA], limit);
-    check_device("merged dgate_up", c->bank.device.dgate_up, c->want[MERGE_DGATE_UP], c->size[MERGE_DGATE_UP], limit);
+    check_device("merged dgate_up", c->bank.device.dgate_up, c->want[MERGE_DGATE_UP], c->size[MERGE_DGATE_UP],
+                 limit);
     check_device("merged ddown", c->bank.device.ddown, c->want[MERGE_DDOWN], c->size[MERGE_DDOWN], limit);
 }
 
@@ -392,7 +407,8 @@ static void merge_alone_case(void) {
     merge_case_free(&one);
 }
 
-// whole texts, more of them than a chunk of rows takes; then the last token again, with the experts that stayed
+// whole texts, more of them than a chunk of rows takes; then the last token again, with the experts that
+// stayed
 static void merge_prompt_case(int B, int T, int length) {
     enum { E = 4, D = 16, F = 24 };
     MergeCase c = merge_case(B, T, length, E, D, F);
@@ -403,7 +419,8 @@ static void merge_prompt_case(int B, int T, int length) {
     }
     on_device = device_i(contexts, B);
     PairList pairs = pairs_empty();
-    float *x = fetch(c.x, c.N * D), *residual = fetch(c.residual, c.N * D), *a = host_random(c.N * E, 14, 2.0f);
+    float *x = fetch(c.x, c.N * D), *residual = fetch(c.residual, c.N * D),
+          *a = host_random(c.N * E, 14, 2.0f);
     float *h = NEW(float, (int64_t)c.N * 2 * F), *scratch = NEW(float, (int64_t)c.N *(D + F + 1));
     Merged merged;
     merged_open(&merged, MERGE_LAYERS, B, c.N, E, D, F, 0);
@@ -415,17 +432,22 @@ static void merge_prompt_case(int B, int T, int length) {
     router_lory_forward(c.pairs, c.a, c.pairs.segments, E, NULL, NULL);
     c.pairs.segments.kept = 0;
     arena_begin_micro_batch(&room->arena, NULL);
-    merge_combine(c.y, &c, merged_forward(c.x, c.bank.device, c.a, c.pairs, c.dispatch, &room->merged, &room->arena,
-                                          MERGE_LAYER, NULL), c.N);
+    merge_combine(c.y, &c,
+                  merged_forward(c.x, c.bank.device, c.a, c.pairs, c.dispatch, &room->merged, &room->arena,
+                                 MERGE_LAYER, NULL),
+                  c.N);
     check_device("whole texts", c.y, residual, c.N * D, tolerance(1e-5, 1e-2));
     if (B == 1) {
         const floatX *last = c.x + (int64_t)(T - 1) * D;
-        CUDA_CHECK(cudaMemcpy(c.residual, c.residual + (int64_t)(T - 1) * D, D * sizeof(floatX), cudaMemcpyDeviceToDevice));
+        CUDA_CHECK(cudaMemcpy(c.residual, c.residual + (int64_t)(T - 1) * D, D * sizeof(floatX),
+                              cudaMemcpyDeviceToDevice));
         c.pairs.segments = segments_of(1, 1, length, on_device);
         c.pairs.segments.kept = 1;
         router_lory_forward(c.pairs, c.a, c.pairs.segments, E, NULL, NULL);
-        merge_combine(c.dx, &c, merged_forward(last, c.bank.device, NULL, c.pairs, c.dispatch, &room->merged,
-                                               &room->arena, MERGE_LAYER, NULL), 1);
+        merge_combine(c.dx, &c,
+                      merged_forward(last, c.bank.device, NULL, c.pairs, c.dispatch, &room->merged,
+                                     &room->arena, MERGE_LAYER, NULL),
+                      1);
         CHECK(device_hash(c.dx, D * (int64_t)sizeof(floatX)) ==
               device_hash(c.y + (int64_t)(T - 1) * D, D * (int64_t)sizeof(floatX)));
     }

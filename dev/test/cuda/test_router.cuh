@@ -357,8 +357,8 @@ static void test_router_sets(void) {
 
 static void test_router_repeats(void) {
     for (int method = 0; method < ROUTER_COUNT; method++) {
-        Router router = {(RouterMethod)method, method == ROUTER_DENSE ? 1 : 33,
-                         method == ROUTER_DENSE ? 1 : 5, 1, 0.3, 0};
+        Router router = {
+            (RouterMethod)method, method == ROUTER_DENSE ? 1 : 33, method == ROUTER_DENSE ? 1 : 5, 1, 0.3, 0};
         RouterCase c = {router, emulated() ? 100 : 50000, LOGITS_FEW, 1, NULL};
         CHECK(router_case_once(c) == router_case_once(c));
     }
