@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What the routers are said to do (--stats, --flip-every, --trace) against a count from dumps' gates (count_statistics.py); the same
 # file for any batch, threads and ranks; a run's bits do not depend on being looked at; refusals say why.
-# usage: dev/test/test_statistics.sh            (after make train_remoe sample-data; needs python3; about half a minute)
-#        TRAINER=./train_remoecu_emulated_fp32 [RANKS='2 3'] another trainer, and ranks to share the work among
+# usage: dev/test/test_statistics.sh            (after make train_remoe sample-data; needs python3; 10 s)
+#        TRAINER=./train_remoecu_emulated_fp32 [RANKS='2 3'] another trainer (the emulator takes minutes), and ranks to share the
+#        work among; ROUTERS='' relu alone
 cd "$(dirname "$0")/../.." || exit 1
 . dev/test/check.sh
 trainer=${TRAINER:-./train_remoe}
@@ -53,7 +54,7 @@ counted() { # counted WHAT MODEL A_WINDOWS B_WINDOWS OPTIONS...: a statistics fi
     check "$what: the counts are those of dumps' gates" $?
 }
 
-routers=${ROUTERS:-topk auxfree hash ec}
+routers=${ROUTERS-topk auxfree hash ec}
 train relu --steps 3 && train auxfree --router auxfree --active 2 --steps 3
 check 'models to look at' $?
 counted relu relu 68 8 --batch 80
@@ -77,6 +78,10 @@ for variant in '--batch 1' '--batch 7' '--batch 80 --threads 2' '--batch 3 --val
     look relu --eval --stats $here/stats $variant && cmp $here/first $here/stats
     check "the same file with $variant" $?
 done
+if [[ $trainer = *fp32 ]] && [ -x ./train_remoe ]; then
+    trainer=./train_remoe look relu --eval --stats $here/stats && cmp $here/first $here/stats
+    check 'the same file of the CPU trainer' $?
+fi
 for ranks in $RANKS; do
     look relu --eval --stats $here/stats --batch 3 --gpus "$ranks" && cmp $here/first $here/stats
     check "the same file of $ranks ranks" $?
@@ -193,6 +198,8 @@ refused 1 'is not a regular file' "${relu[@]}" --trace $here/x --text $here/fifo
 refused 1 'nothing.txt' "${relu[@]}" --trace $here/x --text $here/nothing.txt
 refused 1 'no tokenizer' "${relu[@]}" --trace $here/x --tokenizer $here/data
 refused 1 'no validation data' --load $here/relu --seq-len 16 --val-data '' --trace $here/x
+(failed=0; ulimit -f 20 && refused 1 'cannot write' "${relu[@]}" --eval --stats $here/x && [ "$failed" = 0 ])
+check 'a file size limit' $?
 [ ! -e $here/x ] && [ -z "$(find $here -name '*.tmp')" ]
 check 'what is refused leaves nothing behind' $?
 

@@ -97,8 +97,7 @@ static inline int64_t validation_windows(const Run *run) {
     if (o->stats[0] == '\0') {
         return o->val_batches * o->batch;
     }
-    return o->stats_tokens == 0 ? INT64_MAX
-                                : (o->stats_tokens + o->seq_len - 1) / o->seq_len; // for any batch
+    return o->stats_tokens == 0 ? INT64_MAX : (o->stats_tokens - 1) / o->seq_len + 1; // for any batch
 }
 
 // what the log has of a step that took so many seconds; before: the state that it began with
