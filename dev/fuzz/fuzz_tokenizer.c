@@ -47,6 +47,7 @@ static void fuzz_free(void *p) {
 #undef calloc
 #undef realloc
 #undef free
+#include "fuzz_vocabulary.h"
 
 static char fuzz_folder[64];
 
@@ -56,28 +57,6 @@ static void fuzz_write(const char *name, const void *data, size_t size) {
     FILE *file = fopen(path, "wb");
     FUZZ_CHECK(file != NULL && fwrite(data, 1, size, file) == size);
     fclose(file);
-}
-
-static void fuzz_write_bytes_vocabulary(void) {
-    static const char merges[] = "a b\nab ab\n\u0120 a\na a\n' s\n1 2\n\u0120 \u0120\n";
-    static const char tokens[] =
-        ", \"ab\": 256, \"abab\": 257, \"\u0120a\": 258, \"aa\": 259, \"'s\": 260, \"12\": 261, "
-        "\"\u0120\u0120\": 262, \"<|endoftext|>\": 263}";
-    char *text = NULL, symbol[4];
-    size_t size = 0;
-    int symbols[256];
-    FILE *out = open_memstream(&text, &size);
-    tokenizer_byte_symbols(symbols);
-    for (int byte = 0; byte < 256; byte++) {
-        fputs(byte == 0 ? "{" : ", ", out);
-        json_write_string(out, symbol, (size_t)(json_put_utf8(symbol, (unsigned)symbols[byte]) - symbol));
-        fprintf(out, ": %d", byte);
-    }
-    fputs(tokens, out);
-    fclose(out);
-    fuzz_write("vocab.json", text, size);
-    fuzz_write("merges.txt", merges, strlen(merges));
-    free(text);
 }
 
 static void check_text(Tokenizer *t, const char *text, size_t size) {
@@ -136,7 +115,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (bytes == NULL) {
         strcpy(fuzz_folder, "/tmp/fuzz_tokenizer.XXXXXX");
         FUZZ_CHECK(mkdtemp(fuzz_folder) != NULL);
-        fuzz_write_bytes_vocabulary();
+        fuzz_write_bytes_vocabulary(fuzz_folder);
         bytes = tokenizer_load(fuzz_folder);
         fuzz_count = 0; // it stays
     }

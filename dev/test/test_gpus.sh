@@ -2,7 +2,7 @@
 # Several ranks: what they compute is what one rank computes, whatever carries the data and however late it comes; checkpoints do
 # not tell how many wrote them; a rank that dies, hangs, stops or was started wrongly is named, and nothing saved is lost.
 # usage: dev/test/test_gpus.sh [NAME...]      (after make train_remoecu_emulated train_remoecu_emulated_fp32 train_remoe sample-data
-#        build/compare_dumps; some minutes). NAME: equal, balance, variants, reshard, uses, faults, launch; all by default
+#        build/compare_dumps; some minutes). NAME: equal, balance, variants, reshard, uses, scores, faults, launch; all by default
 #        GPU=./train_remoecu (and GPU_fp32) on real cards, RANKS='2' as many as there are
 cd "$(dirname "$0")/../.." || exit 1
 . dev/test/check.sh
@@ -223,6 +223,35 @@ undisturbed() { # undisturbed NAME
         run undisturbed --gpus "$n" --global-batch $((2 * n)) --steps $step --lr-min 2e-3 && same "$name" undisturbed
 }
 
+test_scores() { # requests shared out among ranks: the bytes that one rank writes, in its order
+    local n=${RANKS##* } i what
+    run scored ${alike[relu]} --global-batch 2
+    for ((i = 0; i < 12; i++)); do
+        echo "{\"query\":\"int number_$i\",\"choices\":[\"= $i;\",\"(void)\"],\"gold\":0}"
+        echo "{\"text\":\"text number $i, longer than the context of sixteen tokens that the model has been given\"}"
+    done >$here/score.jsonl
+    for ((i = 0; i < 7; i++)); do
+        echo "{\"id\":$i,\"context\":\"int number_$i\",\"max_tokens\":$((i % 3 + 1)),\"temperature\":0.$i}"
+    done >$here/generate.jsonl
+    for what in score generate; do
+        for i in 1 $n; do
+            rm -f $here/$what.$i
+            timeout 200 "$gpu" --load "$(last_of scored)" --$what $here/$what.jsonl --out $here/$what.$i --gpus "$i" >$here/$what.$i.txt 2>&1
+            check "--$what by $i" $?
+        done
+        cmp $here/$what.1 $here/$what.$n
+        check "--$what: $n ranks write what one does" $?
+        head -n 5 $here/$what.1 >$here/$what.part
+        timeout 200 "$gpu" --load "$(last_of scored)" --$what $here/$what.jsonl --out $here/$what.part --gpus "$n" >$here/$what.part.txt 2>&1 &&
+            cmp $here/$what.1 $here/$what.part
+        check "--$what: $n ranks go on where one has stopped" $?
+    done
+    echo '{"context":"a"}' >>$here/score.jsonl
+    timeout 60 "$gpu" --load "$(last_of scored)" --score $here/score.jsonl --out $here/score.bad --gpus "$n" >$here/score.bad.txt 2>&1
+    [ $? = 1 ] && [ "$(grep -c 'score.jsonl:25: a request has' $here/score.bad.txt)" = 1 ]
+    check 'a wrong line is named, once' $?
+}
+
 test_faults() {
     local n=${RANKS%% *} victim seed
     local options="--gpus $n --global-batch $((2 * n)) --lr-min 2e-3"
@@ -331,7 +360,7 @@ test_launch() { # by somebody else's variables
     check 'the CPU trainer takes no --gpus' $?
 }
 
-for name in ${*:-equal balance variants reshard uses faults launch}; do
+for name in ${*:-equal balance variants reshard uses scores faults launch}; do
     test_$name
 done
 echo "test_gpus: $passed passed, $failed failed"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How the trainer ends when somebody else wants it to: a training run saves first, whatever the signal; what has nothing to
-# save ends at once; a standard output that takes nothing more shows in the exit status.
+# How the trainer ends when somebody else wants it to: a training run saves first, whatever the signal; --score keeps what it
+# has written, and goes on; what has nothing to save ends at once; a standard output that takes nothing more shows in the exit status.
 # usage: dev/test/test_signals.sh          (after make train_remoe sample-data; a few seconds)
 #        TRAINER=./train_remoe may name another trainer
 cd "$(dirname "$0")/../.." || exit 1
@@ -73,6 +73,30 @@ kill -TERM $pid
 ended 5
 [ $? = 143 ] && [ ! -e $here/bench ]
 check "--bench has nothing to save: it ends at once" $?
+
+# --score: what a signal interrupts, the same command makes whole, with the same bits; so it does after a kill
+for ((i = 0; i < 3000; i++)); do
+    echo "{\"id\":$i,\"query\":\"static inline int number_$i\",\"choices\":[\"(int x)\",\"= $i;\",\"[$i]\"],\"gold\":1}"
+done >$here/requests.jsonl
+score() { exec "$trainer" --load $here/TERM --batch 1 --score $here/requests.jsonl --out "$here/$1"; } # in a subshell
+(score whole) >$here/whole.txt 2>&1
+check "--score" $?
+for name in INT TERM KILL; do
+    rm -f $here/cut
+    score cut >$here/cut.txt 2>&1 &
+    pid=$!
+    until [ -s $here/cut ] || ! kill -0 $pid 2>/dev/null; do sleep 0.01; done
+    kill -$name $pid 2>/dev/null
+    ended 20
+    status=$?
+    [ $name = KILL ] || [ $status = 130 ] && [ "$(wc -l <$here/cut)" -lt 3000 ]
+    check "--score, SIG$name: interrupted ($status)" $?
+    (score cut) >$here/cut.txt 2>&1 && cmp $here/whole $here/cut
+    check "... and goes on to the same bits" $?
+done
+(flock 9 && score cut) 9<>$here/cut >$here/cut.txt 2>&1
+[ $? = 1 ] && grep -q 'another process' $here/cut.txt
+check "--score: one process at a time writes results" $?
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

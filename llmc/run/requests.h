@@ -159,13 +159,15 @@ static inline char *request_id(const Requests *r, const Json *request) {
     if (id == NULL) {
         return NULL;
     }
+    if (id->type == JSON_OBJECT || id->type == JSON_ARRAY) {
+        request_fail(r, "\"id\" is neither a text nor a number");
+    }
     FILE *out = open_memstream(&text, &size);
     switch (id->type) {
     case JSON_STRING: json_write_string(out, id->text, id->text_size); break;
     case JSON_NUMBER: fputs(id->text, out); break;
     case JSON_BOOL: fputs(id->boolean ? "true" : "false", out); break;
-    case JSON_NULL: fputs("null", out); break;
-    default: request_fail(r, "\"id\" is neither a text nor a number");
+    default: fputs("null", out); break;
     }
     fclose(out);
     return text;
