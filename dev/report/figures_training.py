@@ -337,7 +337,7 @@ def expert_maps(s, steps, share):
     if not np.isfinite(share).any():
         return []
     keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_COLUMNS)).round().astype(int))
-    most = float(np.clip(np.nanpercentile(share, 99), 0.25, 1))
+    most = float(np.clip(np.nanpercentile(share, 99), 0.01, 1))
     panels = []
     for l in range(share.shape[1]):
         trace = go.Heatmap(
@@ -346,7 +346,7 @@ def expert_maps(s, steps, share):
             zmin=0,
             zmax=most,
             colorscale=HEAT,
-            colorbar={"thickness": 10, "tickformat": ".0%"},
+            colorbar={"thickness": 10, "tickformat": ".1~%"},
             hovertemplate="step %{x}<br>expert %{y}: %{z:.1%} of the tokens<extra></extra>",
         )
         layout = {"xaxis": STEP, "yaxis": axis("expert")}

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sources import Refused, Run
 
+MOST_BYTES = 6_000_000
 INSTALL = "pip install -r dev/report/requirements.txt"
 
 
@@ -152,6 +153,9 @@ def main():
     except Refused as error:
         return refused(error)
     print(f"{out}: {size / 1e6:.2f} MB")
+    if size > MOST_BYTES:
+        what = "name fewer runs, or count with --stats-layers middle"
+        print(f"  ---> more than {MOST_BYTES / 1e6:.0f} MB: {what}")
     return 0
 
 

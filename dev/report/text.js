@@ -1,5 +1,5 @@
 // The coloured text: a reader per run, tokens shaded by how many experts they have, by which, or by loss. A
-// token tells its gates when it is pointed at. on[l][t] of a source: expert, gate, expert ..., token t, layer l.
+// token tells its gates when it is pointed at. on[l][t] of a source: expert, gate, expert ... (token t, layer l)
 "use strict";
 const view = { source: "", shade: "count", layer: 0, pinned: null };
 const shades = { count: "number of experts", expert: "which experts", loss: "loss" };
@@ -200,8 +200,10 @@ function point(token) {
 }
 
 function followToken() {
-    if (view.pinned) placeTip($("#tip"), view.pinned.getBoundingClientRect());
-    else hideTip();
+    if (!view.pinned) return hideTip();
+    const box = view.pinned.getBoundingClientRect();
+    if (box.bottom < 0 || box.top > innerHeight) pin(null);
+    else placeTip($("#tip"), box);
 }
 
 function placeTip(tip, box) {
