@@ -4,6 +4,7 @@ Figures of a statistics file: where tokens went, by layer, expert, domain and to
 left out of the page.
 """
 
+import shlex
 from html import escape
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import numpy as np
 import plotly.graph_objects as go
 
 from plot import HEAT, Figure, Html, Panel, axis, colour, level, line, missing, table
-from routing_files import STATS_COMMAND
 from sources import read_vocabulary, token_text
 
 LEAST_COUNT = 20  # of a token id that is drawn: one seen less often says little
@@ -52,7 +52,7 @@ def most_layers(subjects):
 
 def heat_maps(subjects):
     lacking = [
-        missing(s, "no statistics", STATS_COMMAND.format(run=s.folder))
+        missing(s, "no statistics", s.run.evaluate(f" --stats {shlex.quote(s.folder)}/stats.safetensors"))
         for s in subjects
         if not s.stats and s.run.router != "dense"
     ]

@@ -20,10 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import needs  # noqa: F401 (before what needs it)
 from sources import Refused, Run
 
 MOST_BYTES = 6_000_000
-INSTALL = "pip install -r dev/report/requirements.txt"
 
 
 def words():
@@ -47,14 +47,6 @@ def words():
     )
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the first run's folder")
     return parser
-
-
-def check_plotly():
-    try:
-        import numpy  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
-        raise Refused(f"{error.name} is not installed\n  ---> {INSTALL}") from None
 
 
 def open_file(kind, named, i, run):
@@ -126,7 +118,6 @@ def write_whole(path, data):
 
 
 def make_report(folders, stats, trace, out, command, refresh=0):
-    check_plotly()
     from page import make_page
 
     subjects = open_subjects(folders, stats, trace)

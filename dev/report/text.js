@@ -1,5 +1,5 @@
 // The coloured text: a reader per run, tokens shaded by how many experts they have, by which, or by loss. A
-// token tells its gates when it is pointed at. on[l][t] of a source: expert, gate, expert ... (token t, layer l)
+// token tells its gates when pointed at. on[l][t] of a source: expert, gate, expert ... (token t, layer l)
 "use strict";
 const view = { source: "", shade: "count", layer: 0, pinned: null };
 const shades = { count: "number of experts", expert: "which experts", loss: "loss" };
