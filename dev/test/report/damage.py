@@ -68,7 +68,7 @@ def rows_of(folder):
 def test_logs():
     good = inputs.write_run(HERE / "good", steps=10)
     lines = rows_of(good)
-    page("a run", good, has=["Three stages", "--eval --stats", "--trace", "Table 6"])
+    page("a run", good, has=["Three stages", "--eval --val-data", "--stats", "--trace", "Table 6"])
     page(
         "an interrupted run",
         with_log("cut", b"\n".join(lines[:5]) + b"\n" + lines[5][:40], checkpoint=False),
