@@ -64,7 +64,8 @@ CAPTIONS = {
     "heat": (
         "Tokens of each layer and expert",
         "Figure 8b, c",
-        "The share of all tokens that a layer sends to an expert; less than 1/64 is left empty.",
+        "The share of all tokens that a layer sends to an expert; less than an eighth of k/E is left empty: "
+        "1/64 where k/E is the paper's 1/8.",
     ),
     "layer-sparsity": (
         "Sparsity by layer",

@@ -7,6 +7,8 @@ expert gate ...", since few of the [L, N, E] gates are not zero. What is drawn o
 of gates) is page.js's.
 """
 
+import shlex
+
 import numpy as np
 
 from plot import Figure, missing
@@ -83,7 +85,7 @@ def coloured_text(subjects, most=MOST_TOKENS):
     """-> Figure, the data for page.js"""
     data = [text_json(s, most) for s in subjects if s.trace]
     lacking = [
-        missing(s, "no trace", TRACE_COMMAND.format(run=s.folder))
+        missing(s, "no trace", TRACE_COMMAND.replace("RUN", shlex.quote(s.folder)))
         for s in subjects
         if not s.trace and s.run.router != "dense"
     ]

@@ -4,6 +4,7 @@ Figures of a statistics file: where tokens went, by layer, expert, domain and to
 left out of the page.
 """
 
+import shlex
 from html import escape
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import numpy as np
 import plotly.graph_objects as go
 
 from plot import HEAT, Figure, Html, Panel, axis, colour, level, line, missing, table
-from routing_files import STATS_COMMAND
 from sources import read_vocabulary, token_text
 
 LEAST_COUNT = 20  # of a token id that is drawn: one seen less often says little
@@ -22,7 +22,7 @@ SURE, LISTED, UNSURE = (
     8,
     3,
 )  # Table 12: P(e | v) at least this, so many tokens per expert; so many without such
-INACTIVE = 1 / 64  # Figure 8: an expert with fewer tokens is white
+INACTIVE = 1 / 8  # Figure 8: an expert with less than this of k/E is white; the paper's 1/64 at k/E = 1/8
 MOST_BARS = 24  # experts that a bar chart still separates
 
 
@@ -52,7 +52,7 @@ def most_layers(subjects):
 
 def heat_maps(subjects):
     lacking = [
-        missing(s, "no statistics", STATS_COMMAND.format(run=s.folder))
+        missing(s, "no statistics", s.run.evaluate(f" --stats {shlex.quote(s.folder)}/stats.safetensors"))
         for s in subjects
         if not s.stats and s.run.router != "dense"
     ]
@@ -61,24 +61,31 @@ def heat_maps(subjects):
 
 def heat_map(s):
     """ratio[l, e] of all tokens, logarithmic"""
-    ratio = s.stats.ratio_all
+    ratio, least = s.stats.ratio_all, INACTIVE * s.stats.share
     layers, experts = ratio.shape
+    gap = 2 if experts <= MOST_BARS else 0
     with np.errstate(divide="ignore"):
-        shown = np.where(ratio >= INACTIVE, np.log2(ratio), np.nan)
+        shown = np.where(ratio >= least, np.log2(ratio), np.nan)
+    lowest = int(np.floor(np.log2(least)))
+    ticks = list(range(0, lowest - 1, -2))
     trace = go.Heatmap(
         z=shown.astype(np.float32),
         customdata=ratio.astype(np.float32),
-        zmin=-6,
+        zmin=np.log2(least),
         zmax=0,
         colorscale=HEAT,
-        xgap=2,
-        ygap=2,
+        xgap=gap,
+        ygap=gap,
         hoverongaps=True,
         hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.2%} of the tokens<extra></extra>",
-        colorbar={"thickness": 10, "tickvals": [-6, -4, -2, 0], "ticktext": ["1/64", "1/16", "1/4", "1"]},
+        colorbar={
+            "thickness": 10,
+            "tickvals": ticks,
+            "ticktext": [f"1/{2 ** -n}" if n else "1" for n in ticks],
+        },
     )
     layout = {"xaxis": whole_ticks("expert", experts), "yaxis": whole_ticks("layer", layers)}
-    heading = f"{title(s)}: {int((ratio < INACTIVE).sum())} of {ratio.size} below 1/64"
+    heading = f"{title(s)}: {int((ratio < least).sum())} of {ratio.size} below 1/{1 / least:.4g}"
     return Panel([trace], layout, heading, max(210, min(520, 90 + 34 * layers)))
 
 
@@ -163,7 +170,7 @@ def domain_map(s, l, names, most):
         zmin=0,
         zmax=most,
         colorscale=HEAT,
-        colorbar={"thickness": 10, "tickformat": ".0%"},
+        colorbar={"thickness": 10, "tickformat": ".1~%"},
         hovertemplate="%{y}, expert %{x}: %{z:.2%}<extra></extra>",
     )
     layout = {"xaxis": axis("expert"), "yaxis": {"type": "category"}}

@@ -59,9 +59,9 @@ def by_step(traces, name, heading, height=260, shapes=(), **y_axis):
     return Panel(traces, layout, heading, height, steps=True)
 
 
-def retrain(s, option):
-    router = f" --router {s.run.router}" if s.run.router else ""
-    return f"./train_remoe{router} {option} --out {s.folder}-again"
+def not_logged(s, what, option):
+    more = "(the run's other options are under <a href='#sources'>Sources</a>)"
+    return f"<b>{escape(s.name)}</b>: {what}. Train with <code>{option}</code> {more}."
 
 
 # ---------------------------------------------------------------- losses and stages
@@ -191,9 +191,7 @@ def sparsity_panel(s):
 def validation(subjects):
     shown = [s for s in subjects if s.run.validations]
     lacking = [
-        missing(s, "no validation in its log", f"./train_remoe --load {s.folder} --eval")
-        for s in subjects
-        if not s.run.validations
+        missing(s, "no validation in its log", s.run.evaluate()) for s in subjects if not s.run.validations
     ]
     names = sorted(
         {name for s in shown for name in s.run.validations}, key=lambda name: (name != "all", name)
@@ -327,8 +325,9 @@ def experts_by_step(subjects):
         if tokens.size:
             panels += expert_maps(s, steps, tokens / (s.run.tokens_per_step or np.nan))
         elif s.run.router != "dense":
-            command = retrain(s, "--log-experts-every 10")
-            lacking.append(missing(s, "its log does not count tokens per expert", command))
+            lacking.append(
+                not_logged(s, "its log does not count tokens per expert", "--log-experts-every 10")
+            )
     return Figure("load-by-step", panels, missing=lacking, small=True)
 
 
@@ -337,7 +336,7 @@ def expert_maps(s, steps, share):
     if not np.isfinite(share).any():
         return []
     keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_COLUMNS)).round().astype(int))
-    most = float(np.clip(np.nanpercentile(share, 99), 0.25, 1))
+    most = float(np.clip(np.nanpercentile(share, 99), 0.01, 1))
     panels = []
     for l in range(share.shape[1]):
         trace = go.Heatmap(
@@ -346,7 +345,7 @@ def expert_maps(s, steps, share):
             zmin=0,
             zmax=most,
             colorscale=HEAT,
-            colorbar={"thickness": 10, "tickformat": ".0%"},
+            colorbar={"thickness": 10, "tickformat": ".1~%"},
             hovertemplate="step %{x}<br>expert %{y}: %{z:.1%} of the tokens<extra></extra>",
         )
         layout = {"xaxis": STEP, "yaxis": axis("expert")}
@@ -362,7 +361,7 @@ def flips(subjects):
         seen = np.isfinite(run.column("flip_rate"))
         if not seen.any():
             if run.router != "dense":
-                lacking.append(missing(s, "no flips in its log", retrain(s, "--flip-every 100")))
+                lacking.append(not_logged(s, "no flips in its log", "--flip-every 100"))
             continue
         scale = (run.tokens_per_step or 1) / tokens_per_unit
         form = f"%{{x:.3g}} {unit}<br>%{{y:.5f}}"

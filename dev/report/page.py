@@ -24,9 +24,9 @@ import figures_training
 import plot
 from captions import CAPTIONS
 from coloured_text import MOST_TOKENS, coloured_text
+from report import MOST_BYTES
 from run_facts import made_from, summary, when
 
-MOST_BYTES = 6_000_000 - 1
 LEAST_POINTS = 50  # per curve, below which a page is rather too large
 HERE = Path(__file__).resolve().parent
 
@@ -137,7 +137,7 @@ def make_page(subjects, title, command, refresh=0):
     try:
         while True:
             html = render(subjects, title, command, refresh, tokens)
-            if len(html) <= MOST_BYTES or plot.MOST_POINTS <= LEAST_POINTS:
+            if len(html) < MOST_BYTES or plot.MOST_POINTS <= LEAST_POINTS:
                 return html
             plot.MOST_POINTS, tokens = plot.MOST_POINTS // 2, max(100, tokens // 2)
     finally:

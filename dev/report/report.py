@@ -20,9 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import needs  # noqa: F401 (before what needs it)
 from sources import Refused, Run
 
-INSTALL = "pip install -r dev/report/requirements.txt"
+MOST_BYTES = 6_000_000
 
 
 def words():
@@ -46,14 +47,6 @@ def words():
     )
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the first run's folder")
     return parser
-
-
-def check_plotly():
-    try:
-        import numpy  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
-        raise Refused(f"{error.name} is not installed\n  ---> {INSTALL}") from None
 
 
 def open_file(kind, named, i, run):
@@ -125,7 +118,6 @@ def write_whole(path, data):
 
 
 def make_report(folders, stats, trace, out, command, refresh=0):
-    check_plotly()
     from page import make_page
 
     subjects = open_subjects(folders, stats, trace)
@@ -152,6 +144,9 @@ def main():
     except Refused as error:
         return refused(error)
     print(f"{out}: {size / 1e6:.2f} MB")
+    if size > MOST_BYTES:
+        what = "name fewer runs, or count with --stats-layers middle"
+        print(f"  ---> more than {MOST_BYTES / 1e6:.0f} MB: {what}")
     return 0
 
 

@@ -7,25 +7,20 @@ foreign file.
 from pathlib import Path
 
 import numpy as np
+import safetensors
+from safetensors.numpy import load
 
 from sources import Refused, parse_json, read_bytes, whole
 
 MOST_FILE_BYTES = 8 << 30
-STATS_COMMAND = "./train_remoe --load {run} --eval --stats {run}/stats.safetensors"
-TRACE_COMMAND = "./train_remoe --load {run} --trace {run}/trace.safetensors --text FILE.txt"
+STATS_COMMAND = "./train_remoe --load RUN --eval --stats RUN/stats.safetensors"
+TRACE_COMMAND = "./train_remoe --load RUN --trace RUN/trace.safetensors --text FILE.txt"
 
 
 def load_tensors(path, kind, command):
     """-> metadata, {name: array}"""
-    try:
-        import safetensors
-        from safetensors.numpy import load
-    except ImportError:
-        raise Refused(
-            "safetensors is not installed\n  ---> pip install -r dev/report/requirements.txt"
-        ) from None
     data = read_bytes(path, MOST_FILE_BYTES)
-    again = f"\n  ---> make it anew: {command.format(run='RUN')}"
+    again = f"\n  ---> make it anew: {command}"
     try:
         tensors = load(data)
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -52,7 +47,7 @@ class Checked:
 
     def __init__(self, path, kind, command):
         self.path = Path(path)
-        self.again = f"\n  ---> make it anew: {command.format(run='RUN')}"
+        self.again = f"\n  ---> make it anew: {command}"
         self.metadata, self.tensors = load_tensors(self.path, kind, command)
         self.layers, self.experts, self.vocabulary = (
             self.size(key) for key in ("layers", "experts", "vocab_size")

@@ -8,6 +8,7 @@ run has both. A file that is not what it should be raises Refused: a sentence, a
 
 import json
 import math
+import shlex
 import stat
 from collections import Counter
 from pathlib import Path
@@ -187,6 +188,12 @@ class Run:
     def router(self):
         name = self.config.get("router", self.options.get("router"))
         return name if isinstance(name, str) else None
+
+    def evaluate(self, more=""):
+        """the command that evaluates its newest checkpoint on its own validation data"""
+        data = self.options.get("val_data")
+        data = f" --val-data {shlex.quote(data)}" if isinstance(data, str) and data else ""
+        return f"./train_remoe --load {shlex.quote(str(self.folder))} --eval{data}{more}"
 
     @property
     def stage(self):

@@ -1,5 +1,5 @@
 // The coloured text: a reader per run, tokens shaded by how many experts they have, by which, or by loss. A
-// token tells its gates when it is pointed at. on[l][t] of a source: expert, gate, expert ... of token t, layer l.
+// token tells its gates when pointed at. on[l][t] of a source: expert, gate, expert ... (token t, layer l)
 "use strict";
 const view = { source: "", shade: "count", layer: 0, pinned: null };
 const shades = { count: "number of experts", expert: "which experts", loss: "loss" };
@@ -81,7 +81,7 @@ function makeText() {
     root.append(controls, make("div", { className: "readers" }));
     addEventListener("keydown", moveToken);
     document.addEventListener("click", (event) => event.target.closest(".tokens, #tip") || pin(null));
-    addEventListener("scroll", () => narrow() || pin(null), { passive: true });
+    addEventListener("scroll", followToken, { passive: true });
 }
 
 function moveToken(event) {
@@ -173,6 +173,7 @@ function pin(token) {
 function hideTip() {
     for (const token of $$(".tokens .here")) token.classList.remove("here");
     $("#tip").hidden = true;
+    $("#tip").classList.remove("fixed");
 }
 
 // of every run that has the same token at the same place
@@ -198,8 +199,14 @@ function point(token) {
     placeTip($("#tip"), token.getBoundingClientRect());
 }
 
+function followToken() {
+    if (!view.pinned) return hideTip();
+    const box = view.pinned.getBoundingClientRect();
+    if (box.bottom < 0 || box.top > innerHeight) pin(null);
+    else placeTip($("#tip"), box);
+}
+
 function placeTip(tip, box) {
-    tip.classList.remove("fixed");
     tip.hidden = false;
     const { width, height } = tip.getBoundingClientRect(), below = box.bottom + height + 12 < innerHeight;
     tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 12))}px`;

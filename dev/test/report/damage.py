@@ -68,7 +68,7 @@ def rows_of(folder):
 def test_logs():
     good = inputs.write_run(HERE / "good", steps=10)
     lines = rows_of(good)
-    page("a run", good, has=["Three stages", "--eval --stats", "--trace", "Table 6"])
+    page("a run", good, has=["Three stages", "--eval --val-data", "--stats", "--trace", "Table 6"])
     page(
         "an interrupted run",
         with_log("cut", b"\n".join(lines[:5]) + b"\n" + lines[5][:40], checkpoint=False),
@@ -385,4 +385,12 @@ sys.exit(follow.main())
 """
 
 
-TESTS = [test_logs, test_refusals, test_files, test_size, test_follow]
+def test_needs():
+    for script in ("report.py", "follow.py", "pictures.py"):
+        program = BLOCKED.replace("follow", script[:-3]).replace('"wandb"', '"numpy"')
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        said = done.stderr.startswith("error: numpy is not installed\n  ---> pip install")
+        check(f"{script} without its libraries", done.returncode == 1 and said, done.stderr[-500:])
+
+
+TESTS = [test_logs, test_refusals, test_files, test_size, test_follow, test_needs]

@@ -175,9 +175,10 @@ def see_text(page, where):
     told = page.eval("one('#tip').textContent")
     gates = re.search(r"token 5, id 5.*relu: loss [0-9.]+.*layer.*topk: loss", told, re.DOTALL)
     check(f"{where} a token tells its gates", gates and not page.eval("one('#tip').hidden"), told)
+    page.eval("scrollBy(0, 5)")
     press(page, "ArrowRight")
     told = page.eval("one('#tip').textContent")
-    check(f"{where} the next token", "token 6," in told, told)
+    check(f"{where} the next token, scrolled or not", "token 6," in told, told)
     press(page, "Escape")
     check(f"{where} and it goes", page.eval("one('#tip').hidden"))
 

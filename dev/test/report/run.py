@@ -3,7 +3,7 @@ dev/report, three ways: its numbers against counts made in the plainest way (fig
 missing input, which must give a page or a sentence and exit 1, never a traceback (damage.py); the page in a
 browser (pages.py).
 
-    dev/test/test_report.sh
+    dev/test/test_report.sh [test_browser ...]
 """
 
 import shutil
@@ -20,6 +20,8 @@ def main():
     shutil.rmtree(HERE, ignore_errors=True)
     HERE.mkdir(parents=True)
     for test in [*figures.TESTS, *damage.TESTS, *pages.TESTS]:
+        if sys.argv[1:] and test.__name__ not in sys.argv[1:]:
+            continue
         try:
             test()
         except Exception:
