@@ -162,10 +162,13 @@ def evaluate(words):
     parser.add_argument("--work", help="folder that keeps requests and answers")
     parser.add_argument("--out", help="file for all results, as JSON")
     args = parser.parse_args(words)
-    model = RemoeLM(args.load, args.trainer, args.options, args.work)
-    folders = [str(TASKS), *([args.include_path] if args.include_path else [])]
-    results = lm_eval.simple_evaluate(model, tasks=args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit,
-                                      task_manager=TaskManager(include_path=folders), log_samples=False)
+    model, tasks = RemoeLM(args.load, args.trainer, args.options, args.work), args.tasks.split(",")
+    manager = TaskManager(include_path=[str(TASKS), *([args.include_path] if args.include_path else [])])
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        sys.exit(f"error: no task {unknown[0]} ---> lm_eval ls tasks lists them; your own: --include_path FOLDER")
+    results = lm_eval.simple_evaluate(model, tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit,
+                                      task_manager=manager, log_samples=False)
     if args.out:
         Path(args.out).write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n")
     print(make_table(results))
