@@ -416,8 +416,8 @@ static void moe_block_forward(Model *m, int l, float *out, const int *ids, Segme
 
 // ids [N]: rows start .. T-1 of B sequences (start > 0 only with B = 1: the earlier positions are in the qkv
 // buffers). draws: what chance decides; contexts: NULL, or [B] how many of its first tokens route each
-// sequence (lory; a call with start > 0 has the experts that the call before has merged); forced: NULL, or for
-// each layer an active set [N, E] that replaces the router's own
+// sequence (lory; a call with start > 0 has the experts that the call before has merged); forced: NULL, or
+// for each layer an active set [N, E] that replaces the router's own
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
                           const int *contexts, const float *const *forced) {
     const Config *c = &m->config;

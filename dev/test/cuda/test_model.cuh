@@ -558,8 +558,8 @@ static void update_case(void) {
     update_case_of("auxfree");
 }
 
-// logits with the key/value cache, position by position, are the full forward's: for lory, of the one that uses the
-// prompt's experts for all of the text
+// logits with the key/value cache, position by position, are the full forward's: for lory, of the one that
+// uses the prompt's experts for all of the text
 static void sampling_case_of(const char *router) {
     const ModelCase t = narrow_if_few({"sampling", router, 4, 1, 1, 2, 48, 2, 1, 2, 67, 1, 20, 1, 0, 8.0f});
     const int first = few_cases ? t.T - 1 : 5;
