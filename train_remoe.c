@@ -422,8 +422,7 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, Rou
                           const int *contexts, const float *const *forced) {
     const Config *c = &m->config;
     int64_t N = (int64_t)B * (T - start);
-    Segments segments = segments_of(B, T - start, c->router.segment, contexts);
-    segments.kept = start > 0;
+    Segments segments = start > 0 ? segments_kept(T - start) : segments_of(B, T, c->router.segment, contexts);
     embedding_forward(m->acts.layers[0].x, ids, m->params.weights.embed, N, c->hidden);
     lap(m, TIME_EMBEDDING);
     for (int l = 0; l < c->layers; l++) {
