@@ -35,7 +35,7 @@ dump() { # dump TRAINER MODEL FILE OPTIONS...
 
 compare() { # compare WHAT MODEL BF16-TOLERANCE
     local what=$1 folder=$2 tolerance=$3 forced=(--route-from $here/cpu.safetensors)
-    ! grep -q '"router": "lory"' "$folder/config.json" || forced=() # which chooses no experts
+    ! grep -qs '"router": "lory"' "$folder"/{,latest/}config.json || forced=() # which chooses no experts
     case $gpu in
     *fp32*) tolerance=1e-5 ;;
     esac
