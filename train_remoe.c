@@ -474,8 +474,8 @@ static void forward_rows(Model *m, const int *ids, Positions p, Segments segment
 // (lory; a call with start > 0 has the experts that the call before has merged)
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
                           const int *contexts, const float *const *forced) {
-    Segments segments = segments_of(B, T - start, m->config.router.segment, contexts);
-    segments.kept = start > 0;
+    int S = m->config.router.segment;
+    Segments segments = start > 0 ? segments_kept(T - start) : segments_of(B, T, S, contexts);
     forward_rows(m, ids, plain_positions(B, T, start), segments, draws, forced);
 }
 

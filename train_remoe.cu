@@ -189,8 +189,8 @@ static void model_forward(Model *m, const int *ids, int B, int T, int start, Rou
                           const int *contexts, const float *const *forced) {
     const Config *c = &m->config;
     int N = B * (T - start);
-    Segments segments = segments_of(B, T - start, c->router.segment, upload_contexts(m, contexts, B));
-    segments.kept = start > 0;
+    Segments segments = start > 0 ? segments_kept(T - start)
+                                  : segments_of(B, T, c->router.segment, upload_contexts(m, contexts, B));
     arena_begin_micro_batch(&m->routing.arena, m->stream);
     comm_wait(&m->comm, BUCKET_EMBED, m->stream);
     mark(m, "embedding");

@@ -51,10 +51,10 @@ static inline void config_check(const Config *c, const char *where, void (*fail)
              where, r->experts, r->active, c->granularity);
     }
     if (router_merges(r->method) && r->active != 1) {
-        fail("%s: %s merges experts into one of a dense layer's width, so granularity and active experts are "
-             "1, not "
-             "%d and %d\n  ---> --granularity 1 --active 1, or another --router",
-             where, router_name(r->method), c->granularity, r->active / c->granularity);
+        fail(
+            "%s: %s merges experts into one of a dense layer's width: granularity and active experts must be "
+            "1, not %d and %d\n  ---> make them 1, or use another router",
+            where, router_name(r->method), c->granularity, r->active / c->granularity);
     }
     double weights = 3.0 * c->layers * r->experts * c->hidden * c->ffn;
     if (weights > 1e15) { // sizes far below INT64_MAX from here on

@@ -2,7 +2,7 @@
 Merged experts on the device: another bank for the grouped GEMM. The same functions as merge.h, chunk by
 chunk.
 
-    merge_forward    a thread owns 16 bytes of the experts' weights and 8 segments: an expert's are read once for
+    merge_forward    a thread owns 16 bytes of the experts' weights and 8 segments: each weight is read once for
                      all of a chunk's segments. fp32 sums, in the order of the experts, rounded once to bank'
     merge_backward   a block owns 256 columns of the fp32 dbank', and leaves them in shared memory for both
                      results:

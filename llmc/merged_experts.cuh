@@ -120,9 +120,7 @@ static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, Dev
 
 // what merged_forward has left of a layer's experts for a prompt
 static inline DeviceBank prompt_bank(const DeviceMerged *m, DeviceBank bank, int layer) {
-    Segments prompt = segments_of(1, 1, 1, NULL);
-    prompt.kept = 1;
-    DeviceSegments one = {prompt, 0, 1};
+    DeviceSegments one = {segments_kept(1), 0, 1};
     return merged_bank(m, bank, one, layer);
 }
 

@@ -31,6 +31,12 @@ static inline Segments segments_of(int sequences, int tokens, int length, const 
     return s;
 }
 
+// the next tokens of one sequence, of the segment that the call before has merged experts for
+static inline Segments segments_kept(int tokens) {
+    Segments s = {1, tokens, tokens, NULL, 1};
+    return s;
+}
+
 // n, of a sequence
 HOST_AND_DEVICE static inline int segments_each(Segments s) {
     return (s.tokens + s.length - 1) / s.length;

@@ -249,6 +249,8 @@ static void test_config_accepted(void) {
     CHECK(c.rope_theta == 1e4);
     c = config_read_with("", "\"rope_parameters\": null, \"attention_bias\": null, \"mlp_bias\": false, ", 0);
     CHECK(c.rope_theta == 1e4);
+    c = config_read_with("", "\"router\": \"lory\", \"granularity\": 1, \"num_experts_per_tok\": 1, ", 1);
+    CHECK(c.router.segment == 256);
     c = config_read_with("granularity", "\"hidden_act\": \"silu\", ", 1);
     CHECK(c.granularity == 1);
     c = config_read_with("", "\"load_balance\": 0, ", 1);
@@ -317,6 +319,9 @@ static void test_config_refused(void) {
         {"8 active experts of only 6", "", "\"num_experts_per_tok\": 8, ", 1},
         {"not multiples of the granularity 2", "", "\"num_experts\": 5, ", 1},
         {"not multiples of the granularity 2", "", "\"num_experts_per_tok\": 3, ", 1},
+        {"merges experts into one", "", "\"router\": \"lory\", ", 1}, // of 2 active
+        {"\"segment_length\" is unusable", "",
+         "\"router\": \"lory\", \"granularity\": 1, \"num_experts_per_tok\": 1, \"segment_length\": 0, ", 1},
         {"use fewer layers or experts", "",
          "\"intermediate_size\": 16777216, \"hidden_size\": 65536, \"num_experts\": 65536, ", 1},
         {"\"model_type\" asks for what", "", "\"model_type\": \"mixtral\", ", 0},

@@ -152,11 +152,10 @@ static void merge_check_layer(int B, int T, int length) {
 static void test_merge_kept(void) {
     enum { PROMPT = 4, D = MERGE_D };
     int context = PROMPT;
-    Segments prompt = segments_of(1, PROMPT, 2, &context), next = segments_of(1, 1, 2, &context);
+    Segments prompt = segments_of(1, PROMPT, 2, &context), next = segments_kept(3);
     MergeLayer *first = merge_layer(prompt), *other = merge_layer(prompt);
     ExpertBank bank = merge_bank(&first->own);
-    float y[2][D] = {{0}};
-    next.kept = 1;
+    float y[2][3 * D] = {{0}};
     for (int e = 0; e < MERGE_E; e++) {
         for (int t = 0; t < PROMPT; t++) {
             other->a[t * MERGE_E + e] = e == 1 ? 1.0f : 0.0f;
@@ -168,12 +167,12 @@ static void test_merge_kept(void) {
                    first->scratch);
     PairList pairs = pairs_empty();
     lory_list(&pairs, next);
-    for (int layer = 0; layer < 2; layer++) { // the prompt's last token again
-        merged_forward(y[layer], first->h, first->x + (PROMPT - 1) * D, bank, first->a, &pairs, 2 * layer,
+    for (int layer = 0; layer < 2; layer++) { // the prompt's last tokens again, more than a segment's
+        merged_forward(y[layer], first->h, first->x + (PROMPT - 3) * D, bank, first->a, &pairs, 2 * layer,
                        &first->merged, first->scratch);
     }
-    CHECK(memcmp(y[0], first->y + (PROMPT - 1) * D, sizeof(y[0])) == 0);
-    CHECK(memcmp(y[1], other->y + (PROMPT - 1) * D, sizeof(y[1])) == 0 &&
+    CHECK(memcmp(y[0], first->y + (PROMPT - 3) * D, sizeof(y[0])) == 0);
+    CHECK(memcmp(y[1], other->y + (PROMPT - 3) * D, sizeof(y[1])) == 0 &&
           memcmp(y[0], y[1], sizeof(y[0])) != 0);
     pairs_free(&pairs);
     merge_layer_free(first);

@@ -89,8 +89,7 @@ static void test_lory_contexts(void) {
     for (int i = 0; i < B * T * E; i++) {
         wrong += fabsf(logits[i] - want[i / (T * E) * E + i % E]) > 1e-6f;
     }
-    Segments one = segments_of(1, 1, 2, contexts);
-    one.kept = 1;
+    Segments one = segments_kept(1);
     memcpy(kept, logits, sizeof(kept));
     router_lory_forward(&pairs, logits, one, E);
     CHECK(wrong == 0 && memcmp(kept, logits, sizeof(kept)) == 0);

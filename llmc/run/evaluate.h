@@ -133,8 +133,8 @@ static inline double mean_of_batches(const double *losses, int64_t count, int64_
 
 // of a domain, or of all
 typedef struct {
-    double loss,
-        late; // means over all targets, and over those behind the leaking positions, if there are such
+    double loss; // mean over all targets
+    double late; // over those behind the leaking positions, if there are such
     int64_t sequences;
 } ValidationLoss;
 

@@ -441,8 +441,7 @@ static void merge_prompt_case(int B, int T, int length) {
         const floatX *last = c.x + (int64_t)(T - 1) * D;
         CUDA_CHECK(cudaMemcpy(c.residual, c.residual + (int64_t)(T - 1) * D, D * sizeof(floatX),
                               cudaMemcpyDeviceToDevice));
-        c.pairs.segments = segments_of(1, 1, length, on_device);
-        c.pairs.segments.kept = 1;
+        c.pairs.segments = segments_kept(1);
         router_lory_forward(c.pairs, c.a, c.pairs.segments, E, NULL, NULL);
         merge_combine(c.dx, &c,
                       merged_forward(last, c.bank.device, NULL, c.pairs, c.dispatch, &room->merged,
