@@ -5,9 +5,9 @@
     {"id":..,"text":".."}
 
 A text goes on until one of the `until` strings is in it, end-of-text, or max_tokens (--sample-tokens). Then
-the harness's cut: for each of the strings in turn, what stands before its first occurrence. temperature 0, the
-likeliest token always, and top_k 0, all tokens, where a request does not say. Of the context count its last
-T - max_tokens tokens, at least one, so that nothing of it is lost on the way; an empty one is end-of-text.
+the harness's cut: for each of the strings in turn, what stands before its first occurrence. Where a request
+does not say, temperature is 0 (always the likeliest token) and top_k 0 (all tokens). Of the context count its
+last T - max_tokens tokens, at least one, so that nothing of it is lost on the way; an empty one is end-of-text.
 
 The random numbers of a request are those of its line, so that neither ranks nor an interruption change it.
 Ranks take requests in turn; rank 0 writes. Before a file goes on, its newest results are generated again, and

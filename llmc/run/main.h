@@ -2,7 +2,8 @@
 A trainer's main, whichever trainer: open the run that the command line describes, do what it asks for, close
 it.
 
-    train (the default), or: --bench, --eval, --sample TEXT, --score FILE, --generate FILE, --dump FILE, --export DIR
+    train (the default), or: --bench, --eval, --sample TEXT, --score FILE, --generate FILE, --dump FILE,
+    --export DIR
 */
 #ifndef MAIN_H
 #define MAIN_H
@@ -26,8 +27,8 @@ static inline void request_stop(int signal_number) {
     stop_requested = 1;
 }
 
-// Whatever asks a run that writes to end lets it save first: Ctrl-C, kill, a terminal that closes (unless nohup
-// had that ignored), a pipe whose reader is gone. All else has nothing to lose and ends at once
+// Whatever asks a run that writes to end lets it save first: Ctrl-C, kill, a terminal that closes (unless
+// nohup had that ignored), a pipe whose reader is gone. All else has nothing to lose and ends at once
 static inline void catch_signals(void) {
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);

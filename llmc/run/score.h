@@ -12,8 +12,8 @@ request becomes in tokens, and its result: score_block.h.
        writes the block's results in request order.
 
 A block is a function of the file, of B and of T alone: a run that goes on computes the block in which it was
-interrupted from its beginning, so that its results have the bits of a run that was not. (An interruption costs
-at most a block.) Ranks change who computes a batch, not what is in it.
+interrupted from its beginning, so that its results have the bits of a run that was not. (An interruption
+costs at most a block.) Ranks change who computes a batch, not what is in it.
 
 Last, where every request has a gold: accuracy as the harness has it.
 
@@ -22,8 +22,8 @@ Last, where every request has a gold: accuracy as the harness has it.
     +-         standard error: sqrt(p (1 - p) / (n - 1))
     perplexity exp(-mean ll) of files with one choice a request; its standard error: perplexity times ll's
 
-ec would let a sequence's experts choose among its neighbours and padding: it routes as topk here. Errors: as in
-requests.h; results of other requests or other weights are refused and stay as they are.
+ec would let a sequence's experts choose among its neighbours and padding: it routes as topk here. Errors: as
+in requests.h; results of other requests or other weights are refused and stay as they are.
 */
 #ifndef SCORE_H
 #define SCORE_H
@@ -66,7 +66,7 @@ static inline ScoreOrder *score_order(const ScoreBlock *b) {
     return order;
 }
 
-// how many of the sequences from `first` on make up a batch of at most `most` tokens, and the longest's length
+// how many sequences from `first` on make up a batch of at most `most` tokens, and the longest one's length
 static inline int score_batch_size(const ScoreBlock *b, const ScoreOrder *order, int first, int64_t most,
                                    int *longest) {
     int n = 0;
@@ -197,8 +197,8 @@ static inline void score_add_spans(ScoreBlock *b) {
 // ----------------------------------------------------------------------------
 // a block, computed
 
-// All of a block's batches, of which this rank computes every count-th. 0: a signal has interrupted it, on any
-// rank
+// All of a block's batches, of which this rank computes every count-th. 0: a signal has interrupted it, on
+// any rank
 static inline int score_block(Run *run, ScoreBlock *b, RequestProgress *progress) {
     const Options *o = &run->options;
     ScoreOrder *order = score_order(b);

@@ -208,8 +208,8 @@ static inline void stop_if_finished(const Options *o, const RunState *state) {
     exit(0);
 }
 
-// --load: another run's weights. To look at them (--eval, --sample, --score, --export), its data and vocabulary
-// come along; not the folder that it wrote to
+// --load: another run's weights. To look at them (--eval, --sample, --score, --export), its data and
+// vocabulary come along; not the folder that it wrote to
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
@@ -305,6 +305,15 @@ static inline void check_options(const Options *o, int ranks) {
     if (has_requests(o) && o->out[0] == '\0') {
         die_usage("--%s has nowhere to write\n  ---> name a file with --out",
                   o->score[0] != '\0' ? "score" : "generate");
+    }
+    if (o->score[0] != '\0' && o->generate[0] != '\0') {
+        die_usage("--score and --generate exclude each other\n  ---> first one, then the other");
+    }
+    if (o->samples != 1 && !o->sampling) {
+        die_usage("--samples belongs to --sample");
+    }
+    if (strcmp(o->delimiter, " ") != 0 && o->score[0] == '\0') {
+        die_usage("--delimiter belongs to --score");
     }
     if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
         die_usage("--route-from belongs to --dump");
