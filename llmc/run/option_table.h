@@ -79,7 +79,8 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, ONCE, export_to, "", 1, 0,                                                                  \
            "write --load's model to this new folder, for Hugging Face's libraries (also --export)")          \
     OPTION(FLAG, ONCE, eval, "0", 0, 1, "validation only")                                                   \
-    OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load); -: prompts from standard input, one a line")                      \
+    OPTION(TEXT, ONCE, sample, "", 0, 0,                                                                     \
+           "continue this prompt and stop (with --load); -: prompts from standard input, one a line")        \
     OPTION(INT, ONCE, samples, "1", 1, 1e9, "with --sample: continuations to write")                         \
     OPTION(TEXT, ONCE, score, "", 1, 0,                                                                      \
            "log likelihoods of this file's requests (JSON Lines) to the file --out (with --load)")           \
