@@ -786,7 +786,8 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
-// log likelihoods of up to N targets of what model_forward has left; fp32 logits take the place of floatX ones
+// log likelihoods of up to N targets, from what model_forward has left. The fp32 logits take the place of
+// training's
 static void score_rows(Model *m, const int *rows, const int *targets, int64_t n, float *ll,
                        unsigned char *greedy) {
     int64_t d = m->config.hidden, V = m->config.vocab_size;

@@ -14,7 +14,7 @@ has the bits that it has in its sequence alone. (Four answers of 25 tokens behin
 Roots and branches must have contexts of one length: what a router makes of a context (its mean) is then the
 same for both.
 
-Shapes: B sequences of up to T tokens, N packed rows; qkv and out as in attention.h, with N rows. Errors: none.
+Shapes: B sequences of up to T tokens, N packed rows; qkv and out as in attention.h, of N rows. Errors: none.
 */
 #ifndef BRANCHES_H
 #define BRANCHES_H

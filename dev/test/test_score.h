@@ -127,8 +127,8 @@ static void score_threads(void) {
 // ----------------------------------------------------------------------------
 // layout
 
-// the harness's get_rolling_token_windows and make_disjoint_window, in its own terms: the i-th window's inputs
-// and targets as ranges of the text's tokens, -1 being end-of-text
+// the harness's get_rolling_token_windows and make_disjoint_window, in its own terms: a window's inputs and
+// targets as ranges of the text's tokens, -1 being end-of-text
 static void score_windows(int tokens, int T) {
     ScoreBlock b;
     Requests r;
@@ -402,6 +402,9 @@ static void score_bad_lines(void) {
                     SCORE_WORDS "--score build/test/requests --out build/test/nowhere/r");
     trainer_refuses(2, "nowhere to write", SCORE_WORDS "--score build/test/requests");
     trainer_refuses(2, "need a model", "--score build/test/requests --out build/test/r");
+    trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --generate b --out build/test/r");
+    trainer_refuses(2, "--samples belongs to", SCORE_WORDS "--score a --samples 2 --out build/test/r");
+    trainer_refuses(2, "--delimiter belongs to", SCORE_WORDS "--generate a --delimiter x --out build/test/r");
 }
 
 static void score_full_disk(void) {

@@ -326,8 +326,7 @@ static inline void allocate_activations(Model *m) {
     m->acts.normed = take<floatX>(memory, SEGMENT_ACTIVATIONS, N * d);
     m->acts.rstd = take<float>(memory, SEGMENT_ACTIVATIONS, N);
     m->acts.logit_rows = classifier_rows(N, c->vocab_size);
-    // room for the most: largest_batch relies on memory that grows with B. (Of 2 rows at least, which are one in
-    // fp32)
+    // room for the most: largest_batch relies on memory that grows with B. (Of 2 rows at least: one in fp32)
     m->acts.logits = take<floatX>(memory, SEGMENT_WORKSPACE,
                                   larger(classifier_most_rows(N, c->vocab_size), 2) * c->vocab_size);
     m->acts.losses = take<float>(memory, SEGMENT_WORKSPACE, N);

@@ -5,9 +5,9 @@
     {"id":..,"text":".."}
 
 A text goes on until one of the `until` strings is in it, end-of-text, or max_tokens (--sample-tokens). Then
-the harness's cut: for each of the strings in turn, what stands before its first occurrence. temperature 0, the
-likeliest token always, and top_k 0, all tokens, where a request does not say. Of the context count its last
-T - max_tokens tokens, at least one, so that nothing of it is lost on the way; an empty one is end-of-text.
+the harness's cut: for each of the strings in turn, what stands before its first occurrence. Where a request
+does not say, temperature is 0 (always the likeliest token) and top_k 0 (all tokens). Of the context count its
+last T - max_tokens tokens, at least one, so that nothing of it is lost on the way; an empty one is end-of-text.
 
 The random numbers of a request are those of its line, so that neither ranks nor an interruption change it.
 Ranks take requests in turn; rank 0 writes. Before a file goes on, its newest results are generated again, and
@@ -251,17 +251,25 @@ static inline void generate_check_weights(Generation *g) {
     }
 }
 
-// the ranks' lines of one round, each with its end, become rank 0's: joined by rank, then in turn
-static inline void generate_write_round(Generation *g, char **lines, int count) {
+// of one rank in a round
+typedef struct {
+    uint64_t longest; // bytes of its longest line, with the 0
+    int64_t tokens;
+} RoundSizes;
+
+// the ranks' lines of one round become rank 0's, one request after the other
+static inline void generate_write_round(Generation *g, char **lines, int count, int64_t tokens) {
     Ranks *ranks = &g->run->ranks;
-    uint64_t longest = 0, *sizes = NEW(uint64_t, ranks->count);
+    RoundSizes own = {0, tokens}, *sizes = NEW(RoundSizes, ranks->count);
+    uint64_t longest = 0;
     for (int i = 0; i < count; i++) {
         uint64_t size = lines[i] != NULL ? strlen(lines[i]) + 1 : 0;
-        longest = size > longest ? size : longest;
+        own.longest = size > own.longest ? size : own.longest;
     }
-    ranks_gather(ranks, &longest, sizeof(longest), sizes);
+    ranks_gather(ranks, &own, sizeof(own), sizes);
     for (int k = 0; k < ranks->count; k++) {
-        longest = sizes[k] > longest ? sizes[k] : longest;
+        longest = sizes[k].longest > longest ? sizes[k].longest : longest;
+        g->progress.tokens += sizes[k].tokens;
     }
     char *mine = NEW(char, longest), *all = NEW(char, longest *(uint64_t)ranks->count);
     for (int i = 0; i < count; i++) {
@@ -287,6 +295,7 @@ static inline void generate_write_round(Generation *g, char **lines, int count) 
 static inline int generate_round(Generation *g) {
     Ranks *ranks = &g->run->ranks;
     int most = ranks->count > 1 ? GENERATE_ROUND * ranks->count : 1, count = 0;
+    int64_t tokens = 0;
     char **lines = NEW(char *, most);
     for (; count < most && g->requests.line < g->plan.requests; count++) {
         const Json *json = requests_next(&g->requests);
@@ -294,12 +303,12 @@ static inline int generate_round(Generation *g) {
             die("%s has changed while it was read", g->requests.path);
         }
         if (count % ranks->count == ranks->rank && !stop_requested) {
-            lines[count] = generate_result(g->run, &g->requests, json, &g->progress.tokens);
+            lines[count] = generate_result(g->run, &g->requests, json, &tokens);
         }
     }
     int whole = !ranks_any(ranks, stop_requested);
     if (whole) {
-        generate_write_round(g, lines, count);
+        generate_write_round(g, lines, count, tokens);
         g->plan.results += count;
     }
     for (int i = 0; i < count; i++) {

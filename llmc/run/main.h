@@ -28,8 +28,8 @@ static inline void request_stop(int signal_number) {
     stop_requested = 1;
 }
 
-// Whatever asks a run that writes to end lets it save first: Ctrl-C, kill, a terminal that closes (unless nohup
-// had that ignored), a pipe whose reader is gone. All else has nothing to lose and ends at once
+// Whatever asks a run that writes to end lets it save first: Ctrl-C, kill, a terminal that closes (unless
+// nohup had that ignored), a pipe whose reader is gone. All else has nothing to lose and ends at once
 static inline void catch_signals(void) {
     signal(SIGINT, request_stop);
     signal(SIGTERM, request_stop);

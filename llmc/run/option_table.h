@@ -95,7 +95,8 @@ The command line's one table: every option of both trainers. How it is read, sho
         "write a text's experts, gates and losses, token by token, to this file (with --load: only that)")   \
     OPTION(TEXT, ONCE, text, "", 1, 0, "with --trace: this text, instead of the first validation data")      \
     OPTION(INT, ONCE, trace_tokens, "2048", 2, 1 << 24, "with --trace: the first tokens, so many at most")   \
-    OPTION(TEXT, ONCE, sample, "", 0, 0, "continue this prompt and stop (with --load)")                      \
+    OPTION(TEXT, ONCE, sample, "", 0, 0,                                                                     \
+           "continue this prompt and stop (with --load); -: prompts from standard input, one a line")        \
     OPTION(INT, ONCE, samples, "1", 1, 1e9, "with --sample: continuations to write")                         \
     OPTION(TEXT, ONCE, score, "", 1, 0,                                                                      \
            "log likelihoods of this file's requests (JSON Lines) to the file --out (with --load)")           \

@@ -12,8 +12,8 @@ request becomes in tokens, and its result: score_block.h.
        writes the block's results in request order.
 
 A block is a function of the file, of B and of T alone: a run that goes on computes the block in which it was
-interrupted from its beginning, so that its results have the bits of a run that was not. (An interruption costs
-at most a block.) Ranks change who computes a batch, not what is in it.
+interrupted from its beginning, so that its results have the bits of a run that was not. (An interruption
+costs at most a block.) Ranks change who computes a batch, not what is in it.
 
 Last, where every request has a gold: accuracy as the harness has it.
 
@@ -22,8 +22,8 @@ Last, where every request has a gold: accuracy as the harness has it.
     +-         standard error: sqrt(p (1 - p) / (n - 1))
     perplexity exp(-mean ll) of files with one choice a request; its standard error: perplexity times ll's
 
-ec would let a sequence's experts choose among its neighbours and padding: it routes as topk here. Errors: as in
-requests.h; results of other requests or other weights are refused and stay as they are.
+ec would let a sequence's experts choose among its neighbours and padding: it routes as topk here. Errors: as
+in requests.h; results of other requests or other weights are refused and stay as they are.
 */
 #ifndef SCORE_H
 #define SCORE_H
@@ -201,8 +201,8 @@ static inline void score_add_spans(ScoreBlock *b) {
 // ----------------------------------------------------------------------------
 // a block, computed
 
-// All of a block's batches, of which this rank computes every count-th. 0: a signal has interrupted it, on any
-// rank
+// All of a block's batches, of which this rank computes every count-th. 0: a signal has interrupted it, on
+// any rank
 static inline int score_block(Run *run, ScoreBlock *b, RequestProgress *progress) {
     ScoreOrder *order = score_order(b);
     unsigned char *mine = NEW(unsigned char, b->spans.count);

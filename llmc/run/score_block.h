@@ -3,13 +3,13 @@ Requests to score, laid out as sequences of tokens: the rules of the lm-evaluati
 which scores are compared.
 
     {"id"?, "context", "continuations": [...]}                   strings, taken as they are
-    {"id"?, "query", "choices": [...], "gold"?, "delimiter"?}    context = query, continuation = delimiter + choice
+    {"id"?, "query", "choices": [...], "gold"?, "delimiter"?}    context query, continuation delimiter + choice
     {"id"?, "text"}                                              all of a text
 
 A continuation. White space at the context's end belongs to the continuation (there GPT-2's words begin):
 
     context' = context without it;   a = encode(context');   w = encode(context + continuation)
-    tokens = a + w[|a| ..]           (|a| alone divides w: where a word spans the border, w does not begin with a)
+    tokens = a + w[|a| ..]       (|a| alone divides w: where a word spans the border, w does not begin with a)
     inputs = the last T + 1 tokens but the very last;   targets = w[|a| ..]
 
 An empty context is end-of-text. There is no other token before a context. "<|endoftext|>" in a string is the

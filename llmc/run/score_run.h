@@ -1,5 +1,5 @@
 /*
---score: a file of requests to a file of results. What a block of requests is, and how it is computed: score.h.
+--score: a file of requests to a file of results. What a block of requests is and how it is computed: score.h
 
     read all requests, and the results that are there     score_plan
     compute the newest of those again                     score_check_weights
@@ -118,8 +118,8 @@ static inline void score_fill_block(Scoring *s, ScoreBlock *b, int64_t last) {
     s->progress.bytes = s->requests.end;
 }
 
-// is what the block has computed of a request what was written before? To 1 %, which other batches, kernels or
-// precisions keep
+// is what the block has computed of a request what was written before? To 1 %, which other batches, kernels
+// or precisions keep
 static inline int score_agrees(ScoreBlock *b, const ScoreRequest *request, const char *result,
                                JsonArena *arena) {
     float *now = NEW(float, request->count);

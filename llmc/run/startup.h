@@ -333,6 +333,15 @@ static inline void check_options(const Options *o, int ranks) {
         die_usage("--%s has nowhere to write\n  ---> name a file with --out",
                   o->score[0] != '\0' ? "score" : "generate");
     }
+    if (o->score[0] != '\0' && o->generate[0] != '\0') {
+        die_usage("--score and --generate exclude each other\n  ---> first one, then the other");
+    }
+    if (o->samples != 1 && !o->sampling) {
+        die_usage("--samples belongs to --sample");
+    }
+    if (strcmp(o->delimiter, " ") != 0 && o->score[0] == '\0') {
+        die_usage("--delimiter belongs to --score");
+    }
     if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
         die_usage("--route-from belongs to --dump");
     }
