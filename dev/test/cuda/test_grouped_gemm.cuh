@@ -681,7 +681,7 @@ static GroupedBench grouped_bench_open(GroupedBenchShape s) {
     CUDA_CHECK(cudaMemset(b.dw_down, 0, (size_t)weight * sizeof(float)));
     int64_t *first = device_new<int64_t>(1), zero = 0;
     CUDA_CHECK(cudaMemcpy(first, &zero, sizeof(zero), cudaMemcpyHostToDevice));
-    ChunkH h = {b.h_rows, R, R, first};
+    ChunkH h = {b.h_rows, R, R, first, 0};
     b.h = h;
     b.plans = NEW(GemmPlans, 1);
     gemm_open(b.plans, device_new<char>(32 << 20), 32 << 20);
