@@ -557,7 +557,8 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
     refuse_too_large(m, need, available, most);
     allocate_all(m, choose_store_rows(m, available - need));
     allocate_batches(m, settings->micro_batches);
-    losses_open(m);
+    losses_open(&m->losses, (int64_t)settings->B * settings->T, config->layers,
+                (int64_t)config->layers * config->router.experts, m->routing.arena.planned);
     text_open(&m->text, config, m->stream);
     upload_rope(m);
     clear_params(&m->params, m->stream);
@@ -630,7 +631,7 @@ static int *exchange_plan(Model *m, int *plan) {
 static void queue_loss(Model *m, int slot) {
     Losses *losses = &m->losses;
     const Batch *batch = &losses->batches[slot];
-    LossResult *result = loss_result(m, slot);
+    LossResult *result = loss_result(&m->losses, slot);
     int L = m->config.layers, B = losses->B[slot], T = losses->T[slot], *counts = (int *)(result + 1);
     int64_t cells = (int64_t)L * m->config.router.experts;
     Arena *arena = &m->routing.arena;
@@ -666,7 +667,7 @@ void model_loss_begin(Model *m, const int *inputs, const int *targets, int B, in
                                cudaMemcpyHostToDevice, m->stream));
     losses->B[slot] = B;
     losses->T[slot] = T;
-    loss_result(m, slot)->overflow = 0; // of which the device writes half
+    loss_result(&m->losses, slot)->overflow = 0; // of which the device writes half
     queue_loss(m, slot);
 }
 
@@ -688,7 +689,7 @@ static int plan_next_losses(Model *m, const LossResult *result) {
 
 double model_loss_end(Model *m, int64_t *active) {
     int slot = (int)(m->losses.ended++ % MOST_LOSSES);
-    const LossResult *result = loss_result(m, slot);
+    const LossResult *result = loss_result(&m->losses, slot);
     CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
     while (!plan_next_losses(m, result)) { // a layer had more pairs than were planned for
         queue_loss(m, slot);

@@ -16,8 +16,8 @@ warning.
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
-// Begins the loss of sequences first .. first + B - 1. VALIDATION_DAMAGED, and nothing begun, when a token has
-// changed since the run began into one that the vocabulary lacks
+// Begins the loss of sequences first .. first + B - 1. VALIDATION_DAMAGED, and nothing begun, when a token
+// has changed since the run began into one that the vocabulary lacks
 static inline Validation begin_batch(Run *run, const DataLoader *loader, int64_t first, int B) {
     int64_t T = run->options.seq_len, bad_token;
     for (int b = 0; b < B; b++) {
