@@ -151,7 +151,8 @@ __device__ __forceinline__ double weigh_candidates(const WarpRange &range, float
     return group_sum(sum, 32);
 }
 
-// by a warp: the id where the running sum of its weights passes the target; -1: nowhere. *last: the last id with a weight
+// by a warp: the id where the running sum of its weights passes the target; -1: nowhere.
+// *last: the last id with a weight
 __device__ __forceinline__ int find_target(int *last, const WarpRange &range, const int *ids,
                                            const float *weights, double target) {
     double before = 0.0;

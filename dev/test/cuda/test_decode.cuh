@@ -1,6 +1,7 @@
 /*
 One token at a time: attention over the cache against attention_forward; the sampler against sample_next on
-the host, draw by draw; a text's logits, step by step, against the full forward of the same tokens and, in fp32,
+the host, draw by draw; a text's logits, step by step, against the full forward of the same tokens and, in
+fp32,
 the CPU's; whole texts against the CPU's, up to a full window and read anew; the same text twice.
 */
 #ifndef TEST_DECODE_CUH
