@@ -598,7 +598,8 @@ Model *model_open(const Config *config, const ModelSettings *settings) {
     refuse_too_large(m, need, available, most);
     allocate_all(m, choose_store_rows(m, available - need));
     allocate_batches(m, settings->micro_batches);
-    losses_open(m);
+    losses_open(&m->losses, (int64_t)settings->B * settings->T, config->layers,
+                (int64_t)config->layers * config->router.experts, m->routing.arena.planned);
     text_open(&m->text, config, m->stream);
     upload_rope(m);
     clear_params(&m->params, m->stream);
@@ -680,7 +681,7 @@ static void queue_alone(Model *m, const int *ids, int B, int T, const int *conte
 
 // what the host wants to know of it is on its way
 static void queue_findings(Model *m, int slot) {
-    LossResult *result = loss_result(m, slot);
+    LossResult *result = loss_result(&m->losses, slot);
     int L = m->config.layers, *counts = (int *)(result + 1);
     int64_t cells = (int64_t)L * m->config.router.experts;
     const Arena *arena = &m->routing.arena;
@@ -703,7 +704,7 @@ static void queue_loss(Model *m, int slot) {
     classifier(m, batch->targets, B * T, 0.0f, NULL);
     sum_losses(losses->sums + slot, m->acts.losses, B * T, 1.0 / (B * T), m->stream);
     mark(m, NULL);
-    CUDA_CHECK(cudaMemcpyAsync(&loss_result(m, slot)->loss, losses->sums + slot, sizeof(double),
+    CUDA_CHECK(cudaMemcpyAsync(&loss_result(&m->losses, slot)->loss, losses->sums + slot, sizeof(double),
                                cudaMemcpyDeviceToHost, m->stream));
     queue_findings(m, slot);
 }
@@ -742,7 +743,7 @@ static int plan_next_losses(Model *m, const LossResult *result) {
 
 double model_loss_end(Model *m, int64_t *active) {
     int slot = (int)(m->losses.ended++ % MOST_LOSSES);
-    const LossResult *result = loss_result(m, slot);
+    const LossResult *result = loss_result(&m->losses, slot);
     CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
     while (!plan_next_losses(m, result)) { // a layer had more pairs than were planned for
         queue_loss(m, slot);
@@ -770,7 +771,7 @@ static void look(Model *m, const int *inputs, int B, int T, const int *contexts)
         queue_alone(m, ids, B, T, contexts);
         queue_findings(m, slot);
         CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
-    } while (!plan_next_losses(m, loss_result(m, slot)));
+    } while (!plan_next_losses(m, loss_result(&m->losses, slot)));
 }
 
 void model_look(Model *m, const int *inputs, int B, int T) {

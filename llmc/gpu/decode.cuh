@@ -1,12 +1,13 @@
 /*
 One token at a time: what the kernels of a single row share, and the products of a layer.
 
-A text's next token needs every active weight once and almost no arithmetic, so a token costs the time in which
-memory delivers them, if enough loads are under way. Tiles of 64 rows would be 1/64 full. Here a warp takes one
-to four rows of a matrix, its lanes 16-byte packs of them, and each lane's packs are all loaded before the first
-is used. What lies between two products is done by whoever needs it, so a layer is six kernels:
+A text's next token needs every active weight once and almost no arithmetic, so a token costs the time in
+which memory delivers them, if enough loads are under way. Tiles of 64 rows would be 1/64 full. Here a warp
+takes one to four rows of a matrix, its lanes 16-byte packs of them, and each lane's packs are all loaded
+before the first is used. What lies between two products is done by whoever needs it, so a layer is six
+kernels:
 
-    decode_qkv        RMSNorm, W_qkv, RoPE, into the cache's row        (every block finds the norm's r itself)
+    decode_qkv        RMSNorm, W_qkv, RoPE, into the cache's row      (every block finds the norm's r itself)
     decode_attention  the cache in pieces, combined in order            decode_attention.cuh
     decode_output     mid = x + W_o att
     decode_router     RMSNorm, router, choice                           decode_router.cuh
@@ -14,13 +15,13 @@ is used. What lies between two products is done by whoever needs it, so a layer 
     decode_down       x = mid + sum_e W_down,e h_e
     decode_head       once per token: RMSNorm, logits in fp32
 
-Each equals the functions that the training forward calls, in the same precision where values are stored: normed,
-h and the residual stream are rounded to floatX. Sums have another order, so the last bits differ. No order
-depends on timing: the same context gives the same bits.
+Each equals the functions that the training forward calls, in the same precision where values are stored:
+normed, h and the residual stream are rounded to floatX. Sums have another order, so the last bits differ. No
+order depends on timing: the same context gives the same bits.
 
-Kernels begin early. On Hopper a kernel of this chain is launched while the one before still runs; it loads its
-first weights, which no kernel changes, and then waits (previous_done) for the one before to be over. Launching
-and the first loads' latency, most of such a kernel's time, are hidden so.
+Kernels begin early. On Hopper a kernel of this chain is launched while the one before still runs; it loads
+its first weights, which no kernel changes, and then waits (previous_done) for the one before to be over.
+Launching and the first loads' latency, most of such a kernel's time, are hidden so.
 
 K columns of a matrix, a multiple of 8. Errors: none.
 */
@@ -210,8 +211,8 @@ static inline unsigned decode_blocks(int64_t warps) {
 // ----------------------------------------------------------------------------
 // attention's products
 
-// A warp per pair of columns i, i + hd/2 of a head, which RoPE turns (not the values'). cache: the layer's rows,
-// of which *position's is written
+// A warp per pair of columns i, i + hd/2 of a head, which RoPE turns (not the values'). cache: the layer's
+// rows, of which *position's is written
 static __global__ void __launch_bounds__(DECODE_THREADS)
     decode_qkv_kernel(floatX *cache, const int *position, const floatX *x, const float *norm,
                       const floatX *w_qkv, const float *rope, int d, int heads, int turned, int hd,

@@ -14,8 +14,8 @@ A piece is at least DECODE_TILE positions, so a short cache is one piece; it gro
 DECODE_PIECES of that size would be needed. Within a piece a thread takes a position for z, then a pack of
 columns of every so many positions for o; tiles follow each other with a running maximum.
 
-cache [T, (H + 2 KV) hd] floatX, queries, keys and values of the positions up to *position; out [H hd] floatX;
-partial [H, DECODE_PIECES, hd + 2] fp32; tickets [H], 0 before and after. hd <= 128. Errors: none.
+cache [T, (H + 2 KV) hd] floatX, queries, keys and values of the positions up to *position; out [H hd]
+floatX; partial [H, DECODE_PIECES, hd + 2] fp32; tickets [H], 0 before and after. hd <= 128. Errors: none.
 */
 #ifndef DECODE_ATTENTION_CUH
 #define DECODE_ATTENTION_CUH
@@ -45,8 +45,8 @@ __device__ __forceinline__ float decode_score(const float *q, const floatX *key,
     return sum;
 }
 
-// by a block, of a head: positions first .. end - 1 -> m (in base 2), l, and each thread's part of o: its pack
-// of columns of every `apart`-th position
+// by a block, of a head: positions first .. end - 1 -> m (in base 2), l, and each thread's part of o: its
+// pack of columns of every `apart`-th position
 __device__ __forceinline__ void decode_positions(float &m, float &l, Floats &o, const float *q,
                                                  const floatX *keys, const floatX *values, int64_t stride,
                                                  int first, int end, int hd) {

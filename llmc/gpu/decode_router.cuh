@@ -4,8 +4,8 @@ The router of one token, and the RMSNorm before it: which experts, with which ga
     normed [d] = round(RMSNorm(mid));  z [E] = W normed;  the choice -> the list of one token's pairs
 
 Every block computes a few logits, and the one that is done last chooses, by a warp, with the functions that
-route whole batches (router_METHOD.cuh), in evaluation mode: nothing is drawn. A method without weights has one
-block, for normed and the choice.
+route whole batches (router_METHOD.cuh), in evaluation mode: nothing is drawn. A method without weights has
+one block, for normed and the choice.
 
     method        the choice's function of a group of lanes             gates
     relu          ActiveIfPositive                                      z
@@ -15,8 +15,8 @@ block, for normed and the choice.
     hash          ActiveIfHashed                                        1
     dense         expert 0                                              1
 
-mid [d] floatX, w [d], router [E, d], bias [E] fp32; logits [E] become what router.h's table says. pairs: the list
-of N = 1 token. Errors: none.
+mid [d] floatX, w [d], router [E, d], bias [E] fp32; logits [E] become what router.h's table says. pairs: the
+list of N = 1 token. Errors: none.
 */
 #ifndef DECODE_ROUTER_CUH
 #define DECODE_ROUTER_CUH

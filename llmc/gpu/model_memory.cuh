@@ -20,6 +20,7 @@ shapes that the kernels do not compute, and what does not fit, end the program w
 #include "llmc/gpu/comm_open.cuh"
 #include "llmc/gpu/device.cuh"
 #include "llmc/gpu/device_params.cuh"
+#include "llmc/gpu/losses.cuh"
 #include "llmc/gpu/memory.cuh"
 #include "llmc/gpu/profile.cuh"
 #include "llmc/gpu/text.cuh"
@@ -69,13 +70,6 @@ typedef struct {
 
 static_assert(sizeof(Vote) % sizeof(int64_t) == 0, "counts stand behind it");
 
-// a micro-batch on the device
-typedef struct {
-    int *inputs, *targets;   // [N]
-    int64_t first_token;     // in the step of all ranks
-    EmbeddingPlan positions; // where each id stands, for the embedding's gradient
-} Batch;
-
 // what forward leaves for backward, and the head
 typedef struct {
     LayerActs *layers;           // [L]
@@ -115,24 +109,6 @@ typedef struct {
     int *staging;         // the same on the host, pinned
     int *id_places;       // [V] scratch of the host
 } Step;
-
-// what a forward alone leaves for the host, behind it counts [L E], then the arena's rows [L] (int)
-typedef struct {
-    double loss;
-    int64_t overflow; // as a Vote's
-} LossResult;
-
-// losses that have been begun (trainer.h), number i in slot i modulo MOST_LOSSES
-typedef struct {
-    Batch batches[MOST_LOSSES];
-    int B[MOST_LOSSES], T[MOST_LOSSES];
-    double *sums;       // [MOST_LOSSES] on the device
-    int *staging;       // [MOST_LOSSES][2, N] inputs and targets on the host, pinned
-    LossResult *result; // [MOST_LOSSES] of loss_result_bytes each, likewise
-    cudaEvent_t done[MOST_LOSSES];
-    int *recent_rows, *planned; // [L] of the arena: evaluation has its own, as fewer rows come to it
-    int64_t begun, ended;
-} Losses;
 
 struct Model {
     Config config;
@@ -268,50 +244,6 @@ static inline int64_t scratch_bytes(const Model *m) {
     return larger(bytes, 4 * partial_rows_most(N) * c->hidden);
 }
 
-static inline size_t loss_result_bytes(const Model *m) {
-    int64_t L = m->config.layers, E = m->config.router.experts;
-    return sizeof(LossResult) + 4 * (size_t)ceil_div<int64_t>(L * E + L, 2) * 2;
-}
-
-static inline LossResult *loss_result(const Model *m, int slot) {
-    return (LossResult *)((unsigned char *)m->losses.result + (size_t)slot * loss_result_bytes(m));
-}
-
-static inline void losses_allocate(Model *m) {
-    Losses *losses = &m->losses;
-    int64_t N = (int64_t)m->settings.B * m->settings.T;
-    losses->sums = take<double>(&m->memory, SEGMENT_WORKSPACE, MOST_LOSSES);
-    for (int i = 0; i < MOST_LOSSES; i++) {
-        losses->batches[i].inputs = take<int>(&m->memory, SEGMENT_WORKSPACE, N);
-        losses->batches[i].targets = take<int>(&m->memory, SEGMENT_WORKSPACE, N);
-    }
-}
-
-// the host's part, after losses_allocate; at first the plan is the arena's, the worst case
-static inline void losses_open(Model *m) {
-    Losses *losses = &m->losses;
-    int L = m->config.layers;
-    int64_t N = (int64_t)m->settings.B * m->settings.T;
-    CUDA_CHECK(cudaMallocHost(&losses->staging, (size_t)(MOST_LOSSES * 2 * N) * sizeof(int)));
-    CUDA_CHECK(cudaMallocHost(&losses->result, MOST_LOSSES * loss_result_bytes(m)));
-    losses->recent_rows = NEW(int, L);
-    losses->planned = NEW(int, L);
-    memcpy(losses->planned, m->routing.arena.planned, (size_t)L * sizeof(int));
-    for (int i = 0; i < MOST_LOSSES; i++) {
-        CUDA_CHECK(cudaEventCreateWithFlags(&losses->done[i], cudaEventDisableTiming));
-    }
-}
-
-static inline void losses_close(Losses *losses) {
-    for (int i = 0; i < MOST_LOSSES; i++) {
-        CUDA_CHECK(cudaEventDestroy(losses->done[i]));
-    }
-    CUDA_CHECK(cudaFreeHost(losses->staging));
-    CUDA_CHECK(cudaFreeHost(losses->result));
-    free(losses->recent_rows);
-    free(losses->planned);
-}
-
 static inline void allocate_activations(Model *m) {
     const Config *c = &m->config;
     DeviceMemory *memory = &m->memory;
@@ -337,7 +269,7 @@ static inline void allocate_activations(Model *m) {
     m->step.grad_squares = take<double>(memory, SEGMENT_WORKSPACE, 1);
     m->step.draw_key = take<uint64_t>(memory, SEGMENT_WORKSPACE, 1);
     text_allocate(&m->text, c, memory);
-    losses_allocate(m);
+    losses_allocate(&m->losses, memory, N);
     if (m->settings.purpose != FOR_INFERENCE) {
         m->back.dx = take<floatX>(memory, SEGMENT_WORKSPACE, N * d);
         m->back.dnormed = take<floatX>(memory, SEGMENT_WORKSPACE, N * d);

@@ -1,16 +1,16 @@
 /*
-Sampling the next token on the device: equals sample_next of run/sampler.h, in one launch, so that a text needs
-no word from the host.
+Sampling the next token on the device: equals sample_next of run/sampler.h, in one launch, so that a text
+needs no word from the host.
 
-    p = softmax(z / temperature) over the `top_k` largest logits, drawn with one uniform number; or the largest
+    p = softmax(z / temperature) over the `top_k` largest logits, drawn with one uniform number; or argmax
 
 One block, whose warps take equal ranges of the vocabulary. Sorting is not needed, and the vocabulary is read
 twice:
 
     1  every thread's largest logit. The k-th largest of those is at most the k-th largest of all
     2  each warp lists its logits from there on, in the order of ids: a few more than k
-    3  the k-th largest of the listed ones, bit by bit: the largest key that at least k keys reach. What is below
-       it gets weight 0
+    3  the k-th largest of the listed ones, bit by bit: the largest key that at least k keys reach. What is
+       below it gets weight 0
     4  weights exp((z - max) / temperature) are summed in double, each warp its list, then the warps in order;
        u of the sum lies in one warp's list, and there a running sum finds the token
 
@@ -57,8 +57,8 @@ __device__ __forceinline__ int block_total(int x) {
 }
 static_assert(SAMPLER_WARPS == 32, "a lane per warp's sum");
 
-// The largest T that at least k keys of the block reach. count(least): how many keys are at least that, by all
-// threads; total: how many there are, -1: not known
+// The largest T that at least k keys of the block reach. count(least): how many keys are at least that, by
+// all threads; total: how many there are, -1: not known
 template <class Count>
 __device__ __forceinline__ uint32_t block_kth_largest(const Count &count, int total, int k) {
     uint32_t T = 0;
@@ -151,8 +151,8 @@ __device__ __forceinline__ double weigh_candidates(const WarpRange &range, float
     return group_sum(sum, 32);
 }
 
-// by a warp: where the running sum of its weights passes the target, and how much of the target is used up; -1:
-// nowhere. *last: the last id with a weight
+// by a warp: the id where the running sum of its weights passes the target; -1: nowhere.
+// *last: the last id with a weight
 __device__ __forceinline__ int find_target(int *last, const WarpRange &range, const int *ids,
                                            const float *weights, double target) {
     double before = 0.0;

@@ -1,16 +1,16 @@
 /*
-A text that is continued on the device: what its steps share, and the order in which the host queues and takes
-tokens.
+A text that is continued on the device: what its steps share, and the order in which the host queues and
+takes tokens.
 
     read    the prompt's forward fills the cache; token 0 is drawn from the logits of its last position
     step i  token i - 1 is read at its position: layers, head, sampler -> token i
 
-All that changes from step to step (position, token, draw) is in device memory, so each step is the same launches:
-a CUDA graph, captured once. The sampler writes tokens into a ring in the host's memory. The host queues up to
-TEXT_AHEAD steps before it waits for a token, so that the device goes on while a token is printed. Steps behind
-the last token that is wanted are computed in vain, and forgotten by the next read.
+All that changes from step to step (position, token, draw) is in device memory, so each step is the same
+launches: a CUDA graph, captured once. The sampler writes tokens into a ring in the host's memory. The host
+queues up to TEXT_AHEAD steps before it waits for a token, so that the device goes on while a token is
+printed. Steps behind the last token that is wanted are computed in vain, and forgotten by the next read.
 
-    queued   steps that the device has been given         ring, done [TEXT_RING]: of step i in slot i modulo it
+    queued   steps that the device has been given         ring, done [TEXT_RING]: step i's in slot i modulo it
     taken    tokens that the host has seen
 
 Errors: none here.

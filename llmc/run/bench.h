@@ -9,7 +9,7 @@ of the forward pass alone; --bench sample: of one text, token after token.
 
 forward and sample settle likewise, unless the model (--load) has the sparsity; then
 
-    forward   the loss of batches of B sequences, in evaluation mode, 20 and then 100 timed ones; two batches are
+    forward   the loss of batches of B sequences, in evaluation mode, 20 and then 100 timed ones; two are
               under way at a time, so that reading a batch costs no time. FLOPs are a third of a step's
     sample    a window of tokens behind one. The bytes are those of the active weights, each read once per
               token: all but the embedding, of which a token is one row
