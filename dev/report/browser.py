@@ -142,8 +142,8 @@ class Browser:
 class Page:
     def __init__(self, browser, path, width, height, scale, dark, touch):
         self.browser, self.trouble = browser, []
-        target = browser.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = browser.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.target = browser.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = browser.send("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
         browser.pages[self.session] = self
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
@@ -175,6 +175,9 @@ class Page:
 
     def send(self, method, **parameters):
         return self.browser.send(method, self.session, **parameters)
+
+    def close(self):
+        self.browser.send("Target.closeTarget", targetId=self.target)
 
     def event(self, method, what):
         if method == "Runtime.exceptionThrown":

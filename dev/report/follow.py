@@ -14,6 +14,7 @@ still being written is left for the next time.
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ class TensorBoard:
             except ImportError:
                 raise Refused(NO_TENSORBOARD) from None
         try:
-            self.writer = SummaryWriter(str(Path(folder) / name))
+            self.writer = SummaryWriter(str(Path(folder) / name), flush_secs=5)
         except OSError as error:
             raise Refused(
                 f"cannot write to {folder}: {error.strerror}\n  ---> name another folder with --tensorboard"
@@ -211,6 +212,8 @@ def look_once(asked, mirrors):
 def main():
     asked = words().parse_args()
     mirrors = []
+    for ending in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background ignores it
+        signal.signal(ending, signal.default_int_handler)
     try:
         name = Path(asked.run).resolve().name
         if asked.tensorboard:

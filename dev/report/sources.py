@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 MOST_LOG_BYTES = 4 << 30
+MOST_VALUE = 1e30  # a browser draws no larger coordinates
 STAGES = ["", "I", "II", "III"]
 
 
@@ -54,13 +55,10 @@ def read_json(path):
 
 
 def number(value):
-    """-> float, NaN for all that is no number: null is how the log says NaN"""
+    """-> float, NaN for all that is no number that can be drawn: null is how the log says NaN"""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
+    return float(value) if abs(value) <= MOST_VALUE else math.nan
 
 
 def whole(value, least=0):

@@ -187,6 +187,26 @@ def press(page, key):
     page.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)
 
 
+def test_odd_pages():
+    """what damage.py made pages of is drawn, too"""
+    runs = [HERE / name for name in ("one", "val", "nan", "kinds", "huge", "hostile", "bad-state", "long-1")]
+    runs = [run for run in runs if run.exists()]
+    if find_browser() is None or not runs:
+        return
+    with Browser() as browser:
+        for words in [runs[:1], runs[1:2], runs]:
+            name, out = words[0].name if len(words) == 1 else "all of them", HERE / "odd.html"
+            check(f"a page of {name}", call(*words, "--out", out)[0] == 0)
+            page = browser.open(out, 400, 800)
+            page.wait("window.report && report.ready")
+            page.eval("report.drawAll().then(() => 1)")
+            width = page.eval("document.documentElement.scrollWidth")
+            check(
+                f"{name}: no error, no scroll", page.trouble == [] and width == 400, (page.trouble[:2], width)
+            )
+            page.close()
+
+
 def test_pictures():
     """the README's, of the same runs, in a palette and small"""
     if find_browser() is None:
@@ -207,4 +227,4 @@ def test_pictures():
     check("pictures: of a palette", all(len(parts[b"PLTE"]) > 3 * 16 for parts in palettes))
 
 
-TESTS = [test_browser, test_pictures]
+TESTS = [test_browser, test_odd_pages, test_pictures]
