@@ -220,12 +220,13 @@ static __global__ void __launch_bounds__(CROSSENTROPY_THREADS)
     float target_logit = z[target], max = -INFINITY, sum = 0.0f, beaten = 0.0f;
     for (int v = (int)threadIdx.x; v < V; v += CROSSENTROPY_THREADS) {
         float x = z[v], larger = fmaxf(max, x);
-        sum = sum * power_of_2(max * LOG2_E - larger * LOG2_E) + power_of_2(x * LOG2_E - larger * LOG2_E);
+        // (differences first: contracted to one multiply-add, products would differ even where logits are equal)
+        sum = sum * power_of_2((max - larger) * LOG2_E) + power_of_2((x - larger) * LOG2_E);
         max = larger;
         beaten += x > target_logit || (x == target_logit && v < target) ? 1.0f : 0.0f;
     }
     float all_max = block_max(max);
-    float all_sum = block_sum(sum > 0.0f ? sum * power_of_2(max * LOG2_E - all_max * LOG2_E) : sum);
+    float all_sum = block_sum(sum > 0.0f ? sum * power_of_2((max - all_max) * LOG2_E) : sum);
     beaten = block_sum(beaten);
     if (threadIdx.x == 0) {
         ll[blockIdx.x] = (target_logit - all_max) - logf(all_sum);

@@ -67,7 +67,8 @@ static void test_options_spellings(void) {
     CHECK(o.eval == 1 && o.shuffle == 0 && o.bench == 1 && o.load_balance == 0);
     CHECK(options_of("--bench").bench == BENCH_STEPS && options_of("--bench --steps 9").steps == 9);
     CHECK(options_of("--bench forward").bench == BENCH_FORWARD && options_of("").bench == BENCH_NOTHING);
-    CHECK(options_of("--bench=sample").bench == BENCH_SAMPLE && options_of("--bench 0").bench == BENCH_NOTHING);
+    CHECK(options_of("--bench=sample").bench == BENCH_SAMPLE &&
+          options_of("--bench 0").bench == BENCH_NOTHING);
     o = options_of("--pair-budget 1.5 --recompute");
     CHECK(o.pair_budget == 1.5 && o.recompute == 1);
     errno = ERANGE; // left by something earlier
