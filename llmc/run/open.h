@@ -277,7 +277,7 @@ static inline void print_table(const Run *run) {
            (long long)o->steps, ranks, run->step.micro_batches, (long long)o->batch, o->lr, o->lr_min,
            (long long)run->step.schedule.warmup, (long long)o->seed);
     if (has_lambda(run)) {
-        printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
+        printf("sparsity  target %.4f | lambda %g, alpha %g\n", target_sparsity(*r),
                (double)run->state.sparsity.lambda, o->alpha);
     }
     printf("output    %s | %d threads\n", run->options.out, threads);
