@@ -16,9 +16,10 @@ most must begin as they did. Errors: as in requests.h.
 #ifndef GENERATE_RUN_H
 #define GENERATE_RUN_H
 
+#include "llmc/run/agree.h"
 #include "llmc/run/generate.h"
-#include "llmc/run/score_run.h"
-// defines: continue_ids; Requests, Results, agree_on_requests, route_for_one_token, EXIT_INTERRUPTED
+#include "llmc/run/requests.h"
+// defines: agree_on_requests; continue_ids, refuse_broken_text; Requests, Results, EXIT_INTERRUPTED
 
 enum {
     GENERATE_ROUND = 4,        // requests of a rank between two writes, where there are several
@@ -130,18 +131,16 @@ static inline int *context_ids(Run *run, const GenerateRequest *q, int *n) {
 // the result of the request that r has read last, as a line without its end; for free(). Adds to *tokens
 static inline char *generate_result(Run *run, const Requests *r, const Json *json, int64_t *tokens) {
     GenerateRequest q;
-    Listing line;
+    Composed line;
     int n;
     read_generate_request(&q, run, r, json);
     int *ids = context_ids(run, &q, &n);
     GrowingText text = {run->tokenizer, q.until, NULL, 0, 0};
     Continuation done = continue_ids(run, ids, n, &q.sampling, q.most, grow_text, &text);
-    if (!done.numbers) {
-        die("the model's logits are not finite: its weights are broken\n  ---> --load another checkpoint");
-    }
+    refuse_broken_text(&done);
     cut_text(&text);
     *tokens += done.tokens;
-    listing_open(&line);
+    compose(&line);
     if (q.id != NULL) {
         fprintf(line.out, "{\"id\":%s,\"text\":", q.id);
     } else {
@@ -149,11 +148,10 @@ static inline char *generate_result(Run *run, const Requests *r, const Json *jso
     }
     json_write_string(line.out, text.bytes, text.size);
     fputs("}", line.out);
-    fclose(line.out);
     free(text.bytes);
     free(ids);
     free(q.id);
-    return line.text;
+    return composed(&line);
 }
 
 // ----------------------------------------------------------------------------
@@ -329,7 +327,7 @@ static inline int generate_file(Run *run) {
     memset(&g, 0, sizeof(g));
     g.run = run;
     agree_on_requests(run, run->options.generate);
-    route_for_one_token(run, "--generate");
+    warn_of_method_alone(run, "--generate");
     requests_open(&g.requests, run->options.generate, "generate");
     if (run->ranks.rank == 0) {
         results_open(&g.results, run->options.out);

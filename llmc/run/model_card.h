@@ -90,7 +90,7 @@ static inline void card_read_validation(CardLosses *losses, int64_t step, double
         losses->validated = step;
         fclose(losses->rows);
         free(losses->text);
-        losses->rows = open_memstream(&losses->text, &losses->size);
+        losses->rows = check_memstream(&losses->text, &losses->size);
     }
     fputs("| ", losses->rows);
     card_cell(losses->rows, domain);
@@ -140,7 +140,7 @@ static inline void card_losses(const ModelCard *card, FILE *file) {
     char home[PATH_SIZE], name[PATH_SIZE], log[PATH_SIZE];
     split_path(home, name, card->checkpoint);
     check_format(log, sizeof(log), "%.2000s/log.jsonl", home);
-    losses.rows = open_memstream(&losses.text, &losses.size);
+    losses.rows = check_memstream(&losses.text, &losses.size);
     card_read_log(&losses, log);
     fclose(losses.rows);
     if (losses.steps > 0) {

@@ -22,6 +22,8 @@ another process is writing.
 #include <unistd.h>
 // defines: PATH_SIZE, json_*, seconds_now, open, flock, ftruncate
 
+enum { EXIT_INTERRUPTED = 130 }; // as shells have it of Ctrl-C
+
 // a JSON Lines file that is read line by line
 typedef struct {
     const char *path;
@@ -154,23 +156,21 @@ static inline double request_number(const Requests *r, const Json *request, cons
 // "id", a scalar, as it goes into the result: a text for free(), or NULL where there is none
 static inline char *request_id(const Requests *r, const Json *request) {
     const Json *id = json_get(request, "id");
-    char *text = NULL;
-    size_t size;
+    Composed text;
     if (id == NULL) {
         return NULL;
     }
     if (id->type == JSON_OBJECT || id->type == JSON_ARRAY) {
         request_fail(r, "\"id\" is neither a text nor a number");
     }
-    FILE *out = open_memstream(&text, &size);
+    compose(&text);
     switch (id->type) {
-    case JSON_STRING: json_write_string(out, id->text, id->text_size); break;
-    case JSON_NUMBER: fputs(id->text, out); break;
-    case JSON_BOOL: fputs(id->boolean ? "true" : "false", out); break;
-    default: fputs("null", out); break;
+    case JSON_STRING: json_write_string(text.out, id->text, id->text_size); break;
+    case JSON_NUMBER: fputs(id->text, text.out); break;
+    case JSON_BOOL: fputs(id->boolean ? "true" : "false", text.out); break;
+    default: fputs("null", text.out); break;
     }
-    fclose(out);
-    return text;
+    return composed(&text);
 }
 
 // ----------------------------------------------------------------------------
