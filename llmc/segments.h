@@ -17,12 +17,11 @@ whose continuation is to be scored, or written.
 // defines: HOST_AND_DEVICE, int64_t
 
 typedef struct {
-    int sequences; // B
-    int tokens;    // T, of each
-    int length;    // S, at most T
-    const int
-        *contexts; // [B] tokens at the beginning of each sequence that route it; NULL: all of a segment's
-    int kept;      // the layers' experts have been merged by the call before: nothing is routed
+    int sequences;       // B
+    int tokens;          // T, of each
+    int length;          // S, at most T
+    const int *contexts; // [B] tokens at a sequence's beginning that route it; NULL: all of a segment's
+    int kept;            // the layers' experts have been merged by the call before: nothing is routed
 } Segments;
 
 // contexts: NULL, or as above

@@ -90,9 +90,8 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, ONCE, stats_layers, "middle", 0, 0,                                                         \
            "with --stats: layers whose experts are counted by token id: middle or all")                      \
     OPTION(INT, ONCE, stats_tokens, "0", 0, INT64_MAX, "with --stats: tokens of each domain (0: all)")       \
-    OPTION(                                                                                                  \
-        TEXT, ONCE, trace, "", 1, 0,                                                                         \
-        "write a text's experts, gates and losses, token by token, to this file (with --load: only that)")   \
+    OPTION(TEXT, ONCE, trace, "", 1, 0,                                                                      \
+           "write each token's experts, gates and loss to this file (with --load: only that)")               \
     OPTION(TEXT, ONCE, text, "", 1, 0, "with --trace: this text, instead of the first validation data")      \
     OPTION(INT, ONCE, trace_tokens, "2048", 2, 1 << 24, "with --trace: the first tokens, so many at most")   \
     OPTION(TEXT, ONCE, sample, "", 0, 0,                                                                     \

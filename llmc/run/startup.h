@@ -16,6 +16,7 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 #include "llmc/files/tokenizer.h"
 #include "llmc/run/help.h"
 #include "llmc/run/options.h"
+// defines: checkpoint_*, run_in_folder; log_has_validation; tokenizer_load; answer_help; Options, options_*
 
 // --trace of a model that is loaded; else it follows the training
 static inline int traces_only(const Options *o) {

@@ -25,6 +25,7 @@ text, no validation data; before anything is computed.
 #include "llmc/files/tokenizer.h"
 #include "llmc/run/origin.h"
 #include "llmc/run/run.h"
+// defines: DataDomain; Tokenizer; note_origin, note_*; Run, model_loss, model_gates, model_token_losses
 
 struct Trace {
     int count;          // of sources
