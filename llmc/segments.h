@@ -36,6 +36,11 @@ static inline Segments segments_kept(int tokens) {
     return s;
 }
 
+// do the experts that are merged stay, for what follows? A prompt's do, in the place that its layer has
+static inline int segments_stay(Segments s) {
+    return s.kept || (s.contexts != NULL && s.sequences == 1);
+}
+
 // n, of a sequence
 HOST_AND_DEVICE static inline int segments_each(Segments s) {
     return (s.tokens + s.length - 1) / s.length;
