@@ -39,7 +39,9 @@ typedef struct {
 static inline void refuse_special_file(const char *path, const char *option) {
     struct stat status;
     if (stat(path, &status) == 0 && !S_ISREG(status.st_mode)) {
-        die("--%s %s is not a regular file: what is read again when a run goes on must stay", option, path);
+        die("--%s %s is not a regular file: what is read again when a run goes on must stay\n"
+            "  ---> name a file",
+            option, path);
     }
 }
 
@@ -105,6 +107,11 @@ static inline const Json *requests_next(Requests *r) {
         request_fail(r, "\"%.100s\" stands twice", json_duplicate_key(json));
     }
     return json;
+}
+
+// fewer lines than the first reading found
+__attribute__((noreturn)) static inline void requests_have_changed(const Requests *r) {
+    die("%s has changed while it was read\n  ---> the same command again", r->path);
 }
 
 // ----------------------------------------------------------------------------
@@ -190,10 +197,13 @@ static inline void results_lock(const Results *r) {
     }
 }
 
-static inline void results_open(Results *r, const char *path) {
+static inline void results_open(Results *r, const char *path, const Requests *requests) {
     memset(r, 0, sizeof(*r));
     r->path = path;
     refuse_special_file(path, "out");
+    if (same_folder(path, requests->path)) {
+        die("--out %s is the file of requests\n  ---> name another --out", path);
+    }
     r->file = fopen(path, "r+b");
     if (r->file == NULL && errno != ENOENT) {
         die_unopened(path, "name another --out");

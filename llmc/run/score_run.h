@@ -108,7 +108,7 @@ static inline void score_fill_block(Scoring *s, ScoreBlock *b, int64_t last) {
     while (s->requests.line < last && !block_is_full(s, b->inputs, b->requests.count)) {
         const Json *json = requests_next(&s->requests);
         if (json == NULL) {
-            die("%s has changed while it was read", s->requests.path);
+            requests_have_changed(&s->requests);
         }
         block_add(b, &s->rules, &s->requests, json);
     }
@@ -205,7 +205,7 @@ static inline void scoring_open(Scoring *s, Run *run) {
     request_progress_begin(&s->progress, run->ranks.rank != 0);
     requests_open(&s->requests, o->score, "score");
     if (run->ranks.rank == 0) {
-        results_open(&s->results, o->out);
+        results_open(&s->results, o->out, &s->requests);
     }
 }
 
