@@ -34,6 +34,11 @@ static inline int wants_training(const Options *o) {
            o->export_to[0] == '\0';
 }
 
+// ... with the data and vocabulary of the model's own run, all but --dump, whose checkers name theirs
+static inline int takes_runs_data(const Options *o) {
+    return !wants_training(o) && o->dump[0] == '\0';
+}
+
 // ... and --bench trains, but keeps nothing of it
 static inline int writes_run(const Options *o) {
     return wants_training(o) && !o->bench;
@@ -215,13 +220,12 @@ static inline void stop_if_finished(const Options *o, const RunState *state) {
     exit(0);
 }
 
-// --load: another run's weights. To look at them, its data and vocabulary come along (not for --dump, whose
-// checkers name their own); never the folder that it wrote to
+// --load: another run's weights, and what comes along; never the folder that it wrote to
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sampling || traces_only(o) || has_requests(o) || o->export_to[0] != '\0') {
+    if (takes_runs_data(o)) {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
     }

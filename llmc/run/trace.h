@@ -32,7 +32,6 @@ struct Trace {
     const char **names; // of each: a domain's name, or the text's file
     int64_t *starts;    // [count + 1], the last: N
     int *ids;           // [N]
-    size_t capacity;
 };
 
 // ----------------------------------------------------------------------------
