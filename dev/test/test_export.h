@@ -175,6 +175,14 @@ static void test_export_moe(void) {
     CHECK(!export_has("relu_f32", "optimizer.safetensors") && !export_has("relu_f32", "state.json"));
 }
 
+static void test_export_lory(void) {
+    export_train("lory", "--router lory --segment-length 4");
+    export_run("lory", "lory_f32", "");
+    CHECK(export_says("lory_f32", "README.md", "| experts per layer | 4, merged anew every 4 tokens |"));
+    CHECK(export_says("lory_f32", "README.md", "first 4 tokens are routed by their own mean"));
+    CHECK(!export_says("lory_f32", "README.md", "active"));
+}
+
 static void test_export_dense(void) {
     export_train("dense", "--router dense");
     export_run("dense", "dense_f32/", ""); // a / at the end is no other folder
@@ -385,6 +393,7 @@ static void test_export(void) {
     trainer_clear("export");
     trainer_make_shard("build/test/train.bin", 4000, 64);
     test_export_moe();
+    test_export_lory();
     test_export_dense();
     test_export_bf16();
     test_export_card_data();
