@@ -4,8 +4,8 @@ fp32, OpenMP.
 
 One file, read top to bottom: the model's memory, forward, backward, the gradients of a step, and last what a
 run asks of them (llmc/trainer.h). The step that a run repeats is llmc/step.h: gradients, clip, AdamW, lambda.
-The run itself (options, log, checkpoints, sampling) is llmc/run/run.h, and the mathematics of each component
-stands in its own header under llmc/; the CUDA trainer has the same order and the same names.
+The run itself (options, log, checkpoints, samples, scores) is llmc/run/run.h, and the mathematics of each
+component stands in its own header under llmc/; the CUDA trainer has the same order and the same names.
 
     tokens -> embedding -> L layers -> RMSNorm -> lm_head -> cross entropy -> loss, and back
     a layer   x = x + Attn(RMSNorm(x))      RMSNorm -> qkv -> RoPE -> attention -> o -> +
@@ -44,13 +44,13 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/router.h"
 // defines: Segments; Merged, merged_forward, merged_backward (lory)
 #include "llmc/merge.h"
-// defines: crossentropy_forward_backward
+// defines: crossentropy_forward_backward, crossentropy_score
 #include "llmc/crossentropy.h"
 // defines: adamw_update, sum_of_squares
 #include "llmc/adamw.h"
 // defines: seconds_now, peak_memory_gb
 #include "llmc/files/logger.h"
-// defines: Purpose, ModelSettings, ModelBuffer, StepStats, and what a run asks of a model: model_*
+// defines: Purpose, ModelSettings, ModelBuffer, StepStats, ScoreBatch; what a run asks of a model: model_*
 #include "llmc/trainer.h"
 // defines: HostMemory, host_memory
 #include "llmc/run/host_memory.h"
@@ -470,7 +470,7 @@ static void forward_rows(Model *m, const int *ids, Positions p, Segments segment
                     (float)c->norm_eps);
 }
 
-// Rows start .. T-1 of B sequences. contexts: NULL, or [B] how many of its first tokens route each sequence
+// rows start .. T-1 of B sequences. contexts: NULL, or [B] how many of its first tokens route each sequence
 // (lory; a call with start > 0 has the experts that the call before has merged)
 static void model_forward(Model *m, const int *ids, int B, int T, int start, RouterDraws draws,
                           const int *contexts, const float *const *forced) {

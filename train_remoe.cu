@@ -4,8 +4,10 @@ or many (a process each: llmc/gpu/comm.cuh).
 
 The same model as train_remoe.c, in the same order and with the same names: forward, backward, the gradients
 of a step, and then what a run asks of them (llmc/trainer.h). The step that a run repeats is llmc/step.h:
-gradients, clip, AdamW, lambda. What the model keeps on the device is llmc/gpu/model_memory.cuh. The
-mathematics of each component stands in its own header under llmc/: X.h in C, X.cuh in CUDA.
+gradients, clip, AdamW, lambda. What the model keeps on the device is llmc/gpu/model_memory.cuh; losses that
+are computed ahead, llmc/gpu/losses.cuh; a text that grows by one token at a time has kernels of its own,
+llmc/gpu/decode.cuh. The mathematics of each component stands in its own header under llmc/: X.h in C, X.cuh
+in CUDA.
 
     tokens -> embedding -> L layers -> RMSNorm -> lm_head -> cross entropy -> loss, and back
     a layer   x = x + Attn(RMSNorm(x))      RMSNorm -> qkv -> RoPE -> attention -> o -> +
@@ -31,8 +33,8 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // defines: die, NEW; Config, Params, Weights, LayerWeights; ModelSettings, StepStats, and what a run asks of
 // a model
 #include "llmc/trainer.h"
-// defines: Model and its groups: DeviceParams, Comm, Activations, ActivationGradients, Routing, Step;
-// allocate_all; comm_*; update_bucket, publish_params
+// defines: Model and its groups: DeviceParams, Comm, Activations, ActivationGradients, Routing, Step, Losses,
+// Text; allocate_all; comm_*; update_bucket, publish_params; losses_*, text_*, decode_*, sample_on_device
 #include "llmc/gpu/model_memory.cuh"
 // defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
 #include "llmc/matmul.cuh"

@@ -21,7 +21,7 @@ instead.
 #include <string.h>
 #include <sys/stat.h>
 // defines: static_assert, fopen, fread, fwrite, fclose, vfprintf, vsnprintf, exit, calloc, realloc, free,
-// strerror, errno, va_list
+// strerror, errno, va_list, open_memstream
 #include "llmc/arithmetic.h"
 
 static_assert(sizeof(float) == 4 && sizeof(double) == 8, "fp32 and fp64");
@@ -113,6 +113,36 @@ static inline void *check_realloc(void *p, size_t n, size_t size) {
 static inline char *check_strdup(const char *text) {
     size_t size = strlen(text) + 1;
     return (char *)memcpy(GROW(char, NULL, size), text, size);
+}
+
+// ----------------------------------------------------------------------------
+// text that is put together with fprintf, of any length
+
+// a stream into memory: *text and *size, for free(), hold what was written once it is closed
+static inline FILE *check_memstream(char **text, size_t *size) {
+    FILE *out = open_memstream(text, size);
+    if (out == NULL) {
+        die("out of memory for a text");
+    }
+    return out;
+}
+
+typedef struct {
+    char *text;
+    size_t size;
+    FILE *out;
+} Composed;
+
+static inline void compose(Composed *c) {
+    c->out = check_memstream(&c->text, &c->size);
+}
+
+// nothing follows; the text, for free()
+static inline char *composed(Composed *c) {
+    if (fclose(c->out) != 0) {
+        die("out of memory for a text");
+    }
+    return c->text;
 }
 
 // ----------------------------------------------------------------------------

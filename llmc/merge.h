@@ -22,6 +22,7 @@ a: [N, E] by token, as router_lory_forward leaves it; bank and bank' [., 2F, d],
 
 #include "llmc/experts.h"
 #include "llmc/router_lory.h"
+// defines: ExpertBank, experts_*; lory_weights, Segments, segments_*, PairList; sgemm
 
 typedef struct {
     int64_t experts;         // that there is room for
@@ -100,7 +101,7 @@ typedef struct {
 
 // layer's own place serves a prompt, the first ones all else
 static inline SegmentChunk segment_chunk(const Merged *m, Segments s, int first, int layer, ExpertBank bank) {
-    int C = segments_count(s), place = s.kept || (s.contexts != NULL && s.sequences == 1) ? layer : 0;
+    int C = segments_count(s), place = segments_stay(s) ? layer : 0;
     int64_t up = (int64_t)place * 2 * bank.F * bank.d, down = (int64_t)place * bank.F * bank.d;
     SegmentChunk chunk;
     chunk.first = first;

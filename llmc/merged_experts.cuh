@@ -14,6 +14,7 @@ R: rows of a segment. Before: router_forward. Errors: none.
 #define MERGED_EXPERTS_CUH
 
 #include "llmc/merge.cuh"
+// defines: DeviceMerged, DeviceSegments, merge_*; experts_chunk_*, Arena, RowChunk, CombineChunk
 
 // ----------------------------------------------------------------------------
 // sizes
@@ -112,7 +113,7 @@ static inline DeviceBank merged_bank(const DeviceMerged *m, DeviceBank bank, Dev
                                      int layer) {
     Segments s = chunk.all;
     int64_t down = (int64_t)bank.F * bank.d;
-    int64_t place = s.kept || (s.contexts != NULL && s.sequences == 1) ? layer : 0;
+    int64_t place = segments_stay(s) ? layer : 0;
     DeviceBank to = {chunk.count, bank.d,  bank.F, m->gate_up + 2 * place * down, m->down + place * down,
                      m->dgate_up, m->ddown};
     return to;

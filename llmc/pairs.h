@@ -116,6 +116,10 @@ static inline int bit_words(int E) {
     return (E + 63) / 64;
 }
 
+static inline int bits_count(uint64_t word) {
+    return __builtin_popcountll(word);
+}
+
 // bits [N, bit_words(E)]
 static inline void pairs_to_bits(uint64_t *bits, const PairList *pairs, int E) {
     int W = bit_words(E);

@@ -17,12 +17,11 @@ whose continuation is to be scored, or written.
 // defines: HOST_AND_DEVICE, int64_t
 
 typedef struct {
-    int sequences; // B
-    int tokens;    // T, of each
-    int length;    // S, at most T
-    const int
-        *contexts; // [B] tokens at the beginning of each sequence that route it; NULL: all of a segment's
-    int kept;      // the layers' experts have been merged by the call before: nothing is routed
+    int sequences;       // B
+    int tokens;          // T, of each
+    int length;          // S, at most T
+    const int *contexts; // [B] tokens at a sequence's beginning that route it; NULL: all of a segment's
+    int kept;            // the layers' experts have been merged by the call before: nothing is routed
 } Segments;
 
 // contexts: NULL, or as above
@@ -35,6 +34,11 @@ static inline Segments segments_of(int sequences, int tokens, int length, const 
 static inline Segments segments_kept(int tokens) {
     Segments s = {1, tokens, tokens, NULL, 1};
     return s;
+}
+
+// do the experts that are merged stay, for what follows? A prompt's do, in the place that its layer has
+static inline int segments_stay(Segments s) {
+    return s.kept || (s.contexts != NULL && s.sequences == 1);
 }
 
 // n, of a sequence

@@ -57,6 +57,11 @@ static inline int step_most_k(const StepSettings *s, Router router) {
     return first > router.active ? first : router.active;
 }
 
+// S of k active experts
+static inline double target_sparsity(Router router) {
+    return router_merges(router.method) ? 0.0 : 1.0 - (double)router.active / router.experts;
+}
+
 // S of so many active pairs, of those that there could be. Where a router merges experts none is off
 static inline double step_sparsity(Router router, int64_t active, int64_t pairs) {
     return router_merges(router.method) ? 0.0 : sparsity_of(active, pairs);

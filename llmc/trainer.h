@@ -10,11 +10,13 @@ on the CPU, train_remoe.cu on a GPU; step.h, and the run with its checkpoints, v
     gradients, update     an optimizer step, in two halves
     balance               between them: the routers' state that no gradient moves
     loss_begin, loss_end  forward alone: validation
-    look                  the same as far as the routers go; masks, gates, token_losses: what a forward left
-    score                 forward alone: log likelihoods of chosen targets (score.h)
+    look                  the same without a loss
+    masks, gates, token_losses   what such a forward left
+    score                 forward alone: log likelihoods of chosen targets (score.h); shares_contexts
     read, next_token      a text, continued: sampling
     examine               one micro-batch with all that can be compared (dump)
-    memory, peaks, profile  what it costs; takes_ranks: whether several processes can share the work
+    memory_gb, weight_bytes, peak_flops, peak_bytes, profile   what it costs
+    takes_ranks           whether several processes can share the work
 
 Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot experts, k = k_tot active.
 */
@@ -154,8 +156,8 @@ void model_examine(Model *m, const int *inputs, const int *targets, int B, int T
 int model_weight_bytes(void);           // of a weight as products read it
 int model_takes_ranks(void);            // can several processes compute a step together?
 double model_memory_gb(const Model *m); // largest use so far
-double model_peak_flops(
-    const Model *m); // of the devices of all ranks, dense, at its products' precision; <= 0: unknown
+// a second: of the devices of all ranks, dense, at its products' precision; <= 0: unknown
+double model_peak_flops(const Model *m);
 double model_peak_bytes(const Model *m); // a second, of this rank's memory; <= 0: unknown
 // 1: measure where the time goes from here; 0: print the table, and return the share of it that other ranks
 // cost: waiting for them, and adding up what came

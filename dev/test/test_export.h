@@ -175,6 +175,14 @@ static void test_export_moe(void) {
     CHECK(!export_has("relu_f32", "optimizer.safetensors") && !export_has("relu_f32", "state.json"));
 }
 
+static void test_export_lory(void) {
+    export_train("lory", "--router lory --segment-length 4");
+    export_run("lory", "lory_f32", "");
+    CHECK(export_says("lory_f32", "README.md", "| experts per layer | 4, merged anew every 4 tokens |"));
+    CHECK(export_says("lory_f32", "README.md", "first 4 tokens are routed by their own mean"));
+    CHECK(!export_says("lory_f32", "README.md", "active"));
+}
+
 static void test_export_dense(void) {
     export_train("dense", "--router dense");
     export_run("dense", "dense_f32/", ""); // a / at the end is no other folder
@@ -361,7 +369,7 @@ static void test_export_refused(void) {
     trainer_refuses(2, "is empty, expected a path", "--load " EXPORT_TEST "/relu --export=");
     trainer_refuses(2, "--export need a model", "--export " EXPORT_TEST "/refused");
     check_format(words, sizeof(words), "%s/refused --eval --val-data build/test/train.bin", load);
-    trainer_refuses(2, "no --dump, --eval, --sample or --bench beside it", words);
+    trainer_refuses(2, "--eval and --export exclude each other", words);
     check_format(words, sizeof(words), "%s/refused --tokenizer build/test/nowhere", load);
     trainer_refuses(1, "--tokenizer build/test/nowhere: expected a folder with vocab.json", words);
     check_format(words, sizeof(words), "%s/relu_f32/config.json/refused", load);
@@ -385,6 +393,7 @@ static void test_export(void) {
     trainer_clear("export");
     trainer_make_shard("build/test/train.bin", 4000, 64);
     test_export_moe();
+    test_export_lory();
     test_export_dense();
     test_export_bf16();
     test_export_card_data();

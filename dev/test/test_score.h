@@ -400,9 +400,13 @@ static void score_bad_lines(void) {
     trainer_refuses(1, "not a regular file", SCORE_WORDS "--score build/test/requests --out /dev/null");
     trainer_refuses(1, "build/test/nowhere/r",
                     SCORE_WORDS "--score build/test/requests --out build/test/nowhere/r");
+    trainer_refuses(1, "is the file of requests",
+                    SCORE_WORDS "--score build/test/requests --out build/test/requests");
     trainer_refuses(2, "nowhere to write", SCORE_WORDS "--score build/test/requests");
     trainer_refuses(2, "need a model", "--score build/test/requests --out build/test/r");
     trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --generate b --out build/test/r");
+    trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --out build/test/r --bench");
+    trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --out build/test/r --dump build/test/d");
     trainer_refuses(2, "--samples belongs to", SCORE_WORDS "--score a --samples 2 --out build/test/r");
     trainer_refuses(2, "--delimiter belongs to", SCORE_WORDS "--generate a --delimiter x --out build/test/r");
 }

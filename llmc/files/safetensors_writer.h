@@ -52,10 +52,7 @@ static inline void safetensors_writer_open(SafetensorsWriter *w, const char *pat
 // a remark of the header: the format wants text
 static inline void safetensors_note(SafetensorsWriter *w, const char *key, const char *text) {
     if (w->notes_out == NULL) {
-        w->notes_out = open_memstream(&w->notes, &w->notes_size);
-    }
-    if (w->notes_out == NULL) {
-        die("out of memory for the header of %s", w->name.path);
+        w->notes_out = check_memstream(&w->notes, &w->notes_size);
     }
     fputc(',', w->notes_out);
     json_write_string(w->notes_out, key, strlen(key));
@@ -111,10 +108,7 @@ static inline void safetensors_print_entry(FILE *out, const SafetensorsEntry *en
 static inline void safetensors_make_header(SafetensorsWriter *w) {
     size_t size = 0;
     uint64_t n = 0;
-    FILE *out = open_memstream(&w->header, &size);
-    if (out == NULL) {
-        die("out of memory for the header of %s", w->name.path);
-    }
+    FILE *out = check_memstream(&w->header, &size);
     fwrite(&n, sizeof(n), 1, out);                        // its length, known at its end
     fprintf(out, "{\"__metadata__\":{\"format\":\"pt\""); // without it transformers refuses the file
     if (w->notes_out != NULL) {

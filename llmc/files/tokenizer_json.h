@@ -114,7 +114,7 @@ static inline int tokenizer_json_has_token(const Json *vocab, const Json *added)
 
 // the text of vocab.json
 static inline void tokenizer_unpack_vocab(Tokenizer *t, const Json *vocab) {
-    FILE *file = open_memstream(&t->vocab_text, &t->vocab_bytes);
+    FILE *file = check_memstream(&t->vocab_text, &t->vocab_bytes);
     const char *before = "{";
     for (const Json *token = vocab->child; token != NULL; token = token->next) {
         fputs(before, file);
@@ -128,7 +128,7 @@ static inline void tokenizer_unpack_vocab(Tokenizer *t, const Json *vocab) {
 
 // the text of merges.txt, a line per merge; what is no merge becomes a line that is refused as one
 static inline void tokenizer_unpack_merges(Tokenizer *t, const Json *merges) {
-    FILE *file = open_memstream(&t->merges_text, &t->merges_bytes);
+    FILE *file = check_memstream(&t->merges_text, &t->merges_bytes);
     for (const Json *merge = merges->child; merge != NULL; merge = merge->next) {
         const Json *left = merge->type == JSON_ARRAY && merge->count == 2 ? merge->child : NULL;
         if (left != NULL && left->type == JSON_STRING && left->next->type == JSON_STRING) {

@@ -1,6 +1,6 @@
 /*
 Losses that are computed without a gradient, while the host prepares the next batch: what model_loss_begin
-leaves for model_loss_end (trainer.h).
+leaves for model_loss_end (trainer.h). A forward alone (model_look, model_score) takes the next slot.
 
     begin   the batch is copied to its slot and its forward queued; loss, overflow, counts and rows follow it
             to the host's memory, and an event says when they are there

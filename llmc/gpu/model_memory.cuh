@@ -30,8 +30,8 @@ shapes that the kernels do not compute, and what does not fit, end the program w
 #include "llmc/rope.h"
 #include "llmc/router.cuh"
 #include "llmc/trainer.h"
-// defines: floatX, take, DeviceMemory; Arena; DevicePairs, DeviceDispatch; GemmPlans; *_scratch_*; Params,
-// Config
+// defines: floatX, take, DeviceMemory; Arena; DevicePairs, DeviceDispatch; DeviceMerged; Losses; Text;
+// GemmPlans; *_scratch_*; Params, Config
 
 enum { GEMM_WORKSPACE_BYTES = 64 << 20 }; // what cuBLASLt's Hopper kernels want at most is 32 MB
 

@@ -1,9 +1,10 @@
 /*
-What all ranks must read alike: the data, and the checkpoint that a run begins with. Machines that do not share a
-disk may have copies, and a copy may be old: the ranks would train on something that nobody asked for.
+What all ranks must read alike: the data, the checkpoint that a run begins with, the requests that it answers.
+Machines that do not share a disk may have copies, and a copy may be old: the ranks would train on something
+that nobody asked for.
 
-Each rank lists what it reads, a file a line: its name, size, and a hash of its ends. The lists are compared by
-rank 0 (ranks.h). With one rank nothing is compared.
+Each rank lists what it reads, a file a line: its name, size, and a hash of its ends. The lists are compared
+by rank 0 (ranks.h). With one rank nothing is compared.
 
 Errors: exit 1, naming the first rank and file that differ.
 */
@@ -11,26 +12,13 @@ Errors: exit 1, naming the first rank and file that differ.
 #define AGREE_H
 
 #include "llmc/run/run.h"
-// defines: Run; DataLoader, record_shards, fnv_add; ranks_agree
+// defines: Run; DataLoader, record_shards, fnv_add; ranks_agree; Composed, compose, composed
 
-// what a rank reads, a file a line
-typedef struct {
-    char *text;
-    size_t size;
-    FILE *out;
-} Listing;
-
-static inline void listing_open(Listing *l) {
-    l->out = open_memstream(&l->text, &l->size);
-    if (l->out == NULL) {
-        die("out of memory for the list of files");
-    }
-}
-
-static inline void listing_compare(Listing *l, Ranks *ranks, const char *what) {
-    fclose(l->out);
-    ranks_agree(ranks, what, l->text);
-    free(l->text);
+// list: what a rank reads, a file a line
+static inline void agree_on_list(Composed *list, Ranks *ranks, const char *what) {
+    char *text = composed(list);
+    ranks_agree(ranks, what, text);
+    free(text);
 }
 
 // a line for each shard
@@ -48,16 +36,16 @@ static inline void list_shards(FILE *out, const char *use, const DataLoader *loa
 // training shards, of which there are none where nothing is trained, and every domain's: ranks that lacked one
 // would validate less than the others
 static inline void agree_on_data(Run *run) {
-    Listing l;
+    Composed list;
     if (run->ranks.count == 1) {
         return;
     }
-    listing_open(&l);
-    list_shards(l.out, "training", &run->train);
+    compose(&list);
+    list_shards(list.out, "training", &run->train);
     for (int i = 0; i < run->num_domains; i++) {
-        list_shards(l.out, "validation", &run->domains[i].loader);
+        list_shards(list.out, "validation", &run->domains[i].loader);
     }
-    listing_compare(&l, &run->ranks, "the data");
+    agree_on_list(&list, &run->ranks, "the data");
 }
 
 static inline void list_file(FILE *out, const char *folder, const char *name) {
@@ -80,15 +68,28 @@ static inline void list_file(FILE *out, const char *folder, const char *name) {
 
 // folder: "" where no checkpoint is loaded
 static inline void agree_on_model(Run *run, const char *folder) {
-    Listing l;
+    Composed list;
     if (run->ranks.count == 1 || folder[0] == '\0') {
         return;
     }
-    listing_open(&l);
-    list_file(l.out, folder, "config.json");
-    list_file(l.out, folder, "model.safetensors");
-    list_file(l.out, folder, "optimizer.safetensors");
-    listing_compare(&l, &run->ranks, "the checkpoint");
+    compose(&list);
+    list_file(list.out, folder, "config.json");
+    list_file(list.out, folder, "model.safetensors");
+    list_file(list.out, folder, "optimizer.safetensors");
+    agree_on_list(&list, &run->ranks, "the checkpoint");
+}
+
+// of --score and --generate
+static inline void agree_on_requests(Run *run, const char *path) {
+    Composed list;
+    char folder[PATH_SIZE], name[PATH_SIZE];
+    if (run->ranks.count == 1) {
+        return;
+    }
+    split_path(folder, name, path);
+    compose(&list);
+    list_file(list.out, folder, name);
+    agree_on_list(&list, &run->ranks, "the file of requests");
 }
 
 #endif

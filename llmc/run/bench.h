@@ -16,7 +16,7 @@ forward and sample settle likewise, unless the model (--load) has the sparsity; 
 
 Sparser is faster, so S is reported beside the speed, and steps are timed anew until it is close. FLOPs are
 those of config.h, once at the nominal k and once at the experts that were active; mfu is their share of the
-device's peak. Errors: none; a sparsity that is never reached gives a warning.
+device's peak. Errors: a model that gives no text; a sparsity that is never reached is a warning.
 */
 #ifndef BENCH_H
 #define BENCH_H
@@ -99,9 +99,8 @@ static inline void bench_exposed(Run *run, double share) {
         most = all[p] > most ? all[p] : most;
     }
     if (ranks > 1) {
-        printf("exposed communication, sums included: %.2f %% of the step on the rank that waits least, %.2f "
-               "%% on "
-               "the one that waits most\n",
+        printf("exposed communication, sums included: %.2f %% of the step on the rank that waits least, "
+               "%.2f %% on the one that waits most\n",
                100.0 * least, 100.0 * most);
     }
     free(all);
@@ -120,6 +119,10 @@ typedef struct {
     int count;
     double sparsity, active; // means
 } BenchRound;
+
+static inline double median_seconds(const BenchRound *timed) {
+    return 0.5e-3 * (timed->ms[(timed->count - 1) / 2] + timed->ms[timed->count / 2]);
+}
 
 static inline BenchRound bench_time(Run *run, int count) {
     BenchRound timed = {{0}, count, 0.0, 0.0};
@@ -156,10 +159,10 @@ static inline BenchRound bench_rounds(Run *run, double target, int count) {
 
 static inline void bench(Run *run) {
     const Config *c = &run->config;
-    double target = 1.0 - (double)c->router.active / c->router.experts;
+    double target = target_sparsity(c->router);
     int count = bench_warm(run);
     BenchRound timed = bench_rounds(run, target, count);
-    double seconds = 0.5e-3 * (timed.ms[(count - 1) / 2] + timed.ms[count / 2]); // the median
+    double seconds = median_seconds(&timed);
     double tokens = (double)run->stats.tokens, T = (double)run->options.seq_len;
     double nominal = config_flops(c, run->options.seq_len, c->router.active) * tokens / T / seconds;
     double measured = config_flops(c, run->options.seq_len, timed.active) * tokens / T / seconds;
@@ -179,7 +182,7 @@ static inline void bench(Run *run) {
 // ----------------------------------------------------------------------------
 // the forward pass, and sampling
 
-// of sparsity S, of one evaluated batch
+// S of one evaluated batch
 static inline double sparsity_of_forward(Run *run) {
     const Config *c = &run->config;
     int B = (int)run->options.batch, T = (int)run->options.seq_len, *inputs, *targets;
@@ -187,7 +190,7 @@ static inline double sparsity_of_forward(Run *run) {
     prefetch_next(&run->ahead, &inputs, &targets);
     model_loss_begin(run->model, inputs, targets, B, T);
     model_loss_end(run->model, &active);
-    return sparsity_of(active, (int64_t)B * T * c->layers * c->router.experts);
+    return step_sparsity(c->router, active, (int64_t)B * T * c->layers * c->router.experts);
 }
 
 // trains until the model has the sparsity that it should have, if it has not
@@ -217,7 +220,7 @@ static inline BenchRound forward_round(Run *run, int count) {
         double now = seconds_now();
         if (i >= 0) {
             timed.ms[i] = 1e3 * (now - last);
-            timed.sparsity += sparsity_of(active, cells * c->router.experts) / count;
+            timed.sparsity += step_sparsity(c->router, active, cells * c->router.experts) / count;
             timed.active += (double)active / (double)cells / count;
         }
         last = now;
@@ -230,14 +233,14 @@ static inline BenchRound forward_round(Run *run, int count) {
 static inline void bench_forward(Run *run) {
     const Config *c = &run->config;
     int64_t B = run->options.batch, T = run->options.seq_len;
-    double target = 1.0 - (double)c->router.active / c->router.experts;
+    double target = target_sparsity(c->router);
     reach_sparsity(run, target);
     for (double begin = seconds_now(); seconds_now() - begin < WARM_SECONDS;) {
         sparsity_of_forward(run);
     }
     int count = FORWARD_TIMED;
     BenchRound timed = forward_round(run, count);
-    double seconds = 0.5e-3 * (timed.ms[(count - 1) / 2] + timed.ms[count / 2]);
+    double seconds = median_seconds(&timed);
     double nominal = config_flops(c, T, c->router.active) / 3.0 * (double)B / seconds;
     double measured = config_flops(c, T, timed.active) / 3.0 * (double)B / seconds;
     double peak = model_peak_flops(run->model) / run->ranks.count, unit = nominal < 1e12 ? 1e9 : 1e12;
@@ -264,7 +267,7 @@ static inline int count_token(void *to, int token) {
 
 static inline void bench_sample(Run *run) {
     const Config *c = &run->config;
-    double target = 1.0 - (double)c->router.active / c->router.experts;
+    double target = target_sparsity(c->router);
     int first = 0, wide = model_weight_bytes();
     Sampling s = sampling_of(&run->options, c->vocab_size, 0);
     reach_sparsity(run, target);

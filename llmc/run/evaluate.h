@@ -16,6 +16,7 @@ warning.
 #include "llmc/files/dump.h"
 #include "llmc/run/run.h"
 #include "llmc/run/statistics.h"
+// defines: DataLoader; Dump, dump_write, layer_matrices; Run, model_*, step_sparsity; statistics_add
 
 typedef enum { VALIDATED, VALIDATION_STOPPED, VALIDATION_DAMAGED } Validation;
 
@@ -121,14 +122,13 @@ static inline Validation own_losses(Run *run, BatchLosses *b) {
     return outcome;
 }
 
-// mean of the micro-batches' losses [count], the last of which may have fewer sequences
-static inline double mean_of_batches(const double *losses, int64_t count, int64_t batch, int64_t sequences) {
+// of the micro-batches' losses or late losses, each by its sequences
+static inline double mean_of_batches(const Run *run, const BatchLosses *b, const double *losses) {
     double sum = 0.0;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t left = sequences - i * batch;
-        sum += losses[i] * (double)(left < batch ? left : batch);
+    for (int64_t i = 0; i < b->count; i++) {
+        sum += losses[i] * batch_sequences(run, b, i);
     }
-    return sequences > 0 ? sum / (double)sequences : NAN;
+    return b->sequences > 0 ? sum / (double)b->sequences : NAN;
 }
 
 // of a domain, or of all
@@ -150,8 +150,8 @@ static inline Validation validate_domain(Run *run, int domain, ValidationLoss *v
     Validation outcome = own_losses(run, &b);
     outcome = gather_losses(run, b.losses, count, outcome);
     outcome = leaking_positions(run) > 0 ? gather_losses(run, b.late, count, outcome) : outcome;
-    v->loss = mean_of_batches(b.losses, count, o->batch, sequences);
-    v->late = mean_of_batches(b.late, count, o->batch, sequences);
+    v->loss = mean_of_batches(run, &b, b.losses);
+    v->late = mean_of_batches(run, &b, b.late);
     v->sequences = sequences;
     free(b.losses);
     free(b.late);

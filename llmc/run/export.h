@@ -209,9 +209,6 @@ static inline void export_read(Export *e, const char *program, int argc, const c
     memset(&unused, 0, sizeof(unused));
     e->alone = ranks_alone();
     read_options(&e->options, &e->state, &unused, program, argc, argv, 1);
-    if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sampling || o->eval || o->bench) {
-        die_usage("--export expects a folder, and no --dump, --eval, --sample or --bench beside it");
-    }
     export_choose_folder(e, o->export_to);
     check_format(path, sizeof(path), "%s/config.json", export_source(e));
     e->config = config_read(path);

@@ -9,8 +9,8 @@ per token and layer; a topk router with k = 1 that moves a token flips two entri
 
 The calibration set is the first 64 sequences of the validation data, domains in turn (all, if there are
 fewer), routed as in evaluation. Its masks are bits: M and M' differ in popcount(M ^ M') places. Two forward
-passes without a head: at a global batch of 512 some 2 * 64 / (3 * 512) = 8 % of a step, so n = 100 costs 0.1
-%.
+passes without a head: at a global batch of 512 some 2 * 64 / (3 * 512) = 8 % of a step, so n = 100 costs
+0.1 %.
 
 Ranks take micro-batches in turns and add up integers; nothing of it touches the step, so a run's bits do not
 depend on n. A router that chooses among the tokens of a micro-batch (ec) does so among --batch sequences here
@@ -23,6 +23,7 @@ Letters: L layers, E = E_tot experts, W = bit_words(E). Errors: no validation da
 
 #include "llmc/files/domains.h"
 #include "llmc/run/run.h"
+// defines: DataDomain; Run, model_look, model_masks; bit_words, bits_count; ranks_sum
 
 enum { FLIP_SEQUENCES = 64 };
 
@@ -107,15 +108,14 @@ static inline void flips_before(Run *run) {
 
 // f->changed [L] of this rank's micro-batches
 static inline void flips_count(const Run *run, Flips *f) {
-    int L = run->config.layers;
-    int B = (int)run->options.batch;
+    int L = run->config.layers, B = (int)run->options.batch;
     const uint64_t *before = f->before, *after = f->after;
     memset(f->changed, 0, (size_t)L * sizeof(int64_t));
     for (int first = run->ranks.rank * B; first < f->sequences; first += run->ranks.count * B) {
         int64_t words = flip_words(run, flip_batch(run, f, first)) / L;
         for (int l = 0; l < L; l++, before += words, after += words) {
             for (int64_t i = 0; i < words; i++) {
-                f->changed[l] += __builtin_popcountll(before[i] ^ after[i]);
+                f->changed[l] += bits_count(before[i] ^ after[i]);
             }
         }
     }

@@ -4,7 +4,7 @@ Text from a model: a prompt, and then one token after the other, each drawn from
 
 Keys and values of earlier positions are cached. When the context is full, its second half begins a new one.
 A GPU computes some tokens ahead of those that are shown, so that printing does not hold it up.
-Errors: logits that are no numbers end the text.
+Errors: logits that are no numbers end the text, and the program where the text is all that was asked for.
 */
 #ifndef GENERATE_H
 #define GENERATE_H
@@ -23,6 +23,13 @@ typedef struct {
     int numbers;    // 0: the model's logits were no numbers, which ended the text
 } Continuation;
 
+// where a text was asked for, and nothing else
+static inline void refuse_broken_text(const Continuation *done) {
+    if (!done->numbers) {
+        die("the model's logits are not finite: its weights are broken\n  ---> --load another checkpoint");
+    }
+}
+
 // The options' way to draw; stream: which random numbers
 static inline Sampling sampling_of(const Options *o, int allowed, uint64_t stream) {
     Sampling s = {o->temperature, (int)o->top_k, allowed, (uint64_t)o->seed, stream};
@@ -40,7 +47,7 @@ static inline Continuation continue_ids(Run *run, const int *ids, int n, const S
     Continuation done = {0, 0.0, 1};
     double begin = 0.0;
     memcpy(context, ids + n - length, (size_t)length * sizeof(int));
-    model_route(m, router_row(router->method)->for_one_token, router->active);
+    model_route(m, method_alone(run), router->active);
     for (int goes_on = 1, reads = 1; goes_on && done.tokens < most && !stop_requested;) {
         if (length > window) { // the context is full: go on from its second half
             length = window / 2 > 0 ? window / 2 : 1;
@@ -109,11 +116,7 @@ static inline void show_sample(Run *run, const char *prompt) {
     if (run->tokenizer == NULL || run->options.sample_tokens == 0) {
         return;
     }
-    RouterMethod method = run->config.router.method, alone = router_row(method)->for_one_token;
-    if (alone != method) {
-        warn("%s cannot route a token without its batch: sampling routes as %s", router_name(method),
-             router_name(alone));
-    }
+    warn_of_method_alone(run, "a sample");
     printf("--- sample after step %lld\n", (long long)run->state.step);
     Continuation done = generate(run, prompt, strlen(prompt), 0);
     if (done.tokens > 1) {

@@ -7,7 +7,8 @@
 A text goes on until one of the `until` strings is in it, end-of-text, or max_tokens (--sample-tokens). Then
 the harness's cut: for each of the strings in turn, what stands before its first occurrence. Where a request
 does not say, temperature is 0 (always the likeliest token) and top_k 0 (all tokens). Of the context count its
-last T - max_tokens tokens, at least one, so that nothing of it is lost on the way; an empty one is end-of-text.
+last T - max_tokens tokens, at least one, so that nothing of it is lost on the way; an empty one is
+end-of-text.
 
 The random numbers of a request are those of its line, so that neither ranks nor an interruption change it.
 Ranks take requests in turn; rank 0 writes. Before a file goes on, its newest results are generated again, and
@@ -16,9 +17,10 @@ most must begin as they did. Errors: as in requests.h.
 #ifndef GENERATE_RUN_H
 #define GENERATE_RUN_H
 
+#include "llmc/run/agree.h"
 #include "llmc/run/generate.h"
-#include "llmc/run/score_run.h"
-// defines: continue_ids; Requests, Results, agree_on_requests, route_for_one_token, EXIT_INTERRUPTED
+#include "llmc/run/requests.h"
+// defines: agree_on_requests; continue_ids, refuse_broken_text; Requests, Results, EXIT_INTERRUPTED
 
 enum {
     GENERATE_ROUND = 4,        // requests of a rank between two writes, where there are several
@@ -130,18 +132,16 @@ static inline int *context_ids(Run *run, const GenerateRequest *q, int *n) {
 // the result of the request that r has read last, as a line without its end; for free(). Adds to *tokens
 static inline char *generate_result(Run *run, const Requests *r, const Json *json, int64_t *tokens) {
     GenerateRequest q;
-    Listing line;
+    Composed line;
     int n;
     read_generate_request(&q, run, r, json);
     int *ids = context_ids(run, &q, &n);
     GrowingText text = {run->tokenizer, q.until, NULL, 0, 0};
     Continuation done = continue_ids(run, ids, n, &q.sampling, q.most, grow_text, &text);
-    if (!done.numbers) {
-        die("the model's logits are not finite: its weights are broken\n  ---> --load another checkpoint");
-    }
+    refuse_broken_text(&done);
     cut_text(&text);
     *tokens += done.tokens;
-    listing_open(&line);
+    compose(&line);
     if (q.id != NULL) {
         fprintf(line.out, "{\"id\":%s,\"text\":", q.id);
     } else {
@@ -149,11 +149,10 @@ static inline char *generate_result(Run *run, const Requests *r, const Json *jso
     }
     json_write_string(line.out, text.bytes, text.size);
     fputs("}", line.out);
-    fclose(line.out);
     free(text.bytes);
     free(ids);
     free(q.id);
-    return line.text;
+    return composed(&line);
 }
 
 // ----------------------------------------------------------------------------
@@ -194,16 +193,27 @@ static inline int is_result_of(const Requests *r, const Json *request, const cha
     return good;
 }
 
+// max_tokens of T or more leave a context one token
+static inline void warn_of_short_contexts(const Generation *g, int64_t short_contexts) {
+    if (short_contexts > 0) {
+        warn("%lld of %lld requests ask for %lld tokens, all that the model sees at once, or more: of their "
+             "contexts one token counts\n  ---> a smaller \"max_tokens\", or --sample-tokens",
+             (long long)short_contexts, (long long)g->plan.requests, (long long)g->run->options.seq_len);
+    }
+}
+
 static inline void generate_plan(Generation *g) {
     GeneratePlan *p = &g->plan;
     JsonArena arena;
     size_t size;
+    int64_t short_contexts = 0;
     int there = g->run->ranks.rank == 0;
     json_arena_init(&arena);
     for (const Json *json; (json = requests_next(&g->requests)) != NULL; p->requests++) {
         GenerateRequest q;
         ranks_beat(&g->run->ranks, g->run->state.step, "reading requests");
         read_generate_request(&q, g->run, &g->requests, json);
+        short_contexts += q.most >= g->run->options.seq_len && q.context->text_size > 0;
         free(q.id);
         const char *line = there ? results_next(&g->results, &size) : NULL;
         there = line != NULL;
@@ -221,6 +231,7 @@ static inline void generate_plan(Generation *g) {
     if (g->run->ranks.rank == 0 && results_next(&g->results, &size) != NULL) {
         results_superfluous(&g->results, g->requests.path);
     }
+    warn_of_short_contexts(g, short_contexts);
     p->again_line = p->results > GENERATE_AGAIN ? p->results - GENERATE_AGAIN : 0;
     p->again_end = g->begin[p->again_line % GENERATE_AGAIN];
     json_arena_free(&arena);
@@ -300,7 +311,7 @@ static inline int generate_round(Generation *g) {
     for (; count < most && g->requests.line < g->plan.requests; count++) {
         const Json *json = requests_next(&g->requests);
         if (json == NULL) {
-            die("%s has changed while it was read", g->requests.path);
+            requests_have_changed(&g->requests);
         }
         if (count % ranks->count == ranks->rank && !stop_requested) {
             lines[count] = generate_result(g->run, &g->requests, json, &tokens);
@@ -329,10 +340,10 @@ static inline int generate_file(Run *run) {
     memset(&g, 0, sizeof(g));
     g.run = run;
     agree_on_requests(run, run->options.generate);
-    route_for_one_token(run, "--generate");
+    warn_of_method_alone(run, "--generate");
     requests_open(&g.requests, run->options.generate, "generate");
     if (run->ranks.rank == 0) {
-        results_open(&g.results, run->options.out);
+        results_open(&g.results, run->options.out, &g.requests);
     }
     generate_plan(&g);
     if (run->ranks.rank == 0) {

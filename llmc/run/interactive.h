@@ -11,7 +11,7 @@ the context, its last T - 1 tokens count. On stdout is text alone, texts on one 
 
 #include "llmc/run/generate.h"
 #include <unistd.h>
-// defines: generate, Continuation; isatty
+// defines: generate, Continuation, refuse_broken_text; isatty
 
 static inline void sample_prompt(Run *run, const char *prompt, size_t size, int64_t index) {
     for (int64_t i = 0; i < run->options.samples; i++) {
@@ -20,10 +20,7 @@ static inline void sample_prompt(Run *run, const char *prompt, size_t size, int6
         }
         Continuation done = generate(run, prompt, size, index * run->options.samples + i);
         fflush(stdout);
-        if (!done.numbers) {
-            die("the model's logits are not finite: its weights are broken\n  ---> --load another "
-                "checkpoint");
-        }
+        refuse_broken_text(&done);
         if (run->ranks.rank == 0 && done.tokens > 1) {
             fprintf(stderr, "%lld tokens, %.0f tok/s\n", (long long)done.tokens,
                     (double)(done.tokens - 1) / done.seconds);
@@ -52,6 +49,7 @@ static inline void sample_prompts_of_stdin(Run *run) {
 }
 
 static inline void sample(Run *run) {
+    warn_of_method_alone(run, "--sample");
     if (strcmp(run->options.sample, "-") != 0) {
         sample_prompt(run, run->options.sample, strlen(run->options.sample), 0);
     } else if (run->ranks.count > 1) {

@@ -27,17 +27,29 @@ typedef struct {
     int is_bf16;
 } ModelCard;
 
-static inline void card_shape(const ModelCard *card, FILE *file) {
-    const Config *c = card->config;
+static inline void card_experts(const Config *c, FILE *file) {
     const Router *r = &c->router;
-    fprintf(file, "| | |\n|---|---|\n| parameters | %lld", (long long)config_params(c, r->experts));
-    if (router_has_experts(r->method)) {
+    long long active = (long long)config_params(c, r->active);
+    if (router_merges(r->method)) {
+        fprintf(file,
+                ", of which a token meets %lld: all experts, merged into one |\n"
+                "| experts per layer | %d, merged anew every %d tokens |\n",
+                active, r->experts, r->segment);
+    } else {
         fprintf(file,
                 ", of which %lld are active per token |\n"
-                "| experts per layer | %d, %d active%s; granularity %d |\n| router | %s |\n",
-                (long long)config_params(c, r->active), r->experts, r->active,
-                router_row(r->method)->leaves_number_open ? " on average" : "", c->granularity,
-                router_name(r->method));
+                "| experts per layer | %d, %d active%s; granularity %d |\n",
+                active, r->experts, r->active, router_row(r->method)->leaves_number_open ? " on average" : "",
+                c->granularity);
+    }
+    fprintf(file, "| router | %s |\n", router_name(r->method));
+}
+
+static inline void card_shape(const ModelCard *card, FILE *file) {
+    const Config *c = card->config;
+    fprintf(file, "| | |\n|---|---|\n| parameters | %lld", (long long)config_params(c, c->router.experts));
+    if (router_has_experts(c->router.method)) {
+        card_experts(c, file);
     } else {
         fputs(" |\n", file);
     }
@@ -90,7 +102,7 @@ static inline void card_read_validation(CardLosses *losses, int64_t step, double
         losses->validated = step;
         fclose(losses->rows);
         free(losses->text);
-        losses->rows = open_memstream(&losses->text, &losses->size);
+        losses->rows = check_memstream(&losses->text, &losses->size);
     }
     fputs("| ", losses->rows);
     card_cell(losses->rows, domain);
@@ -140,7 +152,7 @@ static inline void card_losses(const ModelCard *card, FILE *file) {
     char home[PATH_SIZE], name[PATH_SIZE], log[PATH_SIZE];
     split_path(home, name, card->checkpoint);
     check_format(log, sizeof(log), "%.2000s/log.jsonl", home);
-    losses.rows = open_memstream(&losses.text, &losses.size);
+    losses.rows = check_memstream(&losses.text, &losses.size);
     card_read_log(&losses, log);
     fclose(losses.rows);
     if (losses.steps > 0) {
@@ -208,6 +220,13 @@ static inline void card_use(const ModelCard *card, FILE *file) {
             "routers'.\n",
             router_name(r->method), r->active, router_name(router_row(r->method)->for_one_token));
     }
+    if (router_merges(r->method)) {
+        fprintf(
+            file,
+            "\nA whole text's first %d tokens are routed by their own mean, so each sees something of those "
+            "after it:\nlosses that count them are a little too low.\n",
+            r->segment);
+    }
     fprintf(file,
             "\nremoe.c reads the folder too: `./train_remoe --load %s --sample \"Once upon a time\"`.\n",
             card->name);
@@ -216,16 +235,23 @@ static inline void card_use(const ModelCard *card, FILE *file) {
 // ----------------------------------------------------------------------------
 // all of it
 
+// a sentence
+static inline const char *card_kind(const Router *r) {
+    return !router_has_experts(r->method) ? "A dense language model, LLaMA's architecture."
+           : router_merges(r->method)
+               ? "A mixture-of-experts language model: LLaMA's layers, their feed-forward part replaced by "
+                 "experts which a\nrouter merges into one for each segment of the text."
+               : "A mixture-of-experts language model: LLaMA's layers, their feed-forward part replaced by "
+                 "experts among which a\nrouter chooses for each token.";
+}
+
 static inline void model_card_write(const ModelCard *card, FILE *file) {
-    int moe = router_has_experts(card->config->router.method);
-    fprintf(
-        file,
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- %s\n---\n\n# %s\n\n%s\n\n",
-        moe ? "remoe\n- mixture-of-experts" : "llama", card->name,
-        moe ? "A mixture-of-experts language model: LLaMA's layers, their feed-forward part replaced by "
-              "experts "
-              "among which a\nrouter chooses for each token. Trained with remoe.c."
-            : "A dense language model, LLaMA's architecture. Trained with remoe.c.");
+    const Router *r = &card->config->router;
+    fprintf(file,
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- %s\n---\n\n# %s\n\n"
+            "%s Trained with remoe.c.\n\n",
+            router_has_experts(r->method) ? "remoe\n- mixture-of-experts" : "llama", card->name,
+            card_kind(r));
     card_shape(card, file);
     card_training(card, file);
     card_use(card, file);

@@ -250,7 +250,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (o->eval || writes_run(o) || (traces_only(o) && o->text[0] == '\0')) {
         open_validation_data(run);
     }
-    if (!o->eval && !o->sampling && !traces_only(o) && !has_requests(o)) {
+    if (!takes_runs_data(o)) {
         open_training_data(run, data_given);
     }
     agree_on_data(run);
@@ -277,7 +277,7 @@ static inline void print_table(const Run *run) {
            (long long)o->steps, ranks, run->step.micro_batches, (long long)o->batch, o->lr, o->lr_min,
            (long long)run->step.schedule.warmup, (long long)o->seed);
     if (has_lambda(run)) {
-        printf("sparsity  target %.4f | lambda %g, alpha %g\n", 1.0 - (double)r->active / r->experts,
+        printf("sparsity  target %.4f | lambda %g, alpha %g\n", target_sparsity(*r),
                (double)run->state.sparsity.lambda, o->alpha);
     }
     printf("output    %s | %d threads\n", run->options.out, threads);

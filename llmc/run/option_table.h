@@ -50,7 +50,7 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, RUN, val_data, "build/sample/val.*.bin", 0, 0,                                              \
            "validation shards, one per domain: val.DOMAIN.bin ('': no validation)")                          \
     OPTION(TEXT, RUN, tokenizer, "build/sample", 0, 0,                                                       \
-           "folder with vocab.json and merges.txt, to show samples ('': none)")                              \
+           "folder with vocab.json and merges.txt, or tokenizer.json, to show samples ('': none)")           \
     OPTION(INT, RUN, batch, "16", 1, 65536, "B, sequences per micro-batch and rank")                         \
     OPTION(INT, RUN, seq_len, "192", 1, 1048576, "T, tokens per sequence")                                   \
     OPTION(INT, RUN, global_batch, "0", 0, 1 << 24, "sequences per step (0: one micro-batch)")               \
@@ -75,7 +75,8 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(INT, RUN, log_experts_every, "0", 0, INT64_MAX,                                                   \
            "steps between rows of the log with the tokens of each layer and expert (0: none)")               \
     OPTION(INT, RUN, sample_every, "0", 0, INT64_MAX, "steps between samples (0: only after the last)")      \
-    OPTION(INT, RUN, sample_tokens, "256", 0, INT64_MAX, "tokens to generate per sample")                    \
+    OPTION(INT, RUN, sample_tokens, "256", 0, INT64_MAX,                                                     \
+           "tokens to generate per sample, and of --generate where a request does not say")                  \
     OPTION(TEXT, ONCE, resume, "", 1, 0, "continue a run: a checkpoint, a run's folder, or 'latest'")        \
     OPTION(TEXT, ONCE, load, "", 1, 0,                                                                       \
            "start from the weights of this checkpoint folder (moments and lambda if it has them)")           \
@@ -90,9 +91,8 @@ The command line's one table: every option of both trainers. How it is read, sho
     OPTION(TEXT, ONCE, stats_layers, "middle", 0, 0,                                                         \
            "with --stats: layers whose experts are counted by token id: middle or all")                      \
     OPTION(INT, ONCE, stats_tokens, "0", 0, INT64_MAX, "with --stats: tokens of each domain (0: all)")       \
-    OPTION(                                                                                                  \
-        TEXT, ONCE, trace, "", 1, 0,                                                                         \
-        "write a text's experts, gates and losses, token by token, to this file (with --load: only that)")   \
+    OPTION(TEXT, ONCE, trace, "", 1, 0,                                                                      \
+           "write each token's experts, gates and loss to this file (with --load: only that)")               \
     OPTION(TEXT, ONCE, text, "", 1, 0, "with --trace: this text, instead of the first validation data")      \
     OPTION(INT, ONCE, trace_tokens, "2048", 2, 1 << 24, "with --trace: the first tokens, so many at most")   \
     OPTION(TEXT, ONCE, sample, "", 0, 0,                                                                     \

@@ -375,6 +375,15 @@ static inline void option_format(char *out, size_t capacity, const Options *opti
     }
 }
 
+// does an option have another value than the table's? (--sample, if only an empty prompt)
+static inline int option_is_changed(const Options *options, const char *field) {
+    char value[OPTION_TEXT_SIZE];
+    const OptionRow *row = option_find(field, strlen(field));
+    option_format(value, sizeof(value), options, row, 17);
+    return strcmp(value, row->initial) != 0 ||
+           (options->sampling && row->offset == offsetof(Options, sample));
+}
+
 // the preset's name, where the model's sizes are the preset's; how a model routes is no part of a preset
 static inline const char *options_model_name(const Options *options) {
     Options preset;

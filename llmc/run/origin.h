@@ -13,25 +13,11 @@ Names of domains, texts and folders are spelled as in the log (json_bytes.h): an
 #include "llmc/run/startup.h"
 // defines: json_spell_bytes, json_write_bytes; safetensors_note; Run; wants_training
 
-// text that is put together with fprintf
-typedef struct {
-    char *text;
-    size_t size;
-    FILE *out;
-} Composed;
-
-static inline void compose(Composed *c) {
-    c->out = open_memstream(&c->text, &c->size);
-    if (c->out == NULL) {
-        die("out of memory for a file's header");
-    }
-}
-
 // as a remark, and gone
 static inline void note_composed(SafetensorsWriter *w, const char *key, Composed *c) {
-    fclose(c->out);
-    safetensors_note(w, key, c->text);
-    free(c->text);
+    char *text = composed(c);
+    safetensors_note(w, key, text);
+    free(text);
 }
 
 static inline void note_integer(SafetensorsWriter *w, const char *key, int64_t value) {

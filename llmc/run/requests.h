@@ -22,6 +22,8 @@ another process is writing.
 #include <unistd.h>
 // defines: PATH_SIZE, json_*, seconds_now, open, flock, ftruncate
 
+enum { EXIT_INTERRUPTED = 130 }; // as shells have it of Ctrl-C
+
 // a JSON Lines file that is read line by line
 typedef struct {
     const char *path;
@@ -37,7 +39,9 @@ typedef struct {
 static inline void refuse_special_file(const char *path, const char *option) {
     struct stat status;
     if (stat(path, &status) == 0 && !S_ISREG(status.st_mode)) {
-        die("--%s %s is not a regular file: what is read again when a run goes on must stay", option, path);
+        die("--%s %s is not a regular file: what is read again when a run goes on must stay\n"
+            "  ---> name a file",
+            option, path);
     }
 }
 
@@ -105,6 +109,11 @@ static inline const Json *requests_next(Requests *r) {
     return json;
 }
 
+// fewer lines than the first reading found
+__attribute__((noreturn)) static inline void requests_have_changed(const Requests *r) {
+    die("%s has changed while it was read\n  ---> the same command again", r->path);
+}
+
 // ----------------------------------------------------------------------------
 // members of a request
 
@@ -154,23 +163,21 @@ static inline double request_number(const Requests *r, const Json *request, cons
 // "id", a scalar, as it goes into the result: a text for free(), or NULL where there is none
 static inline char *request_id(const Requests *r, const Json *request) {
     const Json *id = json_get(request, "id");
-    char *text = NULL;
-    size_t size;
+    Composed text;
     if (id == NULL) {
         return NULL;
     }
     if (id->type == JSON_OBJECT || id->type == JSON_ARRAY) {
         request_fail(r, "\"id\" is neither a text nor a number");
     }
-    FILE *out = open_memstream(&text, &size);
+    compose(&text);
     switch (id->type) {
-    case JSON_STRING: json_write_string(out, id->text, id->text_size); break;
-    case JSON_NUMBER: fputs(id->text, out); break;
-    case JSON_BOOL: fputs(id->boolean ? "true" : "false", out); break;
-    default: fputs("null", out); break;
+    case JSON_STRING: json_write_string(text.out, id->text, id->text_size); break;
+    case JSON_NUMBER: fputs(id->text, text.out); break;
+    case JSON_BOOL: fputs(id->boolean ? "true" : "false", text.out); break;
+    default: fputs("null", text.out); break;
     }
-    fclose(out);
-    return text;
+    return composed(&text);
 }
 
 // ----------------------------------------------------------------------------
@@ -190,10 +197,13 @@ static inline void results_lock(const Results *r) {
     }
 }
 
-static inline void results_open(Results *r, const char *path) {
+static inline void results_open(Results *r, const char *path, const Requests *requests) {
     memset(r, 0, sizeof(*r));
     r->path = path;
     refuse_special_file(path, "out");
+    if (same_folder(path, requests->path)) {
+        die("--out %s is the file of requests\n  ---> name another --out", path);
+    }
     r->file = fopen(path, "r+b");
     if (r->file == NULL && errno != ENOENT) {
         die_unopened(path, "name another --out");

@@ -2,10 +2,12 @@
 A run: a model, its data, its state and its log, whatever trainer computes it. What is done with one stands in
 the files beside this one; a trainer includes main.h last, below all that a run calls (trainer.h).
 
-    open.h       options -> model, weights, state, data          train.h      step after step (step.h)
-    evaluate.h   validation; the dump for checkers               generate.h   text
-    statistics.h, flips.h, trace.h: what the routers do          bench.h      speed
-    main.h       which of these
+    open.h        options -> model, weights, state, data      train.h          step after step (step.h)
+    evaluate.h    validation; the dump for checkers           bench.h          speed
+    statistics.h  which experts take which tokens             export.h         for Hugging Face's libraries
+    flips.h       how much a step changes that                interactive.h    --sample, by generate.h
+    trace.h       one text's experts, gates, losses           generate_run.h   --generate, by generate.h
+    main.h        which of these                              score_run.h      --score, by score.h
 
 Letters: B sequences, T tokens each, N = B T, L layers, V vocabulary, E = E_tot experts, k = k_tot active.
 */
@@ -89,6 +91,19 @@ static inline int every(int64_t period, int64_t step) {
 
 static inline int has_lambda(const Run *run) {
     return router_has_lambda(run->config.router.method);
+}
+
+// how a text is routed that grows, or is scored, without a batch around it
+static inline RouterMethod method_alone(const Run *run) {
+    return router_row(run->config.router.method)->for_one_token;
+}
+
+static inline void warn_of_method_alone(const Run *run, const char *what) {
+    RouterMethod method = run->config.router.method, alone = method_alone(run);
+    if (alone != method) {
+        warn("%s lets experts choose among a batch's tokens, which are no part of a text: %s routes as %s",
+             router_name(method), what, router_name(alone));
+    }
 }
 
 // windows of a domain that are validated, at most

@@ -362,8 +362,8 @@ static inline void block_write(FILE *out, const ScoreBlock *b, const ScoreReques
 // Takes ll and greedy of a request from a line that was written before; 0 where it is not the request's
 static inline int block_read(ScoreBlock *b, const ScoreRequest *request, const char *line, size_t size,
                              JsonArena *arena) {
-    char error[256], *again = NULL;
-    size_t again_size;
+    char error[256];
+    Composed again; // all else of the line is the request's: as if written anew
     json_arena_reset(arena);
     const Json *json = json_parse(line, size, arena, error, sizeof(error));
     const Json *ll = json_get(json, "ll"), *greedy = json_get(json, "greedy");
@@ -382,12 +382,11 @@ static inline int block_read(ScoreBlock *b, const ScoreRequest *request, const c
         c->ll = (float)value;
         c->greedy = greedy->boolean;
     }
-    FILE *out =
-        open_memstream(&again, &again_size); // all else of the line is the request's: as if written anew
-    block_write(out, b, request);
-    fclose(out);
-    int same = again_size == size + 1 && memcmp(again, line, size) == 0;
-    free(again);
+    compose(&again);
+    block_write(again.out, b, request);
+    char *text = composed(&again);
+    int same = again.size == size + 1 && memcmp(text, line, size) == 0;
+    free(text);
     return same;
 }
 

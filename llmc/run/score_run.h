@@ -10,9 +10,7 @@
 
 #include "llmc/run/agree.h"
 #include "llmc/run/score.h"
-// defines: list_file, listing_*; ScoreBlock, score_block, score_count, score_print
-
-enum { EXIT_INTERRUPTED = 130 }; // as shells have it of Ctrl-C
+// defines: agree_on_requests; ScoreBlock, score_block, score_count, score_print
 
 // what the first reading has found; rank 0's is everyone's
 typedef struct {
@@ -110,7 +108,7 @@ static inline void score_fill_block(Scoring *s, ScoreBlock *b, int64_t last) {
     while (s->requests.line < last && !block_is_full(s, b->inputs, b->requests.count)) {
         const Json *json = requests_next(&s->requests);
         if (json == NULL) {
-            die("%s has changed while it was read", s->requests.path);
+            requests_have_changed(&s->requests);
         }
         block_add(b, &s->rules, &s->requests, json);
     }
@@ -198,28 +196,6 @@ static inline int score_blocks(Scoring *s) {
     return whole;
 }
 
-static inline void agree_on_requests(Run *run, const char *path) {
-    Listing l;
-    char folder[PATH_SIZE], name[PATH_SIZE];
-    if (run->ranks.count == 1) {
-        return;
-    }
-    split_path(folder, name, path);
-    listing_open(&l);
-    list_file(l.out, folder, name);
-    listing_compare(&l, &run->ranks, "the file of requests");
-}
-
-// (a sequence alone, or a batch of any kind: the same route)
-static inline void route_for_one_token(Run *run, const char *what) {
-    RouterMethod method = run->config.router.method, alone = router_row(method)->for_one_token;
-    if (alone != method) {
-        warn("%s lets experts choose among a batch's tokens, which are no part of a text: %s routes as %s",
-             router_name(method), what, router_name(alone));
-    }
-    model_route(run->model, alone, run->config.router.active);
-}
-
 static inline void scoring_open(Scoring *s, Run *run) {
     const Options *o = &run->options;
     ScoreRules rules = {run->tokenizer, (int)o->seq_len, o->delimiter};
@@ -229,7 +205,7 @@ static inline void scoring_open(Scoring *s, Run *run) {
     request_progress_begin(&s->progress, run->ranks.rank != 0);
     requests_open(&s->requests, o->score, "score");
     if (run->ranks.rank == 0) {
-        results_open(&s->results, o->out);
+        results_open(&s->results, o->out, &s->requests);
     }
 }
 
@@ -247,7 +223,8 @@ static inline void scoring_close(Scoring *s) {
 static inline int score(Run *run) {
     Scoring s;
     agree_on_requests(run, run->options.score);
-    route_for_one_token(run, "--score");
+    warn_of_method_alone(run, "--score"); // (a sequence alone, or a batch of any kind: the same route)
+    model_route(run->model, method_alone(run), run->config.router.active);
     scoring_open(&s, run);
     score_plan(&s);
     s.progress.work = (double)s.plan.work;

@@ -3,8 +3,8 @@ What a run is started with: the options of the table, the preset, a checkpoint a
 the one before; and the folder that it writes to. Both trainers start here.
 
     --resume  continues a run: its own options, data position and folder
-    --load    begins a run from weights; to --eval, --sample or --score them, their data and vocabulary come
-              along
+    --load    begins a run from weights; where they are only looked at (--eval, --sample, --trace, --score,
+              --generate, --export), their data and vocabulary come along
 A shape option beside either is refused: the checkpoint's config.json decides the shape. Errors: exit 2 for a
 command line that contradicts itself, 1 for a folder that does not hold what it should.
 */
@@ -16,6 +16,7 @@ command line that contradicts itself, 1 for a folder that does not hold what it 
 #include "llmc/files/tokenizer.h"
 #include "llmc/run/help.h"
 #include "llmc/run/options.h"
+// defines: checkpoint_*, run_in_folder; log_has_validation; tokenizer_load; answer_help; Options, options_*
 
 // --trace of a model that is loaded; else it follows the training
 static inline int traces_only(const Options *o) {
@@ -31,6 +32,11 @@ static inline int has_requests(const Options *o) {
 static inline int wants_training(const Options *o) {
     return o->dump[0] == '\0' && !o->eval && !o->sampling && !traces_only(o) && !has_requests(o) &&
            o->export_to[0] == '\0';
+}
+
+// ... with the data and vocabulary of the model's own run, all but --dump, whose checkers name theirs
+static inline int takes_runs_data(const Options *o) {
+    return !wants_training(o) && o->dump[0] == '\0';
 }
 
 // ... and --bench trains, but keeps nothing of it
@@ -214,13 +220,12 @@ static inline void stop_if_finished(const Options *o, const RunState *state) {
     exit(0);
 }
 
-// --load: another run's weights. To look at them (--eval, --sample, --trace, --score, --export), its data and
-// vocabulary come along; not the folder that it wrote to
+// --load: another run's weights, and what comes along; never the folder that it wrote to
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sampling || traces_only(o) || has_requests(o) || o->export_to[0] != '\0') {
+    if (takes_runs_data(o)) {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
     }
@@ -276,19 +281,44 @@ static inline void check_batch(const Options *o, int ranks) {
               (long long)o->global_batch, (long long)o->batch, ranks, remedy);
 }
 
+// What is done instead of training: one thing at a time. (--trace also follows --eval, or a training)
+static inline void check_modes(const Options *o) {
+    const char *const modes[] = {o->dump[0] != '\0' ? "--dump" : NULL,
+                                 o->eval ? "--eval" : NULL,
+                                 o->sampling ? "--sample" : NULL,
+                                 o->score[0] != '\0' ? "--score" : NULL,
+                                 o->generate[0] != '\0' ? "--generate" : NULL,
+                                 o->trace[0] != '\0' && !o->eval ? "--trace" : NULL,
+                                 o->bench ? "--bench" : NULL,
+                                 o->export_to[0] != '\0' ? "--export" : NULL};
+    const char *first = NULL;
+    for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++) {
+        if (first != NULL && modes[i] != NULL) {
+            die_usage("%s and %s exclude each other: one at a time\n  ---> first one, then the other", first,
+                      modes[i]);
+        }
+        first = modes[i] != NULL ? modes[i] : first;
+    }
+}
+
+// options that say nothing without another
+static inline void check_owners(const Options *o) {
+    static const char *const owned[][2] = {
+        {"stats", "eval"},     {"stats_layers", "stats"}, {"text", "trace"},      {"stats_tokens", "stats"},
+        {"samples", "sample"}, {"trace_tokens", "trace"}, {"delimiter", "score"}, {"route_from", "dump"}};
+    for (size_t i = 0; i < sizeof(owned) / sizeof(owned[0]); i++) {
+        if (option_is_changed(o, owned[i][0]) && !option_is_changed(o, owned[i][1])) {
+            char spelled[OPTION_NAME_SIZE];
+            option_spell(spelled, sizeof(spelled), owned[i][0]);
+            die_usage("--%s belongs to --%s\n  ---> name both, or neither", spelled, owned[i][1]);
+        }
+    }
+}
+
 // what looks at the routers
 static inline void check_routing_options(const Options *o) {
-    if (o->stats[0] != '\0' && !o->eval) {
-        die_usage("--stats belongs to --eval\n  ---> --load RUN --eval --stats %s", o->stats);
-    }
     if (strcmp(o->stats_layers, "middle") != 0 && strcmp(o->stats_layers, "all") != 0) {
         die_usage("--stats-layers %s: expected middle or all", o->stats_layers);
-    }
-    if (o->text[0] != '\0' && o->trace[0] == '\0') {
-        die_usage("--text belongs to --trace\n  ---> --load RUN --trace FILE --text %s", o->text);
-    }
-    if (o->trace[0] != '\0' && (o->dump[0] != '\0' || o->sampling || o->bench || o->export_to[0] != '\0')) {
-        die_usage("--trace and --dump, --sample, --bench or --export: one at a time");
     }
     if (o->flip_every > 0 && o->val_data[0] == '\0' && writes_run(o)) {
         die_usage("--flip-every needs validation data, on which flips are counted\n"
@@ -297,6 +327,7 @@ static inline void check_routing_options(const Options *o) {
 }
 
 static inline void check_options(const Options *o, int ranks) {
+    check_modes(o);
     check_routing_options(o);
     check_batch(o, ranks);
     if (o->batch * o->seq_len > INT32_MAX) {
@@ -333,18 +364,7 @@ static inline void check_options(const Options *o, int ranks) {
         die_usage("--%s has nowhere to write\n  ---> name a file with --out",
                   o->score[0] != '\0' ? "score" : "generate");
     }
-    if (o->score[0] != '\0' && o->generate[0] != '\0') {
-        die_usage("--score and --generate exclude each other\n  ---> first one, then the other");
-    }
-    if (o->samples != 1 && !o->sampling) {
-        die_usage("--samples belongs to --sample");
-    }
-    if (strcmp(o->delimiter, " ") != 0 && o->score[0] == '\0') {
-        die_usage("--delimiter belongs to --score");
-    }
-    if (o->route_from[0] != '\0' && o->dump[0] == '\0') {
-        die_usage("--route-from belongs to --dump");
-    }
+    check_owners(o);
 }
 
 // From the table, the preset, a checkpoint and the command line, each over the one before. Returns the lock

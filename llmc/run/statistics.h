@@ -27,6 +27,7 @@ program without a file.
 #include "llmc/files/domains.h"
 #include "llmc/run/origin.h"
 #include "llmc/run/run.h"
+// defines: DataDomain; note_origin, note_*, compose; Run, bit_words, bits_count, ranks_sum, safetensors_*
 
 struct Statistics {
     int domains, layers, experts, vocab;
@@ -101,10 +102,6 @@ static inline void statistics_close(Statistics *s) {
 
 // ----------------------------------------------------------------------------
 // counting
-
-static inline int bits_count(uint64_t word) {
-    return __builtin_popcountll(word);
-}
 
 // routed [E] and used [V, E] (NULL: not wanted) of one layer; masks [N, W]
 static inline void count_layer(int64_t *routed, int64_t *used, const int *ids, const uint64_t *masks,

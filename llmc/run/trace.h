@@ -25,13 +25,13 @@ text, no validation data; before anything is computed.
 #include "llmc/files/tokenizer.h"
 #include "llmc/run/origin.h"
 #include "llmc/run/run.h"
+// defines: DataDomain; Tokenizer; note_origin, note_*; Run, model_loss, model_gates, model_token_losses
 
 struct Trace {
     int count;          // of sources
     const char **names; // of each: a domain's name, or the text's file
     int64_t *starts;    // [count + 1], the last: N
     int *ids;           // [N]
-    size_t capacity;
 };
 
 // ----------------------------------------------------------------------------
