@@ -114,7 +114,7 @@ static inline int json_is_text(const Json *value, const char *text) {
 // quoted and escaped; bytes that are not UTF-8 become U+FFFD, so that the result is always valid
 static inline void json_write_string(FILE *file, const char *text, size_t size) {
     const unsigned char *p = (const unsigned char *)text;
-    const unsigned char *end = p + size;
+    const unsigned char *end = size > 0 ? p + size : p; // a text of nothing may be NULL
     fputc('"', file);
     while (p < end) {
         size_t n = json_utf8_size(p, end);
