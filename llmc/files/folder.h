@@ -27,7 +27,7 @@ static inline int name_exists(const char *path) {
     return lstat(path, &status) == 0;
 }
 
-// two names of one folder
+// two names of one folder, or of one file
 static inline int same_folder(const char *a, const char *b) {
     struct stat x, y;
     return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;

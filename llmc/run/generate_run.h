@@ -332,7 +332,7 @@ static inline int generate_file(Run *run) {
     route_for_one_token(run, "--generate");
     requests_open(&g.requests, run->options.generate, "generate");
     if (run->ranks.rank == 0) {
-        results_open(&g.results, run->options.out);
+        results_open(&g.results, run->options.out, "text", &g.requests);
     }
     generate_plan(&g);
     if (run->ranks.rank == 0) {
