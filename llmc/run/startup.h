@@ -287,8 +287,12 @@ static inline void check_routing_options(const Options *o) {
     if (o->text[0] != '\0' && o->trace[0] == '\0') {
         die_usage("--text belongs to --trace\n  ---> --load RUN --trace FILE --text %s", o->text);
     }
-    if (o->trace[0] != '\0' && (o->dump[0] != '\0' || o->sampling || o->bench || o->export_to[0] != '\0')) {
-        die_usage("--trace and --dump, --sample, --bench or --export: one at a time");
+    if (o->trace[0] != '\0' &&
+        (o->dump[0] != '\0' || o->sampling || has_requests(o) || o->bench || o->export_to[0] != '\0')) {
+        die_usage("--trace and --dump, --sample, --score, --generate, --bench or --export: one at a time");
+    }
+    if (o->text[0] != '\0' && same_folder(o->text, o->trace)) {
+        die_usage("--trace would write over its own --text %s\n  ---> name another file", o->text);
     }
     if (o->flip_every > 0 && o->val_data[0] == '\0' && writes_run(o)) {
         die_usage("--flip-every needs validation data, on which flips are counted\n"
@@ -296,7 +300,27 @@ static inline void check_routing_options(const Options *o) {
     }
 }
 
+// what is done instead of training: a process does one
+static inline void check_one_at_a_time(const Options *o) {
+    const struct {
+        const char *name;
+        int given;
+    } ways[] = {{"dump", o->dump[0] != '\0'},         {"eval", o->eval != 0},
+                {"sample", o->sampling != 0},         {"score", o->score[0] != '\0'},
+                {"generate", o->generate[0] != '\0'}, {"bench", o->bench != 0},
+                {"export", o->export_to[0] != '\0'}};
+    const char *first = NULL;
+    for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]); i++) {
+        if (ways[i].given && first != NULL) {
+            die_usage("--%s and --%s exclude each other\n  ---> first one, then the other", first,
+                      ways[i].name);
+        }
+        first = ways[i].given ? ways[i].name : first;
+    }
+}
+
 static inline void check_options(const Options *o, int ranks) {
+    check_one_at_a_time(o);
     check_routing_options(o);
     check_batch(o, ranks);
     if (o->batch * o->seq_len > INT32_MAX) {
@@ -332,9 +356,6 @@ static inline void check_options(const Options *o, int ranks) {
     if (has_requests(o) && o->out[0] == '\0') {
         die_usage("--%s has nowhere to write\n  ---> name a file with --out",
                   o->score[0] != '\0' ? "score" : "generate");
-    }
-    if (o->score[0] != '\0' && o->generate[0] != '\0') {
-        die_usage("--score and --generate exclude each other\n  ---> first one, then the other");
     }
     if (o->samples != 1 && !o->sampling) {
         die_usage("--samples belongs to --sample");
