@@ -361,7 +361,9 @@ static void test_export_refused(void) {
     trainer_refuses(2, "is empty, expected a path", "--load " EXPORT_TEST "/relu --export=");
     trainer_refuses(2, "--export need a model", "--export " EXPORT_TEST "/refused");
     check_format(words, sizeof(words), "%s/refused --eval --val-data build/test/train.bin", load);
-    trainer_refuses(2, "no --dump, --eval, --sample or --bench beside it", words);
+    trainer_refuses(2, "no other work beside it", words);
+    check_format(words, sizeof(words), "%s/refused --score a --out b", load);
+    trainer_refuses(2, "no other work beside it", words);
     check_format(words, sizeof(words), "%s/refused --tokenizer build/test/nowhere", load);
     trainer_refuses(1, "--tokenizer build/test/nowhere: expected a folder with vocab.json", words);
     check_format(words, sizeof(words), "%s/relu_f32/config.json/refused", load);

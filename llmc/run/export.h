@@ -209,8 +209,10 @@ static inline void export_read(Export *e, const char *program, int argc, const c
     memset(&unused, 0, sizeof(unused));
     e->alone = ranks_alone();
     read_options(&e->options, &e->state, &unused, program, argc, argv, 1);
-    if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sampling || o->eval || o->bench) {
-        die_usage("--export expects a folder, and no --dump, --eval, --sample or --bench beside it");
+    if (o->export_to[0] == '\0' || o->dump[0] != '\0' || o->sampling || o->eval || has_requests(o) ||
+        o->bench) {
+        die_usage("--export expects a folder, and no other work beside it "
+                  "(--dump, --eval, --sample, --score, --generate, --bench)");
     }
     export_choose_folder(e, o->export_to);
     check_format(path, sizeof(path), "%s/config.json", export_source(e));

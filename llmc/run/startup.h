@@ -214,13 +214,15 @@ static inline void stop_if_finished(const Options *o, const RunState *state) {
     exit(0);
 }
 
-// --load: another run's weights. To look at them (--eval, --sample, --trace, --score, --export), its data and
-// vocabulary come along; not the folder that it wrote to
+// --load: another run's weights. To look at them (--eval, --sample, --trace, --score, --export, --bench forward),
+// its data and vocabulary come along; not the folder that it wrote to
 static inline void load_options(Options *o, int argc, const char *const *argv) {
     char folder[PATH_SIZE];
     checkpoint_find(folder, o->load, "");
     refuse_shape_options(argc, argv, folder);
-    if (o->eval || o->sampling || traces_only(o) || has_requests(o) || o->export_to[0] != '\0') {
+    int times_forward = o->bench == BENCH_FORWARD || o->bench == BENCH_SAMPLE;
+    if (o->eval || o->sampling || traces_only(o) || has_requests(o) || o->export_to[0] != '\0' ||
+        times_forward) {
         RunState unused;
         inherit_options(o, &unused, folder, argc, argv);
     }
@@ -300,15 +302,14 @@ static inline void check_routing_options(const Options *o) {
     }
 }
 
-// what is done instead of training: a process does one
+// what is done instead of training: a process does one (and --export, by itself: export.h)
 static inline void check_one_at_a_time(const Options *o) {
     const struct {
         const char *name;
         int given;
     } ways[] = {{"dump", o->dump[0] != '\0'},         {"eval", o->eval != 0},
                 {"sample", o->sampling != 0},         {"score", o->score[0] != '\0'},
-                {"generate", o->generate[0] != '\0'}, {"bench", o->bench != 0},
-                {"export", o->export_to[0] != '\0'}};
+                {"generate", o->generate[0] != '\0'}, {"bench", o->bench != 0}};
     const char *first = NULL;
     for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]); i++) {
         if (ways[i].given && first != NULL) {
