@@ -278,6 +278,26 @@ static inline void check_batch(const Options *o, int ranks) {
               (long long)o->global_batch, (long long)o->batch, ranks, remedy);
 }
 
+// What is there is replaced only if it may be an earlier one: a safetensors file is a header's length in 8 bytes,
+// then the header
+static inline void refuse_foreign_output(const char *path, const char *option) {
+    enum { LENGTH = 8 };
+    struct stat status;
+    char head[LENGTH + 1];
+    if (path[0] == '\0' || stat(path, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size == 0) {
+        return;
+    }
+    FILE *file = fopen(path, "rb");
+    int foreign = file != NULL && (fread(head, 1, sizeof(head), file) < sizeof(head) || head[LENGTH] != '{');
+    if (file != NULL) {
+        fclose(file);
+    }
+    if (foreign) {
+        die("--%s %s is there, and no safetensors file\n  ---> name another file, or remove it", option,
+            path);
+    }
+}
+
 // what looks at the routers
 static inline void check_routing_options(const Options *o) {
     if (o->stats[0] != '\0' && !o->eval) {
@@ -296,6 +316,8 @@ static inline void check_routing_options(const Options *o) {
     if (o->text[0] != '\0' && same_folder(o->text, o->trace)) {
         die_usage("--trace would write over its own --text %s\n  ---> name another file", o->text);
     }
+    refuse_foreign_output(o->stats, "stats");
+    refuse_foreign_output(o->trace, "trace");
     if (o->flip_every > 0 && o->val_data[0] == '\0' && writes_run(o)) {
         die_usage("--flip-every needs validation data, on which flips are counted\n"
                   "  ---> name shards with --val-data, or leave it out");
