@@ -888,8 +888,10 @@ double model_profile(Model *m, int on) {
         sum += m->seconds[row];
     }
     for (int row = 0; row < TIME_ROWS && !on; row++) {
-        printf("          %-28s %9.1f ms %5.1f %%\n", names[row], 1e3 * m->seconds[row],
-               100.0 * m->seconds[row] / sum);
+        if (m->seconds[row] > 0.0) { // (a forward pass alone has no backward rows)
+            printf("          %-28s %9.1f ms %5.1f %%\n", names[row], 1e3 * m->seconds[row],
+                   100.0 * m->seconds[row] / sum);
+        }
     }
     memset(m->seconds, 0, sizeof(m->seconds));
     return 0.0;

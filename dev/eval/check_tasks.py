@@ -19,10 +19,10 @@ HERE = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = HERE.name  # before the harness looks for it
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
-from lm_eval.api.instance import Instance  # noqa: E402
-
 from lm_eval_remoe import COLUMNS, TASKS, RemoeLM, TrainerError, paper_table  # noqa: E402
 from prepare import documents, harness_task, task_manager  # noqa: E402
+
+from lm_eval.api.instance import Instance  # noqa: E402  (behind those two, which say how it is installed)
 
 failed = 0
 

@@ -26,8 +26,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed ---> pip install -r dev/eval/requirements.txt")
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 # in the order of the paper's columns

@@ -28,7 +28,10 @@ import json
 import sys
 from pathlib import Path
 
-from lm_eval.tasks import TaskManager
+try:
+    from lm_eval.tasks import TaskManager
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed ---> pip install -r dev/eval/requirements.txt")
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 # a file's name, and the harness's task

@@ -98,9 +98,15 @@ def open_subjects(folders, stats=(), trace=()):
     return subjects
 
 
+PAGE_BEGINS = b"<!doctype html>"
+
+
 def write_whole(path, data):
-    """a reader never sees half of a page"""
+    """a reader never sees half of a page; a device, or a file that is no page, is not replaced by one"""
     try:
+        if path.exists() and not path.is_dir():
+            if not path.is_file() or (path.stat().st_size > 0 and not path.read_bytes().startswith(PAGE_BEGINS)):
+                raise Refused(f"{path} is there, and no page\n  ---> name another file with --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".report.")
         try:

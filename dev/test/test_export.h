@@ -370,6 +370,8 @@ static void test_export_refused(void) {
     trainer_refuses(2, "--export need a model", "--export " EXPORT_TEST "/refused");
     check_format(words, sizeof(words), "%s/refused --eval --val-data build/test/train.bin", load);
     trainer_refuses(2, "--eval and --export exclude each other", words);
+    check_format(words, sizeof(words), "%s/refused --score a --out b", load);
+    trainer_refuses(2, "--score and --export exclude each other", words);
     check_format(words, sizeof(words), "%s/refused --tokenizer build/test/nowhere", load);
     trainer_refuses(1, "--tokenizer build/test/nowhere: expected a folder with vocab.json", words);
     check_format(words, sizeof(words), "%s/relu_f32/config.json/refused", load);

@@ -349,6 +349,17 @@ static void score_refuses_results(const char *option, const char *requests, cons
     CHECK(trainer_files_equal("build/test/results", "build/test/results_other"));
 }
 
+// a file of one line without an end that is no result's beginning is somebody's, and stays
+static void score_keeps_others_files(const char *text) {
+    size_t size;
+    score_write("build/test/results_other", text);
+    trainer_refuses(1, "ends with something else than results",
+                    SCORE_WORDS "--score build/test/requests --out build/test/results_other");
+    char *now = check_read_file("build/test/results_other", &size, "");
+    CHECK(size == strlen(text) && memcmp(now, text, size) == 0);
+    free(now);
+}
+
 static void score_refuses_line(const char *option, const char *line, const char *message) {
     char text[1024], words[512], named[512];
     check_format(text, sizeof(text), "{\"context\":\"a\",\"continuations\":[\"b c\"]}\n%s\n", line);
@@ -407,6 +418,8 @@ static void score_bad_lines(void) {
     trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --generate b --out build/test/r");
     trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --out build/test/r --bench");
     trainer_refuses(2, "exclude each other", SCORE_WORDS "--score a --out build/test/r --dump build/test/d");
+    trainer_refuses(2, "--eval and --score exclude", SCORE_WORDS "--score a --eval --out build/test/r");
+    trainer_refuses(2, "one at a time", SCORE_WORDS "--score a --trace b --out build/test/r");
     trainer_refuses(2, "--samples belongs to", SCORE_WORDS "--score a --samples 2 --out build/test/r");
     trainer_refuses(2, "--delimiter belongs to", SCORE_WORDS "--generate a --delimiter x --out build/test/r");
 }
@@ -478,6 +491,10 @@ static void score_files(void) {
     check_format(fewer, sizeof(fewer), "%.*s", (int)(strrchr(score_requests, 'A') - score_requests - 13),
                  score_requests);
     score_refuses_results("score", fewer, "more results than");
+    score_keeps_others_files("a note to myself");
+    score_keeps_others_files("{\"text\":\"a\"}");
+    trainer_refuses(1, "is the file of requests",
+                    SCORE_WORDS "--score build/test/requests --out build/test/requests");
     trainer_succeeds(
         trainer_run("--load " SCORE_RUN "/latest --steps 40 --lr 1e-2 --val-data= --sample-tokens 0 "
                     "--batch 4 --seq-len 16 --data build/sample/train_*.bin --out build/test/score_other"),

@@ -188,6 +188,12 @@ refused 2 'one at a time' "${relu[@]}" --trace $here/x --sample hello
 refused 2 'one at a time' "${relu[@]}" --eval --stats $here/x --dump $here/y
 refused 2 'stats-layers belongs to --stats' "${relu[@]}" --eval --stats-layers all
 refused 2 'trace-tokens belongs to --trace' "${relu[@]}" --eval --trace-tokens 9
+cp dev/test/test_statistics.sh $here/self.txt
+refused 2 'write over its own' "${relu[@]}" --trace $here/self.txt --text $here/./self.txt
+refused 1 'no safetensors file' "${relu[@]}" --trace $here/self.txt
+refused 1 'no safetensors file' "${relu[@]}" --eval --stats $here/self.txt
+cmp -s dev/test/test_statistics.sh $here/self.txt
+check 'what was refused stays' $?
 refused 2 'needs validation data' $tiny --flip-every 2 --val-data '' --out $here/x --steps 1
 refused 1 'too short' $tiny --flip-every 2 --val-data $here/C.bin --seq-len 32 --steps 1 --out $here/x
 refused 1 'switches no experts' --load $here/dense --seq-len 16 --val-data $here/A.bin --eval --stats $here/x

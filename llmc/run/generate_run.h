@@ -343,7 +343,7 @@ static inline int generate_file(Run *run) {
     warn_of_method_alone(run, "--generate");
     requests_open(&g.requests, run->options.generate, "generate");
     if (run->ranks.rank == 0) {
-        results_open(&g.results, run->options.out, &g.requests);
+        results_open(&g.results, run->options.out, "text", &g.requests);
     }
     generate_plan(&g);
     if (run->ranks.rank == 0) {

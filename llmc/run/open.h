@@ -250,7 +250,7 @@ static inline void open_data(Run *run, int data_given, int tokenizer_given) {
     if (o->eval || writes_run(o) || (traces_only(o) && o->text[0] == '\0')) {
         open_validation_data(run);
     }
-    if (!takes_runs_data(o)) {
+    if (wants_training(o) || o->dump[0] != '\0') { // --bench in each of its modes
         open_training_data(run, data_given);
     }
     agree_on_data(run);

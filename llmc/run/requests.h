@@ -3,8 +3,8 @@ Files of requests and the files of their results, both JSON Lines: what --score 
 
     REQUESTS    an object a line. A line that is wrong ends the program: "REQUESTS:LINE: what is wrong"
     RESULTS     a line per request, in request order. A file that is there goes on: its whole lines count, a
-                torn last one is cut off when writing begins. Whoever goes on checks first that the lines
-                belong to its requests: until then nothing is touched
+                torn last one is cut off when writing begins, if it begins as a result does. Whoever goes on
+                checks first that the lines belong to its requests: until then nothing is touched
 
 Lines are read one at a time, so that memory does not grow with a file. Errors: exit 1 for what is no regular
 file, for a line that is wrong, for a full disk (what was written stays, and goes on), for results that
@@ -184,7 +184,7 @@ static inline char *request_id(const Requests *r, const Json *request) {
 // results
 
 typedef struct {
-    const char *path;
+    const char *path, *key;
     FILE *file; // NULL: not there yet
     char *text; // the line that was read last, without its end
     size_t text_capacity;
@@ -197,9 +197,11 @@ static inline void results_lock(const Results *r) {
     }
 }
 
-static inline void results_open(Results *r, const char *path, const Requests *requests) {
+// key: of a result's first member, but for "id"
+static inline void results_open(Results *r, const char *path, const char *key, const Requests *requests) {
     memset(r, 0, sizeof(*r));
     r->path = path;
+    r->key = key;
     refuse_special_file(path, "out");
     if (same_folder(path, requests->path)) {
         die("--out %s is the file of requests\n  ---> name another --out", path);
@@ -213,10 +215,31 @@ static inline void results_open(Results *r, const char *path, const Requests *re
     }
 }
 
+// Does a line without an end begin as a result does? Else it is somebody's file, and not to be cut off. (Zeros
+// are what a machine that lost its power may leave.)
+static inline int results_may_be_torn(const Results *r, size_t size) {
+    char begin[2][32];
+    check_format(begin[0], sizeof(begin[0]), "{\"%s\":", r->key);
+    check_format(begin[1], sizeof(begin[1]), "{\"id\":");
+    for (int i = 0; i < 2; i++) {
+        size_t length = strlen(begin[i]);
+        if (memcmp(r->text, begin[i], size < length ? size : length) == 0) {
+            return 1;
+        }
+    }
+    return r->text[0] == '\0';
+}
+
 // the next whole line, or NULL: there is no more, or what is left is torn
 static inline const char *results_next(Results *r, size_t *size) {
     ssize_t got = r->file != NULL ? getline(&r->text, &r->text_capacity, r->file) : -1;
-    if (got <= 0 || r->text[got - 1] != '\n') {
+    if (got <= 0) {
+        return NULL;
+    }
+    if (r->text[got - 1] != '\n') {
+        if (!results_may_be_torn(r, (size_t)got)) {
+            die("%s ends with something else than results\n  ---> name another --out, or remove it", r->path);
+        }
         return NULL;
     }
     r->lines++;
@@ -234,6 +257,9 @@ static inline void results_fail(const Results *r) {
 // from here on lines are written, behind the whole ones that were read
 static inline void results_begin(Results *r) {
     if (r->file == NULL) {
+        if (path_exists(r->path)) {
+            die("another process has begun to write %s\n  ---> wait for it, or name another --out", r->path);
+        }
         r->file = check_fopen(r->path, "wbx", "make its folder, or name another --out");
         results_lock(r);
     }

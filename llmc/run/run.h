@@ -138,7 +138,7 @@ static inline void fill_record(Run *run, StepRecord *r, const RunState *before, 
             active += count;
             r->tokens_per_expert.min = count < r->tokens_per_expert.min ? count : r->tokens_per_expert.min;
             r->tokens_per_expert.max = count > r->tokens_per_expert.max ? count : r->tokens_per_expert.max;
-            r->dead_experts += count == 0;
+            r->dead_experts += count == 0 && router_has_mask(c->router.method);
         }
         counted += active;
         run->layer_sparsity[l] = step_sparsity(c->router, active, s->tokens * E);

@@ -205,7 +205,7 @@ static inline void scoring_open(Scoring *s, Run *run) {
     request_progress_begin(&s->progress, run->ranks.rank != 0);
     requests_open(&s->requests, o->score, "score");
     if (run->ranks.rank == 0) {
-        results_open(&s->results, o->out, &s->requests);
+        results_open(&s->results, o->out, "ll", &s->requests);
     }
 }
 

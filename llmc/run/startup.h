@@ -34,9 +34,11 @@ static inline int wants_training(const Options *o) {
            o->export_to[0] == '\0';
 }
 
-// ... with the data and vocabulary of the model's own run, all but --dump, whose checkers name theirs
+// ... with the data, batch and vocabulary of the model's own run, all but --dump, whose checkers name theirs; so
+// do --bench forward and sample
 static inline int takes_runs_data(const Options *o) {
-    return !wants_training(o) && o->dump[0] == '\0';
+    int looks = !wants_training(o) || o->bench == BENCH_FORWARD || o->bench == BENCH_SAMPLE;
+    return looks && o->dump[0] == '\0';
 }
 
 // ... and --bench trains, but keeps nothing of it
@@ -315,11 +317,36 @@ static inline void check_owners(const Options *o) {
     }
 }
 
+// What is there is replaced only if it may be an earlier one: a safetensors file is a header's length in 8 bytes,
+// then the header
+static inline void refuse_foreign_output(const char *path, const char *option) {
+    enum { LENGTH = 8 };
+    struct stat status;
+    char head[LENGTH + 1];
+    if (path[0] == '\0' || stat(path, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size == 0) {
+        return;
+    }
+    FILE *file = fopen(path, "rb");
+    int foreign = file != NULL && (fread(head, 1, sizeof(head), file) < sizeof(head) || head[LENGTH] != '{');
+    if (file != NULL) {
+        fclose(file);
+    }
+    if (foreign) {
+        die("--%s %s is there, and no safetensors file\n  ---> name another file, or remove it", option,
+            path);
+    }
+}
+
 // what looks at the routers
 static inline void check_routing_options(const Options *o) {
     if (strcmp(o->stats_layers, "middle") != 0 && strcmp(o->stats_layers, "all") != 0) {
         die_usage("--stats-layers %s: expected middle or all", o->stats_layers);
     }
+    if (o->text[0] != '\0' && same_folder(o->text, o->trace)) {
+        die_usage("--trace would write over its own --text %s\n  ---> name another file", o->text);
+    }
+    refuse_foreign_output(o->stats, "stats");
+    refuse_foreign_output(o->trace, "trace");
     if (o->flip_every > 0 && o->val_data[0] == '\0' && writes_run(o)) {
         die_usage("--flip-every needs validation data, on which flips are counted\n"
                   "  ---> name shards with --val-data, or leave it out");

@@ -170,6 +170,10 @@ def test_refusals():
     check("an output that is a folder", status == 1 and "cannot write" in said, (status, said))
     status, said = call(good, "--out", HERE / "good/log.jsonl/x.html")
     check("an output under a file", status == 1 and "cannot write" in said, (status, said))
+    log = (HERE / "good/log.jsonl").read_bytes()
+    refused = [call(good, "--out", HERE / name) for name in ("good/log.jsonl", "empty/log.jsonl")]  # the second: a FIFO
+    check("an output that is there and no page", all(s == 1 and "no page" in said for s, said in refused), refused)
+    check("... stays", (HERE / "good/log.jsonl").read_bytes() == log, HERE / "good/log.jsonl")
     status, said = call(good, "--out", "/dev/full/x")
     check("an output nowhere", status == 1 and said.startswith("error: "), (status, said))
     status, said = call()
