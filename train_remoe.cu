@@ -743,6 +743,19 @@ static int plan_next_losses(Model *m, const LossResult *result) {
     return !result->overflow;
 }
 
+// (token, expert) pairs of all layers; counts [L, E] of N tokens
+static int64_t active_pairs(const Model *m, const int *counts, int64_t N) {
+    int64_t L = m->config.layers, sum = 0;
+    if (router_merges(
+            m->config.router.method)) { // of which lory's are another measure: each token has one expert
+        return L * N;
+    }
+    for (int64_t i = 0; i < L * m->config.router.experts; i++) {
+        sum += counts[i];
+    }
+    return sum;
+}
+
 double model_loss_end(Model *m, int64_t *active) {
     int slot = (int)(m->losses.ended++ % MOST_LOSSES);
     const LossResult *result = loss_result(&m->losses, slot);
@@ -752,11 +765,7 @@ double model_loss_end(Model *m, int64_t *active) {
         CUDA_CHECK(cudaEventSynchronize(m->losses.done[slot]));
     }
     if (active != NULL) {
-        const int *counts = (const int *)(result + 1);
-        *active = 0;
-        for (int64_t i = 0; i < (int64_t)m->config.layers * m->config.router.experts; i++) {
-            *active += counts[i];
-        }
+        *active = active_pairs(m, (const int *)(result + 1), (int64_t)m->losses.B[slot] * m->losses.T[slot]);
     }
     return result->loss;
 }

@@ -316,11 +316,28 @@ static void losses_case(void) {
     examination_free(&x);
 }
 
+// lory's tokens have one expert each, whatever its counts say
+static void lory_active_case(void) {
+    const ModelCase t = {"lory, active", "lory", 4, 1, 1, 2, 48, 2, 1, 2, 67, 2, 17, 1, 0, 8.0f};
+    TextModels m;
+    text_models_open(&m, &t);
+    int64_t active[2];
+    model_loss_begin(m.model, m.x.inputs, m.x.targets, t.B, t.T);
+    model_loss_end(m.model, &active[0]);
+    cpu::model_loss_begin(m.reference, m.x.inputs, m.x.targets, t.B, t.T);
+    cpu::model_loss_end(m.reference, &active[1]);
+    CHECK(active[0] == t.L * t.B * t.T && active[1] == active[0]);
+    text_models_close(&m);
+}
+
 static void test_cuda_decode(void) {
     const struct {
         const char *name;
         void (*run)(void);
-    } parts[] = {{"attention", decode_attention_cases}, {"sampler", sampler_cases}, {"losses", losses_case}};
+    } parts[] = {{"attention", decode_attention_cases},
+                 {"sampler", sampler_cases},
+                 {"losses", losses_case},
+                 {"lory, active", lory_active_case}};
     for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
         if (case_is_wanted(parts[i].name)) {
             parts[i].run();
