@@ -54,6 +54,9 @@ static inline void train_and_trace(Run *run) {
     train(run);
     if (run->trace != NULL && run->state.step == run->options.steps) {
         trace(run);
+    } else if (run->trace != NULL) {
+        warn("%s was not written: the run ended before its last step\n  ---> --load %s --trace %s",
+             run->options.trace, run->options.out, run->options.trace);
     }
 }
 
