@@ -34,8 +34,9 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 // a model
 #include "llmc/trainer.h"
 // defines: Model and its groups: DeviceParams, Comm, Activations, ActivationGradients, Routing, Step, Losses,
-// Text; allocate_all; comm_*; update_bucket, publish_params; losses_*, text_*, decode_*, sample_on_device
+// Text; allocate_all; comm_*; update_bucket, publish_params; losses_*, text_*, decode_*; *_vote*
 #include "llmc/gpu/model_memory.cuh"
+#include "llmc/gpu/votes.cuh"
 // defines: GemmPlans, matmul_forward, matmul_backward, gemm (cuBLASLt)
 #include "llmc/matmul.cuh"
 // defines: embedding_*, rmsnorm_*, attention_* (forward, backward), rope_forward; rmsnorm_router_forward
@@ -50,10 +51,9 @@ vocabulary, E = E_tot experts, k = k_tot active, F width of an expert, P active 
 #include "llmc/experts.cuh"
 #include "llmc/gpu/dispatch_rmsnorm.cuh"
 #include "llmc/router.cuh"
-// defines: DeviceMerged, merged_forward, merged_backward (lory)
-#include "llmc/merged_experts.cuh"
-// defines: crossentropy_forward_backward, crossentropy_score, sum_losses
+// defines: merged_forward, merged_backward; crossentropy_forward_backward, crossentropy_score, sum_losses
 #include "llmc/crossentropy.cuh"
+#include "llmc/merged_experts.cuh"
 
 // --bench's table of where the time goes: what is queued from here on is part of `part`
 static void mark(Model *m, const char *part) {
@@ -403,29 +403,6 @@ static void begin_step(Model *m) {
     arena_begin_step(&m->routing.arena, m->stream);
 }
 
-// the own row: what this rank has summed up; stop: whether it wants the run to end
-static __global__ void vote_kernel(unsigned char *row, const StepSums *sums, const int *overflow, int stop,
-                                   const int64_t *counts, int cells, const int *rows, int layers) {
-    Vote *vote = (Vote *)row;
-    int64_t *vote_counts = (int64_t *)(vote + 1);
-    int *vote_rows = (int *)(vote_counts + cells);
-    if (threadIdx.x == 0) {
-        vote->sums = *sums;
-        vote->overflow = *overflow;
-        vote->stop = stop;
-    }
-    for (int i = (int)threadIdx.x; i < cells; i += (int)blockDim.x) {
-        vote_counts[i] = counts[i];
-    }
-    for (int l = (int)threadIdx.x; l < layers; l += (int)blockDim.x) {
-        vote_rows[l] = rows[l];
-    }
-}
-
-static unsigned char *own_vote(const Model *m) {
-    return (unsigned char *)m->comm.regions[REGION_VOTES].own + m->comm.rank * vote_bytes(m);
-}
-
 // everything is queued: the norm, and what the ranks tell each other
 static void end_step(Model *m, int stop) {
     const Config *c = &m->config;
@@ -439,29 +416,6 @@ static void end_step(Model *m, int stop) {
     sum_squares(m->step.grad_squares, (const double *)m->comm.regions[REGION_SQUARES].own, t->buckets,
                 t->bucket_count, m->comm.ranks, m->stream);
     mark(m, NULL);
-}
-
-// adds up the ranks' votes, by rank; rows [L]: the most of any. Returns whether a layer had too many
-static int count_votes(const Model *m, const unsigned char *votes, StepStats *s, int *rows) {
-    int L = m->config.layers, cells = L * m->config.router.experts, overflow = 0;
-    for (int p = 0; p < m->comm.ranks; p++) {
-        const Vote *vote = (const Vote *)(votes + p * vote_bytes(m));
-        const int64_t *counts = (const int64_t *)(vote + 1);
-        const int *its_rows = (const int *)(counts + cells);
-        s->active += vote->sums.routing.active;
-        s->zero_expert += vote->sums.routing.zero_expert;
-        s->lm_loss += vote->sums.lm_loss;
-        s->reg_loss += vote->sums.reg_loss;
-        s->stop |= vote->stop;
-        overflow |= vote->overflow;
-        for (int i = 0; i < cells; i++) {
-            s->counts[i] += counts[i];
-        }
-        for (int l = 0; l < L; l++) {
-            rows[l] = its_rows[l] > rows[l] ? its_rows[l] : rows[l];
-        }
-    }
-    return overflow;
 }
 
 // What the devices have summed up; waits for it. Returns 0 if a layer of any rank had more chunks of pairs
