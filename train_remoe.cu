@@ -697,11 +697,11 @@ static int plan_next_losses(Model *m, const LossResult *result) {
     return !result->overflow;
 }
 
-// (token, expert) pairs of all layers; counts [L, E] of N tokens
+// (token, expert) pairs of all layers; counts [L, E] of N tokens (lory's are another measure: each token has one
+// expert)
 static int64_t active_pairs(const Model *m, const int *counts, int64_t N) {
     int64_t L = m->config.layers, sum = 0;
-    if (router_merges(
-            m->config.router.method)) { // of which lory's are another measure: each token has one expert
+    if (router_merges(m->config.router.method)) {
         return L * N;
     }
     for (int64_t i = 0; i < L * m->config.router.experts; i++) {
@@ -858,17 +858,12 @@ void model_read(Model *m, const int *ids, int n, const Sampling *s, int64_t draw
     Text *t = &m->text;
     TextState state = {*s, n - 1, 0, draw, 0};
     int64_t d = m->config.hidden, room = m->settings.T - n + 1;
-    int *planned = exchange_plan(m, NEW(int, m->config.layers));
-    CUDA_CHECK(cudaMemcpyAsync(m->step.batches[0].inputs, ids, (size_t)n * sizeof(int),
-                               cudaMemcpyHostToDevice, m->stream));
-    plan_worst(m, n);
-    model_forward(m, m->step.batches[0].inputs, 1, n, 0, no_draws, &n, NULL);
+    look(m, ids, 1, n, &n);
     CUDA_CHECK(cudaMemcpyAsync(t->x, m->acts.x + (n - 1) * d, (size_t)d * sizeof(floatX),
                                cudaMemcpyDeviceToDevice, m->stream));
     copy_now(t->state, &state, sizeof(state), cudaMemcpyHostToDevice, m->stream); // behind an earlier text
     t->queued = t->taken = 0;
     t->most = most < room ? most : room;
-    free(exchange_plan(m, planned));
 }
 
 int model_next_token(Model *m) {

@@ -157,6 +157,13 @@ static inline BenchRound bench_rounds(Run *run, double target, int count) {
     return best;
 }
 
+// FLOP/s, by the formula at the nominal k and at the experts that were active
+static inline void print_speed(double tokens_per_second, double nominal, double measured) {
+    double unit = nominal < 1e12 ? 1e9 : 1e12;
+    printf("          %.0f tok/s | %.1f %cFLOP/s at nominal k, %.1f at the measured active experts",
+           tokens_per_second, nominal / unit, unit < 1e12 ? 'G' : 'T', measured / unit);
+}
+
 static inline void bench(Run *run) {
     const Config *c = &run->config;
     double target = target_sparsity(c->router);
@@ -166,11 +173,10 @@ static inline void bench(Run *run) {
     double tokens = (double)run->stats.tokens, T = (double)run->options.seq_len;
     double nominal = config_flops(c, run->options.seq_len, c->router.active) * tokens / T / seconds;
     double measured = config_flops(c, run->options.seq_len, timed.active) * tokens / T / seconds;
-    double peak = model_peak_flops(run->model), unit = nominal < 1e12 ? 1e9 : 1e12;
+    double peak = model_peak_flops(run->model);
     printf("bench     %.0f tokens a step, median of %d: %.1f ms (%.1f to %.1f) | S %.4f, target %.4f\n",
            tokens, count, 1e3 * seconds, timed.ms[0], timed.ms[count - 1], timed.sparsity, target);
-    printf("          %.0f tok/s | %.1f %cFLOP/s at nominal k, %.1f at the measured active experts",
-           tokens / seconds, nominal / unit, unit < 1e12 ? 'G' : 'T', measured / unit);
+    print_speed(tokens / seconds, nominal, measured);
     if (peak > 0.0) {
         printf(" | mfu %.4f, mfu_active %.4f", nominal / peak, measured / peak);
     }
@@ -243,12 +249,11 @@ static inline void bench_forward(Run *run) {
     double seconds = median_seconds(&timed);
     double nominal = config_flops(c, T, c->router.active) / 3.0 * (double)B / seconds;
     double measured = config_flops(c, T, timed.active) / 3.0 * (double)B / seconds;
-    double peak = model_peak_flops(run->model) / run->ranks.count, unit = nominal < 1e12 ? 1e9 : 1e12;
+    double peak = model_peak_flops(run->model) / run->ranks.count;
     printf("forward   %lld x %lld tokens, median of %d: %.2f ms (%.2f to %.2f) | S %.4f, target %.4f\n",
            (long long)B, (long long)T, count, 1e3 * seconds, timed.ms[0], timed.ms[count - 1], timed.sparsity,
            target);
-    printf("          %.0f tok/s | %.1f %cFLOP/s at nominal k, %.1f at the measured active experts",
-           (double)(B * T) / seconds, nominal / unit, unit < 1e12 ? 'G' : 'T', measured / unit);
+    print_speed((double)(B * T) / seconds, nominal, measured);
     if (peak > 0.0) {
         printf(" | %.4f of the peak, %.4f", nominal / peak, measured / peak);
     }
