@@ -28,6 +28,7 @@ enum {
     GENERATE_AGAIN_BYTES = 16, // how far those must agree
     GENERATE_STREAM = 62       // random streams 2^62 + line: apart from all others
 };
+static_assert((int)GENERATE_AGAIN <= (int)RESULTS_MOST_AGAIN, "results keep so many");
 
 typedef struct {
     char *id;                    // as it is written, or NULL
@@ -169,8 +170,6 @@ typedef struct {
     Requests requests;
     Results results;
     GeneratePlan plan;
-    char *newest[GENERATE_AGAIN]; // results, by line
-    int64_t begin[GENERATE_AGAIN];
     RequestProgress progress;
 } Generation;
 
@@ -221,19 +220,18 @@ static inline void generate_plan(Generation *g) {
             results_foreign(&g->results, g->requests.path);
         }
         if (there) {
-            int place = (int)(p->results++ % GENERATE_AGAIN);
-            free(g->newest[place]);
-            g->newest[place] = check_strdup(line);
-            g->begin[place] = g->requests.begin;
+            results_keep(&g->results, &g->requests);
             p->next_end = g->requests.end;
         }
     }
-    if (g->run->ranks.rank == 0 && results_next(&g->results, &size) != NULL) {
-        results_superfluous(&g->results, g->requests.path);
+    if (g->run->ranks.rank == 0) {
+        p->results = g->results.lines;
+        p->again_line = results_again(&g->results, &p->again_end);
+        if (results_next(&g->results, &size) != NULL) {
+            results_superfluous(&g->results, g->requests.path);
+        }
     }
     warn_of_short_contexts(g, short_contexts);
-    p->again_line = p->results > GENERATE_AGAIN ? p->results - GENERATE_AGAIN : 0;
-    p->again_end = g->begin[p->again_line % GENERATE_AGAIN];
     json_arena_free(&arena);
     ranks_share(&g->run->ranks, p, sizeof(*p));
 }
@@ -251,13 +249,12 @@ static inline void generate_check_weights(Generation *g) {
     for (int64_t i = 0; i < count && !stop_requested; i++) {
         const Json *json = requests_next(&g->requests);
         char *line = generate_result(g->run, &g->requests, json, &tokens);
-        agree += texts_agree(line, g->newest[(g->plan.again_line + i) % GENERATE_AGAIN]);
+        agree += texts_agree(line, results_kept(&g->results, g->plan.again_line + i));
         free(line);
     }
     if (!stop_requested && 2 * agree < count) {
         die("%s was written with other weights or another --seed: of its last %lld results that were "
-            "generated "
-            "again, %lld agree\n  ---> name another --out, or remove it",
+            "generated again, %lld agree\n  ---> name another --out, or remove it",
             g->results.path, (long long)count, (long long)agree);
     }
 }
@@ -343,7 +340,7 @@ static inline int generate_file(Run *run) {
     warn_of_method_alone(run, "--generate");
     requests_open(&g.requests, run->options.generate, "generate");
     if (run->ranks.rank == 0) {
-        results_open(&g.results, run->options.out, "text", &g.requests);
+        results_open(&g.results, run->options.out, "text", GENERATE_AGAIN, &g.requests);
     }
     generate_plan(&g);
     if (run->ranks.rank == 0) {
@@ -363,9 +360,6 @@ static inline int generate_file(Run *run) {
     requests_close(&g.requests);
     if (run->ranks.rank == 0) {
         results_close(&g.results);
-    }
-    for (int i = 0; i < GENERATE_AGAIN; i++) {
-        free(g.newest[i]);
     }
     return whole ? 0 : EXIT_INTERRUPTED;
 }

@@ -183,12 +183,17 @@ static inline char *request_id(const Requests *r, const Json *request) {
 // ----------------------------------------------------------------------------
 // results
 
+enum { RESULTS_MOST_AGAIN = 16 };
+
 typedef struct {
     const char *path, *key;
     FILE *file; // NULL: not there yet
     char *text; // the line that was read last, without its end
     size_t text_capacity;
-    int64_t lines, end; // whole ones that were read, and where they end
+    int64_t lines, end;               // whole ones that were read, and where they end
+    int again;                        // so many of the newest are kept, to be computed again
+    char *newest[RESULTS_MOST_AGAIN]; // in a ring by line: a result, and where its request begins
+    int64_t begin[RESULTS_MOST_AGAIN];
 } Results;
 
 static inline void results_lock(const Results *r) {
@@ -197,11 +202,13 @@ static inline void results_lock(const Results *r) {
     }
 }
 
-// key: of a result's first member, but for "id"
-static inline void results_open(Results *r, const char *path, const char *key, const Requests *requests) {
+// key: of a result's first member, but for "id"; again: at most RESULTS_MOST_AGAIN
+static inline void results_open(Results *r, const char *path, const char *key, int again,
+                                const Requests *requests) {
     memset(r, 0, sizeof(*r));
     r->path = path;
     r->key = key;
+    r->again = again;
     refuse_special_file(path, "out");
     if (same_folder(path, requests->path)) {
         die("--out %s is the file of requests\n  ---> name another --out", path);
@@ -249,6 +256,26 @@ static inline const char *results_next(Results *r, size_t *size) {
     return r->text;
 }
 
+// the line that was read last belongs to the request that was read last
+static inline void results_keep(Results *r, const Requests *requests) {
+    int place = (int)((r->lines - 1) % r->again);
+    free(r->newest[place]);
+    r->newest[place] = check_strdup(r->text);
+    r->begin[place] = requests->begin;
+}
+
+// the result of the line behind `line`, one of the newest
+static inline const char *results_kept(const Results *r, int64_t line) {
+    return r->newest[line % r->again];
+}
+
+// the newest results' requests begin behind this line, which ends at byte *end
+static inline int64_t results_again(const Results *r, int64_t *end) {
+    int64_t line = r->lines > r->again ? r->lines - r->again : 0;
+    *end = r->begin[line % r->again];
+    return line;
+}
+
 static inline void results_fail(const Results *r) {
     die("cannot write %s: %s\n  ---> free some disk space, then the same command again: it goes on", r->path,
         strerror(errno));
@@ -283,6 +310,9 @@ static inline void results_flush(Results *r) {
 static inline void results_close(Results *r) {
     if (r->file != NULL && (ferror(r->file) || fclose(r->file) != 0)) {
         results_fail(r);
+    }
+    for (int i = 0; i < r->again; i++) {
+        free(r->newest[i]);
     }
     free(r->text);
 }

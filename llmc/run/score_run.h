@@ -12,6 +12,8 @@
 #include "llmc/run/score.h"
 // defines: agree_on_requests; ScoreBlock, score_block, score_count, score_print
 
+static_assert((int)SCORE_AGAIN <= (int)RESULTS_MOST_AGAIN, "results keep so many");
+
 // what the first reading has found; rank 0's is everyone's
 typedef struct {
     int64_t requests, work;        // lines, and tokens of their sequences
@@ -21,18 +23,11 @@ typedef struct {
     int64_t again_line, again_end; // the newest results' requests begin behind this line
 } ScorePlan;
 
-// the newest results, in a ring by line: where a request begins, and its result
-typedef struct {
-    int64_t begin[SCORE_AGAIN];
-    char *result[SCORE_AGAIN];
-} NewestResults;
-
 typedef struct {
     Run *run;
     ScoreRules rules;
     Requests requests;
     Results results; // rank 0's
-    NewestResults newest;
     ScorePlan plan;
     RequestProgress progress;
     ScoreSums sums;
@@ -53,10 +48,7 @@ static inline int score_take_result(Scoring *s, ScoreBlock *one, JsonArena *aren
     if (!block_read(one, &one->requests.items[0], line, size, arena)) {
         results_foreign(&s->results, s->requests.path);
     }
-    int place = (int)((s->results.lines - 1) % SCORE_AGAIN);
-    s->newest.begin[place] = s->requests.begin;
-    free(s->newest.result[place]);
-    s->newest.result[place] = check_strdup(line);
+    results_keep(&s->results, &s->requests);
     score_count(&s->sums, one, &one->requests.items[0]);
     return 1;
 }
@@ -91,12 +83,13 @@ static inline void score_plan(Scoring *s) {
         p->work += one.inputs;
     }
     size_t size;
-    if (s->run->ranks.rank == 0 && results_next(&s->results, &size) != NULL) {
-        results_superfluous(&s->results, s->requests.path);
+    if (s->run->ranks.rank == 0) {
+        p->results = s->results.lines;
+        p->again_line = results_again(&s->results, &p->again_end);
+        if (results_next(&s->results, &size) != NULL) {
+            results_superfluous(&s->results, s->requests.path);
+        }
     }
-    p->results = s->results.lines;
-    p->again_line = p->results > SCORE_AGAIN ? p->results - SCORE_AGAIN : 0;
-    p->again_end = s->newest.begin[p->again_line % SCORE_AGAIN];
     block_free(&one);
     json_arena_free(&arena);
     ranks_share(&s->run->ranks, p, sizeof(*p));
@@ -150,7 +143,7 @@ static inline int score_check_weights(Scoring *s) {
     count = b.requests.count; // fewer, where they are long
     int whole = score_block(s->run, &b, &s->progress);
     for (int64_t i = 0; i < count && whole && s->run->ranks.rank == 0; i++) {
-        agree += score_agrees(&b, &b.requests.items[i], s->newest.result[(first + i) % SCORE_AGAIN], &arena);
+        agree += score_agrees(&b, &b.requests.items[i], results_kept(&s->results, first + i), &arena);
     }
     if (whole && s->run->ranks.rank == 0 && 2 * agree < count) {
         die("%s was written with other weights: of its last %lld results that were computed again, %d agree\n"
@@ -205,7 +198,7 @@ static inline void scoring_open(Scoring *s, Run *run) {
     request_progress_begin(&s->progress, run->ranks.rank != 0);
     requests_open(&s->requests, o->score, "score");
     if (run->ranks.rank == 0) {
-        results_open(&s->results, o->out, "ll", &s->requests);
+        results_open(&s->results, o->out, "ll", SCORE_AGAIN, &s->requests);
     }
 }
 
@@ -213,9 +206,6 @@ static inline void scoring_close(Scoring *s) {
     requests_close(&s->requests);
     if (s->run->ranks.rank == 0) {
         results_close(&s->results);
-    }
-    for (int i = 0; i < SCORE_AGAIN; i++) {
-        free(s->newest.result[i]);
     }
 }
 
